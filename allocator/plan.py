@@ -1,0 +1,198 @@
+"""The plan: a named outcome of a solve, with its proof, its measurements and where it came from. Versioned JSON."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runtime.files import write_text
+
+SCHEMA_VERSION = 1
+
+
+class ArtefactMismatch(Exception):
+    """Two artefacts that must belong together do not: their fingerprints differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitPlan:
+    """One unit's part of a plan; losses in nats per token."""
+
+    unit: str
+    role: str
+    layer_index: int | None
+    expert_index: int | None
+    format: str
+    bits: int
+    weights: int
+    memory_bytes: int
+    predicted_loss: float
+    std_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Measured quality of one assignment on held-out text, with 95 % intervals over sequences.
+
+    Args:
+        name: Name of the assignment.
+        kind: ``reference``, ``plan`` or ``uniform``.
+        memory_bytes: Bytes of its weight file.
+        bits_per_weight: Stored bits of its units per weight.
+        predicted_kl: Loss its own metric predicted, nats per token, or None.
+        kl: Mean KL divergence to the reference in nats per token, with ``kl_low`` and ``kl_high``.
+        perplexity: exp of the mean negative log-likelihood, with its interval.
+        tokens: Positions measured.
+        shipped: Whether this is the assignment that ships.
+    """
+
+    name: str
+    kind: str
+    memory_bytes: int
+    bits_per_weight: float
+    predicted_kl: float | None
+    kl: float
+    kl_low: float
+    kl_high: float
+    perplexity: float
+    perplexity_low: float
+    perplexity_high: float
+    tokens: int
+    shipped: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Formats of all weights, and what is known about this choice.
+
+    Args:
+        name: Name of the plan, such as ``combined``.
+        metric: Metric whose predictions were minimised.
+        weights: Weight name -> format name.
+        units: One entry a unit.
+        budget: The budget, as text.
+        predicted_kl: Sum of the units' losses in nats per token.
+        predicted_kl_with_interactions: The same with the cross terms, or None when they were not measured.
+        objective: The solver's objective: nats per token, or bytes when memory was minimised.
+        lower_bound: No assignment has a smaller objective.
+        relative_gap: (objective - lower_bound) / |objective|.
+        termination: Why the solver stopped.
+        solver: Its name and why it was taken.
+        solve_s: Seconds of the solve.
+        use: Resource -> use.
+        limits: Resource -> limit.
+        shadow_prices: Resource -> nats per token that one more unit of the limit buys.
+        memory_bytes: Bytes of the weight file.
+        bits_per_weight: Stored bits of the units per weight.
+        reference_memory_bytes: Bytes of the reference model.
+        evaluations: Measurements on selection text, this plan and its rivals.
+        verdict: What the verification found, in one sentence.
+        provenance: Names, fingerprints and versions.
+    """
+
+    name: str
+    metric: str
+    weights: Mapping[str, str]
+    units: Sequence[UnitPlan]
+    budget: str
+    predicted_kl: float
+    predicted_kl_with_interactions: float | None
+    objective: float
+    lower_bound: float
+    relative_gap: float
+    termination: str
+    solver: str
+    solve_s: float
+    use: Mapping[str, float]
+    limits: Mapping[str, float]
+    shadow_prices: Mapping[str, float]
+    memory_bytes: int
+    bits_per_weight: float
+    reference_memory_bytes: int
+    evaluations: Sequence[Evaluation] = field(default_factory=tuple)
+    verdict: str = "Not verified by measurement."
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def shipped(self) -> Evaluation | None:
+        """The measurement of what ships, or None before verification."""
+        return next((e for e in self.evaluations if e.shipped), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as JSON values; infinite and unknown numbers become null."""
+        cleaned = _jsonable(dataclasses.asdict(self))
+        assert isinstance(cleaned, dict)
+        return cleaned
+
+    def header_metadata(self) -> dict[str, str]:
+        """Returns the part of the plan that the packed file's header carries, besides the formats."""
+        record = self.to_dict()
+        kept = {k: v for k, v in record.items() if k not in ("weights", "units", "evaluations")}
+        return {"bitplan.plan": json.dumps(kept, separators=(",", ":"))}
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Writes a plan to a JSON file, whole or not at all."""
+    write_text(path, json.dumps(plan.to_dict(), indent=1) + "\n")
+
+
+def load_plan(path: Path) -> Plan:
+    """Returns the plan in a JSON file.
+
+    Raises:
+        ValueError: If the file is missing, no JSON, of another schema version, or lacks fields.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        msg = f"a plan must be a JSON file that 'bitplan plan' wrote: got '{path}' ({error}). Make the plan again."
+        raise ValueError(msg) from error
+    found = record.get("schema_version") if isinstance(record, dict) else None
+    if found != SCHEMA_VERSION:
+        msg = f"a plan must have schema_version={SCHEMA_VERSION}: got {found} in '{path}'. Make the plan again."
+        raise ValueError(msg)
+    known = {f.name for f in dataclasses.fields(Plan)}
+    missing, unknown = sorted(known - set(record)), sorted(set(record) - known)
+    if missing or unknown:
+        msg = f"a plan must have the fields of its schema: '{path}' lacks {missing} and has unknown {unknown}."
+        raise ValueError(msg)
+    numbers = {name: math.inf if record[name] is None else record[name] for name in ("relative_gap",)}
+    numbers["lower_bound"] = -math.inf if record["lower_bound"] is None else record["lower_bound"]
+    return Plan(
+        **{
+            **record,
+            **numbers,
+            "units": tuple(UnitPlan(**unit) for unit in record["units"]),
+            "evaluations": tuple(Evaluation(**evaluation) for evaluation in record["evaluations"]),
+        }
+    )
+
+
+def check_same_model(plan: Plan, model_fingerprint: str, model_name: str) -> None:
+    """Checks that a plan was made for a model.
+
+    Raises:
+        ArtefactMismatch: If it was made for another.
+    """
+    expected = plan.provenance.get("model_fingerprint")
+    if expected != model_fingerprint:
+        msg = (
+            f"a plan must be used with the model it was made for: got a plan for '{plan.provenance.get('model')}' "
+            f"({str(expected)[:12]}) and the model '{model_name}' ({model_fingerprint[:12]}). Plan for this model, "
+            "or name the other one."
+        )
+        raise ArtefactMismatch(msg)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(v) for v in value]
+    return value

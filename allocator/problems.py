@@ -1,0 +1,71 @@
+"""From a profile and a budget to the arrays of an allocation problem."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocator.budget import LATENCY, MEMORY, READ, Budget
+from runtime.costs import CostTable, memory_cost, read_cost
+from runtime.units import count_weights
+from sensitivity.profile import SensitivityProfile
+from solvers import AllocationProblem
+
+
+def build_cost_tables(profile: SensitivityProfile, latency: CostTable | None = None) -> dict[str, CostTable]:
+    """Returns the cost table of every resource that can be priced, by resource.
+
+    Args:
+        profile: The profile.
+        latency: A measured latency table, or None when no latency is limited.
+    """
+    tables = [
+        memory_cost(profile.candidates, profile.fixed_bytes),
+        read_cost(profile.candidates, profile.rest_bytes, expert_share=profile.expert_share),
+    ]
+    if latency is not None:
+        tables.append(latency)
+    return {table.resource: table for table in tables}
+
+
+def resolve_limits(profile: SensitivityProfile, budget: Budget) -> dict[str, float]:
+    """Returns resource -> limit of the whole model for a budget; empty for a pure ceiling on loss."""
+    limits = {name: float(limit) for name, limit in budget.limits.items()}
+    if budget.memory_bytes is not None:
+        limits[MEMORY] = min(float(budget.memory_bytes), limits.get(MEMORY, np.inf))
+    if budget.bits_per_weight is not None:
+        own = profile.fixed_bytes + budget.bits_per_weight * count_weights(profile.candidates.units) / 8
+        limits[MEMORY] = min(own, limits.get(MEMORY, np.inf))
+    return {name: limits[name] for name in (MEMORY, READ, LATENCY) if name in limits}
+
+
+def build_problem(
+    profile: SensitivityProfile,
+    loss: NDArray[np.float64],
+    limits: Mapping[str, float],
+    tables: Mapping[str, CostTable],
+    *,
+    sketch: NDArray[np.float32] | None = None,
+    interaction_scale: float = 1.0,
+) -> AllocationProblem:
+    """Returns the allocation problem of a loss table under limits of whole-model use.
+
+    Args:
+        profile: The profile.
+        loss: [U, F] of one metric.
+        limits: Resource -> limit, fixed use included. Memory is always among the problem's resources, unlimited
+            when not named.
+        tables: Resource -> cost table, with every limited resource.
+        sketch: [S, U, F], or None without cross terms.
+        interaction_scale: Factor of the cross terms.
+    """
+    resources = tuple(dict.fromkeys([MEMORY, *limits]))
+    return AllocationProblem(
+        loss=loss,
+        cost=np.stack([tables[name].cost for name in resources]),
+        limit=np.array([limits.get(name, np.inf) - tables[name].fixed for name in resources]),
+        allowed=profile.candidates.allowed,
+        resources=resources,
+        sketch=sketch,
+        interaction_scale=interaction_scale,
+    )

@@ -1,0 +1,86 @@
+"""The store: profiles, their half-finished pieces, and measurements of plans, in one directory tree.
+
+    <root>/profiles/<fingerprint>/            a finished profile
+    <root>/pieces/<fingerprint>/              pieces of a measurement that is not finished
+    <root>/evaluations/<hash>.safetensors     per-sequence KL and log-likelihood of one assignment on one text
+    <root>/latest/<model fingerprint>.json    which profile was measured last for a model
+
+Everything is keyed by content, written whole or not at all, and safe to delete at any time.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from runtime.files import atomic_path, write_text
+from sensitivity.profile import SensitivityProfile, load_profile, save_profile
+
+CACHE_VARIABLE = "BITPLAN_CACHE"
+
+
+def default_root() -> Path:
+    """Returns the directory of ``BITPLAN_CACHE``, or ``~/.cache/bitplan``."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path("~/.cache/bitplan")).expanduser()
+
+
+class Store:
+    """A directory tree of finished and half-finished measurements.
+
+    Args:
+        root: Its directory; None for the default.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = default_root() if root is None else root
+
+    def pieces(self, fingerprint: str) -> Path:
+        """Returns the directory for the pieces of an unfinished measurement."""
+        return self.root / "pieces" / fingerprint
+
+    def find_profile(self, fingerprint: str) -> SensitivityProfile | None:
+        """Returns the finished profile of a fingerprint, or None."""
+        directory = self.root / "profiles" / fingerprint
+        return load_profile(directory) if (directory / "profile.json").is_file() else None
+
+    def find_latest_profile(self, model_fingerprint: str) -> SensitivityProfile | None:
+        """Returns the profile measured last for a model, or None."""
+        try:
+            record = json.loads(self._latest(model_fingerprint).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return self.find_profile(record["profile"])
+
+    def save_profile(self, profile: SensitivityProfile) -> None:
+        """Keeps a finished profile, makes it the model's latest, and drops its pieces."""
+        save_profile(profile, self.root / "profiles" / profile.fingerprint)
+        self.make_latest(profile)
+        shutil.rmtree(self.pieces(profile.fingerprint), ignore_errors=True)
+
+    def make_latest(self, profile: SensitivityProfile) -> None:
+        """Makes a profile the one that is taken when a query names only the model."""
+        record = json.dumps({"profile": profile.fingerprint}) + "\n"
+        write_text(self._latest(profile.provenance["model_fingerprint"]), record)
+
+    def find_evaluation(self, key: str) -> dict[str, NDArray[np.float64]] | None:
+        """Returns the per-sequence numbers kept under a key, or None."""
+        try:
+            return load_file(self._evaluation(key))
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def save_evaluation(self, key: str, arrays: dict[str, NDArray[np.float64]]) -> None:
+        """Keeps per-sequence numbers under a key."""
+        with atomic_path(self._evaluation(key)) as temporary:
+            save_file(arrays, temporary)
+
+    def _latest(self, model_fingerprint: str) -> Path:
+        return self.root / "latest" / f"{model_fingerprint}.json"
+
+    def _evaluation(self, key: str) -> Path:
+        return self.root / "evaluations" / f"{key}.safetensors"

@@ -1,0 +1,142 @@
+"""Verify plans by measurement: score assignments on text that neither the estimator nor the solver saw, ship the best.
+
+Scores are kept in the store by content (profile, text, formats), so no assignment is measured twice.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from allocator.assignments import Assignment, bits_per_weight, pick
+from allocator.budget import Budget
+from allocator.evaluation import SequenceScores, mean_interval, score_assignments
+from allocator.plan import Evaluation
+from allocator.planning import predicted_kl
+from allocator.store import Store
+from runtime.costs import CostTable
+from sensitivity.profile import SensitivityProfile, fingerprint_of
+
+Progress = Callable[[str, int, int], None]
+REFERENCE = "reference"
+EVALUATION_VERSION = 1
+
+
+def score_cached(
+    profile: SensitivityProfile,
+    formats_by_name: Mapping[str, Mapping[str, str]],
+    tokens: np.ndarray,
+    *,
+    load_model: Callable[[], Any],
+    store: Store,
+    progress: Progress,
+) -> dict[str, SequenceScores]:
+    """Returns the scores of assignments by name; only those not in the store are measured.
+
+    Args:
+        profile: The profile the assignments were made from.
+        formats_by_name: Name -> weight name -> format name; an empty mapping is the reference.
+        tokens: [S, T] int64 text.
+        load_model: Gives the reference model; called only when something must be measured.
+        store: Where scores are kept.
+        progress: Called with (stage, done, total).
+    """
+    keys = {
+        name: fingerprint_of(
+            {
+                "version": EVALUATION_VERSION,
+                "model": profile.provenance["model_fingerprint"],
+                "quantizer": profile.provenance["quantizer"],
+                "tokens": fingerprint_of({"tokens": tokens.tolist()}),
+                "formats": dict(formats),
+            }
+        )
+        for name, formats in formats_by_name.items()
+    }
+    scores: dict[str, SequenceScores] = {}
+    missing: dict[str, Mapping[str, str]] = {}
+    for name, formats in formats_by_name.items():
+        arrays = store.find_evaluation(keys[name])
+        if arrays is None:
+            missing[name] = formats
+        else:
+            scores[name] = SequenceScores(kl=arrays["kl"], nll=arrays["nll"])
+    if missing:
+        measured = score_assignments(
+            load_model(),
+            missing,
+            torch.from_numpy(tokens),
+            quantizer=profile.provenance["quantizer"],
+            progress=lambda done, total: progress("verify", done, total),
+        )
+        for name, score in measured.items():
+            store.save_evaluation(keys[name], {"kl": score.kl, "nll": score.nll})
+            scores[name] = score
+    return {name: scores[name] for name in formats_by_name}
+
+
+def choose_best(
+    assignments: Sequence[Assignment], scores: Mapping[str, SequenceScores], memory: CostTable, budget: Budget
+) -> Assignment | None:
+    """Returns the assignment to ship: the least measured KL, or the smallest that keeps a ceiling on KL.
+
+    Returns None when a ceiling is asked for and none keeps it.
+    """
+    if budget.max_kl is None:
+        return min(assignments, key=lambda a: float(scores[a.name].kl.mean()))
+    kept = [a for a in assignments if float(scores[a.name].kl.mean()) <= budget.max_kl]
+    return min(kept, key=lambda a: float(pick(memory.cost, a.choice).sum())) if kept else None
+
+
+def describe_choice(best: Assignment, assignments: Sequence[Assignment], scores: Mapping[str, SequenceScores]) -> str:
+    """Returns the verdict: the shipped assignment against the best uniform one, with a paired interval."""
+    kl = float(scores[best.name].kl.mean())
+    rivals = [a for a in assignments if a.kind == "uniform" and a.name != best.name]
+    if best.kind == "uniform":
+        return f"No plan measured better than '{best.name}' (KL {kl:.4g} nats per token), which ships: no gain over uniform."
+    if not rivals:
+        return f"'{best.name}' ships with KL {kl:.4g} nats per token; no uniform format fits the budget."
+    rival = min(rivals, key=lambda a: float(scores[a.name].kl.mean()))
+    rival_kl = float(scores[rival.name].kl.mean())
+    _, low, high = mean_interval(scores[rival.name].kl - scores[best.name].kl)
+    certainty = "the interval excludes no gain" if low > 0 else "the interval includes no gain"
+    return (
+        f"'{best.name}' measured KL {kl:.4g} nats per token against {rival_kl:.4g} of '{rival.name}', the best uniform "
+        f"format in the budget ({kl / rival_kl:.2f} times; gain {rival_kl - kl:.4g}, 95 % {low:.4g} to {high:.4g}: {certainty})."
+    )
+
+
+def make_evaluation(
+    profile: SensitivityProfile,
+    assignment: Assignment | None,
+    scores: SequenceScores,
+    tokens: np.ndarray,
+    memory: CostTable,
+    *,
+    shipped: bool = False,
+) -> Evaluation:
+    """Returns the evaluation of an assignment, or of the reference when it is None."""
+    kl, kl_low, kl_high = mean_interval(scores.kl)
+    nll, nll_low, nll_high = mean_interval(scores.nll)
+    if assignment is None:
+        name, kind, memory_bytes, predicted = REFERENCE, REFERENCE, profile.reference_bytes, None
+    else:
+        name, kind = assignment.name, assignment.kind
+        memory_bytes = round(float(pick(memory.cost, assignment.choice).sum()) + memory.fixed)
+        predicted = predicted_kl(profile, assignment)[0]
+    return Evaluation(
+        name=name,
+        kind=kind,
+        memory_bytes=memory_bytes,
+        bits_per_weight=bits_per_weight(profile, memory_bytes),
+        predicted_kl=predicted,
+        kl=kl,
+        kl_low=max(kl_low, 0.0),
+        kl_high=kl_high,
+        perplexity=float(np.exp(nll)),
+        perplexity_low=float(np.exp(nll_low)),
+        perplexity_high=float(np.exp(nll_high)),
+        tokens=int(tokens.size),
+        shipped=shipped,
+    )

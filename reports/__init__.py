@@ -1,0 +1,40 @@
+"""What a person is shown: one self-contained HTML page and the CSV files behind it.
+
+    Report, Headline     the artefact: a few headline numbers and five tables, checked once
+    write_html           Report -> one HTML file that opens from disk, with no network
+    write_csv            Report -> plan.csv, frontier.csv, evaluations.csv, sensitivities.csv, provenance.csv
+    reports.tables       what each chart shows, as pandas tables
+    reports.charts       the charts, as plotly figures
+
+Names are loaded when first used: importing `reports` loads neither pandas nor plotly.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reports.csv_files import write_csv
+    from reports.html import write_html
+    from reports.report import Headline, Report
+
+__all__ = ["Headline", "Report", "write_csv", "write_html"]
+
+_HOME = {
+    "Headline": "reports.report",
+    "Report": "reports.report",
+    "write_csv": "reports.csv_files",
+    "write_html": "reports.html",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        msg = f"module 'reports' has no attribute {name!r}. It has {', '.join(__all__)}."
+        raise AttributeError(msg)
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

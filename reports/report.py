@@ -1,0 +1,201 @@
+"""The report as a value: headline numbers and five tables, checked once when it is built."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import pandas as pd
+
+Kind = Literal["text", "number", "integer", "boolean"]
+
+EVALUATION_KINDS = ("reference", "plan", "uniform")
+
+# Columns of each table and what they hold. A trailing "?" allows missing values.
+COLUMNS: dict[str, dict[str, str]] = {
+    "plan": {
+        "unit": "text",
+        "role": "text",
+        "layer_index": "integer?",
+        "expert_index": "integer?",
+        "format": "text",
+        "bits": "number",
+        "bits_per_weight": "number",
+        "weights": "number",
+        "memory_bytes": "number",
+        "predicted_loss": "number?",
+        "std_error": "number?",
+    },
+    "frontier": {
+        "memory_bytes": "number",
+        "bits_per_weight": "number",
+        "predicted_loss": "number",
+        "lower_bound": "number?",
+        "shadow_price_per_mib": "number?",
+    },
+    "evaluations": {
+        "name": "text",
+        "kind": "text",
+        "memory_bytes": "number",
+        "bits_per_weight": "number",
+        "predicted_kl": "number?",
+        "measured_kl": "number",
+        "kl_low": "number?",
+        "kl_high": "number?",
+        "perplexity": "number?",
+        "perplexity_low": "number?",
+        "perplexity_high": "number?",
+        "shipped": "boolean",
+    },
+    "sensitivities": {
+        "unit": "text",
+        "role": "text",
+        "layer_index": "integer?",
+        "expert_index": "integer?",
+        "format": "text",
+        "bits": "number",
+        "loss": "number",
+        "std_error": "number?",
+        "metric": "text",
+    },
+}
+
+_IS_KIND = {
+    "text": lambda column: pd.api.types.is_string_dtype(column) or pd.api.types.is_object_dtype(column),
+    "number": lambda column: pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column),
+    "integer": pd.api.types.is_integer_dtype,
+    "boolean": pd.api.types.is_bool_dtype,
+}
+_HOW_TO_CONVERT = {
+    "text": "astype('str')",
+    "number": "pd.to_numeric(...)",
+    "integer": "astype('Int64'), which allows missing values",
+    "boolean": "astype(bool)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The numbers of the first screen.
+
+    Sizes are bytes on the device. `predicted_kl`, `measured_kl` and its interval are nats per token
+    of KL divergence to the reference. `objective` and `lower_bound` are the solver's, in the same
+    unit; `relative_gap` is (objective - lower_bound) / objective as a fraction, infinite where no bound
+    was proven. `verdict` is one sentence that says what was found.
+    """
+
+    shipped_plan_name: str
+    memory_bytes: float
+    reference_memory_bytes: float
+    bits_per_weight: float
+    budget_text: str
+    predicted_kl: float
+    measured_kl: float
+    measured_kl_low: float
+    measured_kl_high: float
+    best_uniform_name: str | None
+    best_uniform_kl: float | None
+    perplexity: float
+    reference_perplexity: float
+    objective: float
+    lower_bound: float
+    relative_gap: float
+    verdict: str
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and math.isnan(value):
+                msg = f"every headline number must be known: got {field.name}=nan. Measure it first."
+                raise ValueError(msg)
+        for name in ("memory_bytes", "reference_memory_bytes"):
+            if getattr(self, name) <= 0:
+                msg = f"{name} must be positive: got {name}={getattr(self, name)} in the headline."
+                raise ValueError(msg)
+        if self.relative_gap < 0:
+            msg = (
+                f"relative_gap must be 0 or more: got relative_gap={self.relative_gap}, "
+                f"objective={self.objective}, lower_bound={self.lower_bound}. Check the solver's bound."
+            )
+            raise ValueError(msg)
+        if (self.best_uniform_name is None) != (self.best_uniform_kl is None):
+            msg = (
+                "best_uniform_name and best_uniform_kl must be given together: got "
+                f"best_uniform_name={self.best_uniform_name!r}, best_uniform_kl={self.best_uniform_kl}."
+            )
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Report:
+    """Everything that the page and the CSV files show.
+
+    Args:
+        title: heading of the page.
+        model_name: name of the model that was measured.
+        headline: the numbers of the first screen.
+        plan: one row per unit, the format it gets (columns: `COLUMNS["plan"]`).
+        frontier: one row per budget that was solved; may be empty.
+        evaluations: one row per measured model: the reference, the plans, the uniform baselines;
+            exactly one row has shipped=True.
+        sensitivities: one row per measured candidate (unit, format); may be empty.
+        provenance: where the numbers come from, name to value.
+        notes: plain sentences that the reader should know.
+    """
+
+    title: str
+    model_name: str
+    headline: Headline
+    plan: pd.DataFrame
+    frontier: pd.DataFrame
+    evaluations: pd.DataFrame
+    sensitivities: pd.DataFrame
+    provenance: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for table_name in COLUMNS:
+            _check_table(table_name, getattr(self, table_name))
+        if self.plan.empty:
+            msg = "plan must have at least one unit: got an empty table. Pass one row per unit."
+            raise ValueError(msg)
+        _check_evaluations(self.evaluations)
+
+
+def _check_table(table_name: str, table: pd.DataFrame) -> None:
+    missing = [column for column in COLUMNS[table_name] if column not in table.columns]
+    if missing:
+        msg = (
+            f"{table_name} must have the columns {', '.join(COLUMNS[table_name])}: "
+            f"got no {', '.join(missing)}. Add them."
+        )
+        raise ValueError(msg)
+    if table.empty:
+        return
+    for column, spec in COLUMNS[table_name].items():
+        kind = spec.removesuffix("?")
+        if not _IS_KIND[kind](table[column]):
+            msg = (
+                f"{table_name}.{column} must be of kind {kind}: got dtype={table[column].dtype}. "
+                f"Use {_HOW_TO_CONVERT[kind]}."
+            )
+            raise ValueError(msg)
+        if not spec.endswith("?") and table[column].isna().any():
+            row = int(table[column].isna().to_numpy().argmax())
+            msg = f"{table_name}.{column} must be known in every row: got a missing value in row {row}."
+            raise ValueError(msg)
+
+
+def _check_evaluations(evaluations: pd.DataFrame) -> None:
+    unknown = sorted(set(evaluations["kind"]) - set(EVALUATION_KINDS))
+    if unknown:
+        msg = f"evaluations.kind must be one of {', '.join(EVALUATION_KINDS)}: got {', '.join(unknown)}."
+        raise ValueError(msg)
+    shipped = [str(name) for name in evaluations.loc[evaluations["shipped"].astype(bool), "name"]]
+    if len(shipped) != 1:
+        msg = (
+            f"exactly one evaluation must be shipped: got {len(shipped)} ({', '.join(shipped) or 'none'}). "
+            "Set shipped=True on the plan that is delivered."
+        )
+        raise ValueError(msg)

@@ -1,0 +1,144 @@
+"""Apply formats to a model: for good (packed modules) or for a while (rendered weights, then put back).
+
+Both give the same logits bit for bit in float32: a packed module dequantizes to exactly the rendered weight.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from runtime.formats import Format, find_format
+from runtime.packed import PackedExperts, PackedWeight, QuantizedEmbedding, QuantizedLinear
+from runtime.quantizers import quantize, render
+from runtime.units import Weight, list_weights, read_weight
+
+FormatsByWeight = Mapping[str, str]
+_Pack = Callable[[Weight], PackedWeight]
+
+
+def check_formats_by_weight(model: nn.Module, formats_by_weight: FormatsByWeight) -> dict[str, Weight]:
+    """Returns the weights that get a format, by name.
+
+    Raises:
+        ValueError: If a name is not a weight of the model, or a format is unknown.
+    """
+    weights = list_weights(model)
+    unknown = [name for name in formats_by_weight if name not in weights]
+    if unknown:
+        msg = (
+            f"formats must be given for weights of the model: got {len(unknown)} unknown names, first '{unknown[0]}' "
+            f"in {type(model).__name__}. Use the plan that was made for this model."
+        )
+        raise ValueError(msg)
+    for format_name in set(formats_by_weight.values()):
+        find_format(format_name)
+    return {name: weights[name] for name in formats_by_weight}
+
+
+@contextmanager
+def simulated_formats(
+    model: nn.Module, formats_by_weight: FormatsByWeight, *, quantizer: str = "rtn"
+) -> Iterator[None]:
+    """Gives the model the weights it would read back from the formats, and its own again on exit.
+
+    Args:
+        model: The reference model.
+        formats_by_weight: Weight name -> format name; weights not named keep their values.
+        quantizer: Name in ``QUANTIZERS``.
+    """
+    weights = check_formats_by_weight(model, formats_by_weight)
+    saved: dict[str, Tensor] = {}
+    try:
+        for name, weight in weights.items():
+            parameter = model.get_parameter(weight.parameter)
+            rendered = render(read_weight(model, weight), find_format(formats_by_weight[name]), quantizer)
+            if weight.expert_index is None:
+                saved[weight.parameter] = parameter.data
+                parameter.data = rendered.to(parameter.dtype)
+                continue
+            if weight.parameter not in saved:
+                saved[weight.parameter] = parameter.data
+                parameter.data = parameter.data.clone()
+            parameter.data[weight.expert_index] = rendered.to(parameter.dtype)
+        yield
+    finally:
+        for parameter_name, data in saved.items():
+            model.get_parameter(parameter_name).data = data
+
+
+def apply_formats_(model: nn.Module, formats_by_weight: FormatsByWeight, *, quantizer: str = "rtn") -> None:
+    """Replaces the named weights by packed ones, in place; every expert of a touched projection must be named.
+
+    Args:
+        model: The reference model; its dense weights are released one by one.
+        formats_by_weight: Weight name -> format name.
+        quantizer: Name in ``QUANTIZERS``.
+
+    Raises:
+        ValueError: If a name or format is unknown, or only some experts of a projection are named.
+    """
+    weights = check_formats_by_weight(model, formats_by_weight)
+
+    def pack(weight: Weight) -> PackedWeight:
+        return pack_weight(read_weight(model, weight), find_format(formats_by_weight[weight.name]), quantizer)
+
+    _install_packed(model, weights, pack)
+
+
+def install_empty_formats_(model: nn.Module, formats_by_weight: FormatsByWeight) -> None:
+    """Replaces the named weights by packed modules without data (on the meta device), to be loaded into.
+
+    Raises:
+        ValueError: If a name or format is unknown, or only some experts of a projection are named.
+    """
+    weights = check_formats_by_weight(model, formats_by_weight)
+    _install_packed(model, weights, lambda w: PackedWeight(find_format(formats_by_weight[w.name]), w.shape))
+
+
+def pack_weight(weight: Tensor, format_: Format, quantizer: str = "rtn") -> PackedWeight:
+    """Returns the weight [out_features, in_features] packed in a format."""
+    if format_.kind == "float":
+        return PackedWeight.from_dense(weight, format_)
+    return PackedWeight.from_quantized(quantize(weight, format_, quantizer))
+
+
+def _install_packed(model: nn.Module, weights: Mapping[str, Weight], pack: _Pack) -> None:
+    by_parameter: dict[str, list[Weight]] = {}
+    for weight in weights.values():
+        by_parameter.setdefault(weight.parameter, []).append(weight)
+    for parameter_name, group in by_parameter.items():
+        if group[0].expert_index is not None:
+            _install_experts(model, parameter_name, group, pack)
+            continue
+        packed = pack(group[0])
+        for name in (parameter_name, *group[0].aliases):
+            _install_module(model, name.rpartition(".")[0], packed)
+
+
+def _install_module(model: nn.Module, module_name: str, packed: PackedWeight) -> None:
+    module = model.get_submodule(module_name)
+    if isinstance(module, nn.Embedding):
+        model.set_submodule(module_name, QuantizedEmbedding(packed))
+    else:
+        bias = module.bias if isinstance(module.bias, nn.Parameter) else None
+        model.set_submodule(module_name, QuantizedLinear(packed, bias))
+
+
+def _install_experts(model: nn.Module, parameter_name: str, group: list[Weight], pack: _Pack) -> None:
+    module_name, _, attribute = parameter_name.rpartition(".")
+    module = model.get_submodule(module_name)
+    expert_count = model.get_parameter(parameter_name).shape[0]
+    if len(group) != expert_count:
+        msg = (
+            f"every expert of a projection must have a format: got {len(group)} of {expert_count} experts of "
+            f"'{parameter_name}'. Name the others as well (bf16 leaves an expert unquantized)."
+        )
+        raise ValueError(msg)
+    packed = PackedExperts([pack(weight) for weight in sorted(group, key=lambda w: w.expert_index or 0)])
+    delattr(module, attribute)
+    module.add_module(attribute, packed)
+    # Only the eager forward reads the experts one by one; the batched ones want one dense parameter.
+    config = getattr(module, "config", None)
+    if config is not None:
+        config._experts_implementation = "eager"

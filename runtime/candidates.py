@@ -1,0 +1,117 @@
+"""Candidates: which formats each unit may take, with the reason for every refusal.
+
+All legality is decided here, before any solve: shapes, the embedding's own menu, and the user's pins.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.formats import Format, find_formats
+from runtime.units import Unit
+
+EMBEDDING_LEAST_BITS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Units, formats and the allowed pairs.
+
+    Args:
+        units: U units.
+        formats: F formats.
+        allowed: [U, F] bool.
+        reasons: Reason of every refusal, by (unit index, format index).
+    """
+
+    units: tuple[Unit, ...]
+    formats: tuple[Format, ...]
+    allowed: NDArray[np.bool_]
+    reasons: Mapping[tuple[int, int], str]
+
+    def format_index(self, name: str) -> int:
+        """Returns the column of a format.
+
+        Raises:
+            ValueError: If the format is not among the candidates.
+        """
+        names = [f.name for f in self.formats]
+        if name not in names:
+            msg = f"format must be among the candidates: got '{name}', candidates are {', '.join(names)}."
+            raise ValueError(msg)
+        return names.index(name)
+
+
+def list_candidates(
+    units: Sequence[Unit],
+    format_names: Sequence[str],
+    *,
+    embedding_formats: Sequence[str] | None = None,
+    pins: Mapping[str, str] | None = None,
+) -> Candidates:
+    """Returns the allowed formats of every unit.
+
+    Args:
+        units: U units.
+        format_names: F names of formats.
+        embedding_formats: Names among ``format_names`` that embeddings and heads may take; None for those of
+            ``EMBEDDING_LEAST_BITS`` bits or more (a token's row is read alone: no sum averages its error).
+        pins: Regular expression on unit names -> the one format that the matching units take.
+
+    Raises:
+        ValueError: If a format is unknown, a pin matches nothing or asks for what cannot be, or a unit is left
+            without any format.
+    """
+    formats = find_formats(format_names)
+    if embedding_formats is not None:
+        find_formats(embedding_formats)
+    reasons: dict[tuple[int, int], str] = {}
+    pinned = _resolve_pins(units, formats, pins or {})
+    for u, unit in enumerate(units):
+        for f, format_ in enumerate(formats):
+            reason = _refusal(unit, format_, embedding_formats, pinned.get(u))
+            if reason:
+                reasons[u, f] = reason
+    allowed = np.ones((len(units), len(formats)), dtype=bool)
+    for u, f in reasons:
+        allowed[u, f] = False
+    for u in np.flatnonzero(~allowed.any(axis=1)):
+        msg = (
+            f"every unit must have an allowed format: unit '{units[u].name}' has none "
+            f"({'; '.join(dict.fromkeys(reasons[int(u), f] for f in range(len(formats))))}). "
+            "Add a channel format or bf16, or change the pin."
+        )
+        raise ValueError(msg)
+    return Candidates(units=tuple(units), formats=formats, allowed=allowed, reasons=reasons)
+
+
+def _refusal(unit: Unit, format_: Format, embedding_formats: Sequence[str] | None, pin: str | None) -> str | None:
+    for weight in unit.weights:
+        if not format_.fits(weight.shape[1]):
+            return f"group_size={format_.group_size} does not divide in_features={weight.shape[1]}"
+    if pin is not None:
+        return None if format_.name == pin else f"pinned to {pin}"
+    if unit.kind in ("embedding", "head"):
+        if embedding_formats is not None:
+            return None if format_.name in embedding_formats else "not among embedding_formats"
+        if format_.bits < EMBEDDING_LEAST_BITS:
+            return f"embeddings and heads take {EMBEDDING_LEAST_BITS} bits or more by default"
+    return None
+
+
+def _resolve_pins(units: Sequence[Unit], formats: Sequence[Format], pins: Mapping[str, str]) -> dict[int, str]:
+    pinned: dict[int, str] = {}
+    names = {f.name for f in formats}
+    for pattern, format_name in pins.items():
+        if format_name not in names:
+            msg = f"a pin must name one of the formats: got '{pattern}={format_name}', formats are {sorted(names)}."
+            raise ValueError(msg)
+        matches = [u for u, unit in enumerate(units) if re.search(pattern, unit.name)]
+        if not matches:
+            msg = f"a pin must match at least one unit: got '{pattern}', e.g. '{units[0].name}' is a unit's name."
+            raise ValueError(msg)
+        pinned.update(dict.fromkeys(matches, format_name))
+    return pinned

@@ -1,0 +1,166 @@
+"""The packed checkpoint: one safetensors file whose size is known to the byte before it is written.
+
+Tensors are written widest type first, so that every one is aligned, and the header is padded with spaces (the
+format allows it) to a reserve that depends on the model alone and not on the choice of formats. Therefore
+
+    file bytes = header reserve + sum of the stored bytes of all units + bytes of the unquantized rest.
+
+The unquantized rest (norms, biases, routers) is stored in the narrowest of bfloat16, float16 and float32 that
+holds every value exactly, so that reloading gives the same float32 numbers. safetensors itself reads the file.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from runtime.files import atomic_path
+from runtime.units import list_weights
+
+CHECKPOINT_FILE = "model.safetensors"
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+# Upper bounds of what one tensor's entry and one weight's format take in the header besides their names.
+_ENTRY_BYTES = 110
+_FORMAT_BYTES = 40
+_PROVENANCE_BYTES = 8192
+
+
+def exact_dtype(tensor: Tensor) -> torch.dtype:
+    """Returns the narrowest float type that holds every value of the tensor exactly (its own if not a float)."""
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            return dtype
+    return torch.float32
+
+
+def rest_bytes(model: nn.Module) -> int:
+    """Returns the bytes of everything in the reference model that takes no format."""
+    quantizable = {weight.parameter for weight in list_weights(model).values()}
+    return sum(
+        tensor.numel() * exact_dtype(tensor).itemsize
+        for name, tensor in _distinct_tensors(model).items()
+        if name not in quantizable
+    )
+
+
+def reference_bytes(model: nn.Module) -> int:
+    """Returns the bytes of the whole reference model, each tensor in its narrowest exact type."""
+    return sum(tensor.numel() * exact_dtype(tensor).itemsize for tensor in _distinct_tensors(model).values())
+
+
+def header_reserve_bytes(model: nn.Module) -> int:
+    """Returns the bytes set aside for the header of the packed file of a reference model, length field included."""
+    weights = list_weights(model)
+    quantizable = {weight.parameter for weight in weights.values()}
+    longest_suffix = len(".zero_point")
+    total = _PROVENANCE_BYTES
+    for weight in weights.values():
+        total += 3 * (len(weight.name) + longest_suffix + _ENTRY_BYTES) + len(weight.name) + _FORMAT_BYTES
+    for name, tensor in _distinct_tensors(model).items():
+        if name not in quantizable:
+            total += len(name) + _ENTRY_BYTES + 12 * tensor.ndim
+    return -(-total // 8) * 8
+
+
+def fixed_bytes(model: nn.Module) -> int:
+    """Returns the bytes of a packed file that no choice of formats changes: the rest and the header reserve."""
+    return rest_bytes(model) + header_reserve_bytes(model)
+
+
+def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, str], *, header_bytes: int) -> int:
+    """Writes a packed model to one safetensors file and returns its size in bytes.
+
+    Args:
+        model: A model whose weights are packed (``apply_formats_``).
+        path: The file to write.
+        metadata: Strings kept in the header.
+        header_bytes: Reserve of ``header_reserve_bytes``, taken from the reference model.
+
+    Raises:
+        ValueError: If the header does not fit its reserve.
+    """
+    tensors = {name: t.to(exact_dtype(t)) for name, t in _distinct_tensors(model).items()}
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    header = _header(ordered, metadata).encode()
+    if len(header) > header_bytes - 8:
+        msg = (
+            f"the header must fit its reserve: got {len(header)} bytes of header, {header_bytes - 8} reserved in "
+            f"'{path}'. Shorten the metadata."
+        )
+        raise ValueError(msg)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write((header_bytes - 8).to_bytes(8, "little"))
+        file.write(header.ljust(header_bytes - 8))
+        for tensor in ordered.values():
+            file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+    return path.stat().st_size
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns the strings kept in the header of a safetensors file.
+
+    Raises:
+        ValueError: If the file is missing, truncated or not safetensors.
+    """
+    with _open(path) as file:
+        return dict(file.metadata() or {})
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Returns all tensors of a safetensors file.
+
+    Raises:
+        ValueError: If the file is missing, truncated or not safetensors.
+    """
+    with _open(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+
+def _open(path: Path) -> safe_open:
+    if not path.is_file():
+        msg = f"a checkpoint must be a safetensors file: got '{path}', which is not there. Check the path."
+        raise ValueError(msg)
+    try:
+        return safe_open(str(path), framework="pt")
+    except SafetensorError as error:
+        msg = f"a checkpoint must be a complete safetensors file: got '{path}' ({error}). Write or fetch it again."
+        raise ValueError(msg) from error
+
+
+def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    distinct: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            distinct[name] = tensor.detach()
+    return distinct
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    return json.dumps(entries, separators=(",", ":"))

@@ -1,0 +1,93 @@
+"""Latency tables: microseconds of one decode step, measured on the device at hand.
+
+Every distinct (shape, format) is timed once through the module that will run it (``QuantizedLinear``, one token),
+after a warm-up, as the median over copies that lie in different memory, so that the weights come from DRAM as they
+do when a whole model runs. An embedding costs its one row, an expert its share of the tokens.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from runtime.candidates import Candidates
+from runtime.costs import CostTable
+from runtime.formats import Format
+from runtime.packed import PackedWeight, QuantizedEmbedding, QuantizedLinear
+from runtime.units import Unit, Weight
+
+_COLD_BYTES = 64 << 20
+_MOST_COPIES = 8
+_ROUNDS = 3
+
+Key = tuple[tuple[int, int], str, bool]
+
+
+def device_name() -> str:
+    """Returns what the timings hold for: processor, threads, and the versions that run it."""
+    return f"{platform.machine()} {platform.processor() or 'cpu'} x{torch.get_num_threads()} torch {torch.__version__}"
+
+
+def measure_latency(
+    candidates: Candidates, *, expert_share: float, progress: Callable[[int, int], None] = lambda done, total: None
+) -> CostTable:
+    """Returns the microseconds of each candidate in one decode step of batch 1.
+
+    Args:
+        candidates: Units and formats.
+        expert_share: Experts a token visits / experts of a layer.
+        progress: Called with (shapes timed, shapes in all).
+    """
+    keys = {
+        _key(weight, candidates.formats[f])
+        for u, f in zip(*np.nonzero(candidates.allowed), strict=True)
+        for weight in candidates.units[u].weights
+    }
+    timed: dict[Key, float] = {}
+    formats = {f.name: f for f in candidates.formats}
+    for i, key in enumerate(sorted(keys), 1):
+        timed[key] = _time_us(key[0], formats[key[1]], reads_rows=key[2])
+        progress(i, len(keys))
+    cost = np.full(candidates.allowed.shape, np.nan)
+    for u, f in zip(*np.nonzero(candidates.allowed), strict=True):
+        cost[u, f] = _unit_us(candidates.units[u], candidates.formats[f], timed, expert_share)
+    return CostTable(
+        resource="latency_us", cost=cost, fixed=0.0, unit_of_measure="us", source="measured", device=device_name()
+    )
+
+
+def _unit_us(unit: Unit, format_: Format, timed: dict[Key, float], expert_share: float) -> float:
+    return sum(
+        timed[_key(weight, format_)] * (expert_share if weight.kind == "expert" else 1.0) for weight in unit.weights
+    )
+
+
+def _key(weight: Weight, format_: Format) -> Key:
+    # A tied table is read in full by the head; the one row of the lookup beside it is nothing.
+    return weight.shape, format_.name, weight.kind == "embedding" and not weight.aliases
+
+
+def _time_us(shape: tuple[int, int], format_: Format, *, reads_rows: bool) -> float:
+    copies = max(2, min(_MOST_COPIES, _COLD_BYTES // format_.storage_bytes(shape)))
+    modules = [_module(shape, format_, reads_rows) for _ in range(copies)]
+    x = torch.zeros(1, 1, dtype=torch.int64) if reads_rows else torch.ones(1, 1, shape[1])
+    seconds = []
+    with torch.no_grad():
+        modules[0](x)
+        for _ in range(_ROUNDS):
+            for module in modules:
+                start = time.perf_counter()
+                module(x)
+                seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) * 1e6
+
+
+def _module(shape: tuple[int, int], format_: Format, reads_rows: bool) -> torch.nn.Module:
+    weight = PackedWeight(format_, shape)
+    # Zeros, not empty memory: pages must be there before they are timed.
+    for name, buffer in list(weight.named_buffers()):
+        setattr(weight, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    return QuantizedEmbedding(weight) if reads_rows else QuantizedLinear(weight)

@@ -1,0 +1,141 @@
+"""Modules that hold a weight in its stored format and read it back when they run.
+
+``PackedWeight`` is the stored matrix (its buffers are the tensors of the checkpoint, under the same names);
+``QuantizedLinear``, ``QuantizedEmbedding`` and ``PackedExperts`` put it where the dense parameter was. This is
+the reference path: the matrix is dequantized to float32 whenever it is used, and it defines what correct means.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from runtime.formats import Format, packed_row_bytes
+from runtime.packing import pack_codes, unpack_codes
+from runtime.quantization import FLOAT_DTYPES, QuantizedWeight, dequantize_codes
+
+
+class PackedWeight(nn.Module):
+    """One matrix [out_features, in_features] in its stored format.
+
+    Buffers, integer formats: ``codes`` [out_features, ceil(in_features * bits / 8)] uint8, ``scale``
+    [out_features, groups] float16, ``zero_point`` [out_features, ceil(groups * bits / 8)] uint8 when asymmetric.
+    Unquantized formats: ``values`` [out_features, in_features] bfloat16 or float16.
+
+    Args:
+        format_: The format.
+        shape: (out_features, in_features).
+    """
+
+    def __init__(self, format_: Format, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.format = format_
+        self.shape = shape
+        rows, in_features = shape
+        if format_.kind == "float":
+            self.register_buffer("values", torch.empty(shape, dtype=FLOAT_DTYPES[format_.name], device="meta"))
+            return
+        groups, bits = format_.group_count(in_features), format_.bits
+        self._register_bytes("codes", rows, packed_row_bytes(in_features, bits))
+        self.register_buffer("scale", torch.empty((rows, groups), dtype=torch.float16, device="meta"))
+        if not format_.symmetric:
+            self._register_bytes("zero_point", rows, packed_row_bytes(groups, bits))
+
+    @classmethod
+    def from_dense(cls, values: Tensor, format_: Format) -> "PackedWeight":
+        """Returns a weight [out_features, in_features] stored in an unquantized format."""
+        packed = cls(format_, (values.shape[0], values.shape[1]))
+        packed.values = values.to(FLOAT_DTYPES[format_.name])
+        return packed
+
+    @classmethod
+    def from_quantized(cls, quantized: QuantizedWeight) -> "PackedWeight":
+        """Returns a quantized weight with its codes packed."""
+        format_, codes = quantized.format, quantized.codes
+        packed = cls(format_, (codes.shape[0], codes.shape[1]))
+        packed.codes = pack_codes(codes, format_.bits)
+        packed.scale = quantized.scale
+        if quantized.zero_point is not None:
+            packed.zero_point = pack_codes(quantized.zero_point, format_.bits)
+        return packed
+
+    def forward(self, rows: Tensor | None = None) -> Tensor:
+        """Returns the float32 matrix, or only the given rows.
+
+        Args:
+            rows: [n] int64 row indices, or None for all rows.
+        """
+        if self.format.kind == "float":
+            values: Tensor = self.values if rows is None else self.values[rows]
+            return values.to(torch.float32)
+        bits = self.format.bits
+        codes, scale = self._pick(self.codes, rows), self._pick(self.scale, rows)
+        zero_point = None
+        if not self.format.symmetric:
+            zero_point = unpack_codes(self._pick(self.zero_point, rows), bits, scale.shape[1])
+        return dequantize_codes(unpack_codes(codes, bits, self.shape[1]), scale, zero_point, bits)
+
+    def extra_repr(self) -> str:
+        return f"{self.format.name}, shape={self.shape}"
+
+    def _register_bytes(self, name: str, rows: int, row_bytes: int) -> None:
+        self.register_buffer(name, torch.empty((rows, row_bytes), dtype=torch.uint8, device="meta"))
+
+    @staticmethod
+    def _pick(tensor: Tensor, rows: Tensor | None) -> Tensor:
+        return tensor if rows is None else tensor[rows]
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is packed: y = x W' + bias, computed in the type of x.
+
+    Args:
+        weight: The packed weight [out_features, in_features].
+        bias: [out_features], or None.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns [..., out_features] for x [..., in_features]."""
+        return nn.functional.linear(x, self.weight().to(x.dtype), self.bias)
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding whose table is packed; only the rows of the given tokens are read.
+
+    Args:
+        weight: The packed table [num_embeddings, embedding_dim].
+    """
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.weight = weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Returns float32 [..., embedding_dim] for tokens [...]."""
+        rows: Tensor = self.weight(tokens.reshape(-1))
+        return rows.view(*tokens.shape, self.embedding_dim)
+
+
+class PackedExperts(nn.Module):
+    """The matrices of all experts of one projection, each in its own format.
+
+    Stands where the parameter [experts, out_features, in_features] was: indexing returns one expert's matrix,
+    which is how the eager forward of transformers reads it.
+
+    Args:
+        experts: One packed weight an expert, or one dense matrix where an expert is left unquantized.
+    """
+
+    def __init__(self, experts: list[PackedWeight]) -> None:
+        super().__init__()
+        for i, expert in enumerate(experts):
+            self.add_module(str(i), expert)
+
+    def __getitem__(self, index: int | Tensor) -> Tensor:
+        dense: Tensor = self.get_submodule(str(int(index)))()
+        return dense

@@ -1,0 +1,182 @@
+"""The sensitivity profile: everything measured about a model, as one frozen value that can be saved and queried.
+
+On disk a profile is a directory: ``profile.json`` (units, formats, provenance) and ``arrays.safetensors``.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from runtime.candidates import Candidates
+from runtime.files import atomic_directory, write_text
+from runtime.formats import find_formats
+from runtime.units import Unit, Weight
+
+SCHEMA_VERSION = 1
+NATS = "nats/token"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTable:
+    """One metric's table.
+
+    Args:
+        loss: [U, F] float64; zero where the pair is not allowed.
+        std_error: [U, F] float64 of the same unit, zero where the metric is not a sample.
+        unit_of_measure: ``nats/token`` for predictions of KL, otherwise the metric's own.
+    """
+
+    loss: NDArray[np.float64]
+    std_error: NDArray[np.float64]
+    unit_of_measure: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityProfile:
+    """Losses of every candidate by every metric, with what is needed to price and to verify a plan.
+
+    Args:
+        candidates: Units, formats, allowed pairs.
+        losses: Metric -> table.
+        fisher_sketch: [S, U, F] float32, or None when not measured.
+        logit_gram: [2, U * F, U * F] float32 inner products of the logit sketches on two halves of the positions,
+            or None.
+        selection_tokens: [S, T] int64 that choose between plans; neither calibration nor evaluation.
+        evaluation_tokens: [S, T] int64 that nothing but the final evaluation sees.
+        fixed_bytes: Bytes of the packed file that no choice changes.
+        rest_bytes: Bytes of the unquantized rest among these.
+        reference_bytes: Bytes of the reference model.
+        expert_share: Experts a token visits / experts of a layer; 1 without experts.
+        provenance: Names and fingerprints of what the profile was measured from.
+    """
+
+    candidates: Candidates
+    losses: Mapping[str, LossTable]
+    fisher_sketch: NDArray[np.float32] | None
+    logit_gram: NDArray[np.float32] | None
+    selection_tokens: NDArray[np.int64]
+    evaluation_tokens: NDArray[np.int64]
+    fixed_bytes: int
+    rest_bytes: int
+    reference_bytes: int
+    expert_share: float
+    provenance: Mapping[str, str]
+
+    def table(self, metric: str) -> LossTable:
+        """Returns the table of a metric.
+
+        Raises:
+            ValueError: If the profile does not hold it.
+        """
+        if metric not in self.losses:
+            msg = (
+                f"metric must be one the profile holds: got '{metric}', held are {', '.join(self.losses)}. "
+                "Measure again with this metric."
+            )
+            raise ValueError(msg)
+        return self.losses[metric]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the profile was measured from (the key it is stored under)."""
+        return self.provenance["profile"]
+
+
+def save_profile(profile: SensitivityProfile, directory: Path) -> None:
+    """Writes a profile to a directory, whole or not at all."""
+    arrays: dict[str, NDArray[Any]] = {
+        "allowed": profile.candidates.allowed,
+        "selection_tokens": profile.selection_tokens,
+        "evaluation_tokens": profile.evaluation_tokens,
+    }
+    for name, table in profile.losses.items():
+        arrays[f"loss.{name}"] = table.loss
+        arrays[f"std_error.{name}"] = table.std_error
+    if profile.fisher_sketch is not None:
+        arrays["fisher_sketch"] = profile.fisher_sketch
+    if profile.logit_gram is not None:
+        arrays["logit_gram"] = profile.logit_gram
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "units": [dataclasses.asdict(unit) for unit in profile.candidates.units],
+        "formats": [f.name for f in profile.candidates.formats],
+        "reasons": [[u, f, reason] for (u, f), reason in profile.candidates.reasons.items()],
+        "metrics": {name: table.unit_of_measure for name, table in profile.losses.items()},
+        "fixed_bytes": profile.fixed_bytes,
+        "rest_bytes": profile.rest_bytes,
+        "reference_bytes": profile.reference_bytes,
+        "expert_share": profile.expert_share,
+        "provenance": dict(profile.provenance),
+    }
+    with atomic_directory(directory) as temporary:
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary / "arrays.safetensors"
+        )
+        write_text(temporary / "profile.json", json.dumps(document, indent=1) + "\n")
+
+
+def load_profile(directory: Path) -> SensitivityProfile:
+    """Returns the profile in a directory.
+
+    Raises:
+        ValueError: If there is none, it is damaged, or a newer version wrote it.
+    """
+    try:
+        document = json.loads((directory / "profile.json").read_text(encoding="utf-8"))
+        arrays = load_file(directory / "arrays.safetensors")
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        msg = f"a profile must be a directory that 'bitplan measure' wrote: got '{directory}' ({error}). Measure again."
+        raise ValueError(msg) from error
+    if document.get("schema_version") != SCHEMA_VERSION:
+        msg = (
+            f"a profile must have schema_version={SCHEMA_VERSION}: got {document.get('schema_version')} in "
+            f"'{directory}'. Use the version of bitplan that wrote it, or measure again."
+        )
+        raise ValueError(msg)
+    candidates = Candidates(
+        units=tuple(_unit(record) for record in document["units"]),
+        formats=find_formats(document["formats"]),
+        allowed=arrays["allowed"],
+        reasons={(u, f): reason for u, f, reason in document["reasons"]},
+    )
+    losses = {
+        name: LossTable(
+            loss=arrays[f"loss.{name}"], std_error=arrays[f"std_error.{name}"], unit_of_measure=unit_of_measure
+        )
+        for name, unit_of_measure in document["metrics"].items()
+    }
+    return SensitivityProfile(
+        candidates=candidates,
+        losses=losses,
+        fisher_sketch=arrays.get("fisher_sketch"),
+        logit_gram=arrays.get("logit_gram"),
+        selection_tokens=arrays["selection_tokens"],
+        evaluation_tokens=arrays["evaluation_tokens"],
+        fixed_bytes=document["fixed_bytes"],
+        rest_bytes=document["rest_bytes"],
+        reference_bytes=document["reference_bytes"],
+        expert_share=document["expert_share"],
+        provenance=document["provenance"],
+    )
+
+
+def fingerprint_of(parts: Mapping[str, Any]) -> str:
+    """Returns a hash of named JSON values, as 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _unit(record: dict[str, Any]) -> Unit:
+    weights = tuple(
+        Weight(**{**weight, "shape": tuple(weight["shape"]), "aliases": tuple(weight["aliases"])})
+        for weight in record["weights"]
+    )
+    return Unit(**{**record, "weights": weights})

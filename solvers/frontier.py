@@ -1,0 +1,91 @@
+"""All efficient points of one budget: the same problem at many limits.
+
+With one limit that can bind, hull and sort are done once and every point costs one exact search over its core.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from solvers.certification import run_certified
+from solvers.convex_hull import ConvexHull, build_hull
+from solvers.dispatch import solve
+from solvers.knapsack import search_hull
+from solvers.params import SolveParams
+from solvers.problem import AllocationProblem, FloatArray
+from solvers.result import Answer, SolveResult
+
+
+def solve_frontier(
+    problem: AllocationProblem,
+    *,
+    resource: str | None = None,
+    limits: FloatArray | None = None,
+    n_points: int | None = None,
+    params: SolveParams | None = None,
+) -> tuple[SolveResult, ...]:
+    """Returns one result per limit, in the order of the limits, each with its bound and shadow price.
+
+    Args:
+        problem: the problem; its limit on `resource` is replaced by each of the limits, the others hold.
+        resource: name of the resource to sweep; may be left out when there is only one.
+        limits: limits to solve for, [P].
+        n_points: instead of limits: this many, evenly spaced from the least use to the use at the least loss.
+        params: settings of every solve.
+
+    Raises:
+        ValueError: an unknown resource, or not exactly one of limits and n_points, or n_points below 2.
+    """
+    params = params or SolveParams()
+    index = _find_resource(problem, resource)
+    limits = _list_limits(problem, index, limits, n_points)
+    others = [r for r in problem.binding if r != index]
+    single = problem.is_separable and not others and params.trust_region is None
+    hull = build_hull(problem.masked_loss, problem.masked_cost[index]) if single else None
+    results = []
+    for limit in limits:
+        at_limit = problem.limit.copy()
+        at_limit[index] = limit
+        point = replace(problem, limit=at_limit)
+        results.append(solve(point, params=params) if hull is None else _solve_point(point, index, hull, params))
+    return tuple(results)
+
+
+def _solve_point(problem: AllocationProblem, index: int, hull: ConvexHull, params: SolveParams) -> SolveResult:
+    def search(problem: AllocationProblem, params: SolveParams) -> Answer:
+        choice, lower_bound, price, outcome = search_hull(hull, float(problem.target[index]), params)
+        shadow_price = np.zeros(len(problem.resources))
+        shadow_price[index] = price
+        return Answer(
+            choice=choice,
+            lower_bound=lower_bound,
+            shadow_price=shadow_price,
+            limit_hit=outcome.limit_hit,
+            detail=f"frontier point on a shared hull, exact search over {outcome.n_states} states",
+        )
+
+    return run_certified(problem, params, solver="knapsack", search=search)
+
+
+def _find_resource(problem: AllocationProblem, resource: str | None) -> int:
+    if resource is None and len(problem.resources) == 1:
+        return 0
+    if resource not in problem.resources:
+        msg = f"resource must be one of {', '.join(problem.resources)}: got resource={resource!r}."
+        raise ValueError(msg)
+    return problem.resources.index(resource)
+
+
+def _list_limits(problem: AllocationProblem, index: int, limits: FloatArray | None, n_points: int | None) -> FloatArray:
+    if (limits is None) == (n_points is None):
+        msg = f"exactly one of limits and n_points must be given: got limits={limits}, n_points={n_points}."
+        raise ValueError(msg)
+    if limits is not None:
+        return np.asarray(limits, dtype=np.float64)
+    if n_points is None or n_points < 2:
+        msg = f"n_points must be at least 2: got n_points={n_points}."
+        raise ValueError(msg)
+    # The use at the least loss: beyond it a larger limit changes nothing.
+    tied = problem.masked_loss == problem.masked_loss.min(axis=1, keepdims=True)
+    full = np.where(tied, problem.masked_cost[index], np.inf).min(axis=1).sum()
+    return np.linspace(problem.least_use[index], full, n_points)
