@@ -9,7 +9,7 @@ import numpy as np
 from allocator.assignments import Assignment, bits_per_weight, pick, use_of
 from allocator.budget import MEMORY, Budget, InfeasibleBudget
 from allocator.interactions import choose_shrinkage, sketch_from_gram
-from allocator.plan import Plan, UnitPlan
+from allocator.plans import Plan, UnitPlan
 from allocator.problems import build_problem, resolve_limits
 from runtime.costs import CostTable
 from sensitivity.combination import COMBINED

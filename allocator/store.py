@@ -25,8 +25,10 @@ CACHE_VARIABLE = "BITPLAN_CACHE"
 
 
 def default_root() -> Path:
-    """Returns the directory of ``BITPLAN_CACHE``, or ``~/.cache/bitplan``."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path("~/.cache/bitplan")).expanduser()
+    """Returns the directory of ``BITPLAN_CACHE``, else ``bitplan`` below ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bitplan"
 
 
 class Store:

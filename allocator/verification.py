@@ -12,7 +12,7 @@ import torch
 from allocator.assignments import Assignment, bits_per_weight, pick
 from allocator.budget import Budget
 from allocator.evaluation import SequenceScores, mean_interval, score_assignments
-from allocator.plan import Evaluation
+from allocator.plans import Evaluation
 from allocator.planning import predicted_kl
 from allocator.store import Store
 from runtime.costs import CostTable

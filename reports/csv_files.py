@@ -25,19 +25,22 @@ def neutralise(value: object) -> object:
 
 
 def csv_text(table: pd.DataFrame) -> str:
-    """The table as CSV with a header; missing values are empty, numbers keep their full precision."""
-    safe = {
-        str(neutralise(str(name))): column
-        if pd.api.types.is_numeric_dtype(column)
-        else column.astype(object).map(neutralise)
-        for name, column in table.items()
-    }
-    return pd.DataFrame(safe).to_csv(index=False, lineterminator="\n")
+    """The table as CSV (RFC 4180) with a header; missing values are empty, numbers keep their precision."""
+    safe = {str(neutralise(str(name))): _safe_column(column) for name, column in table.items()}
+    # With this line end, a stray carriage return inside a cell is quoted too.
+    return pd.DataFrame(safe).to_csv(index=False, lineterminator="\r\n")
+
+
+def _safe_column(column: pd.Series) -> pd.Series:
+    if pd.api.types.is_numeric_dtype(column):
+        return column
+    return pd.Series([neutralise(value) for value in column], index=column.index, dtype=object)
 
 
 def provenance_table(report: Report) -> pd.DataFrame:
     """The provenance as a table with the columns name and value."""
-    return pd.DataFrame(list(report.provenance.items()), columns=["name", "value"])
+    # Of dtype object, because a path may hold bytes that are no text, which other dtypes refuse.
+    return pd.DataFrame(list(report.provenance.items()), columns=["name", "value"], dtype=object)
 
 
 def write_csv(report: Report, directory: Path | str) -> tuple[Path, ...]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import pandas as pd
-
-Kind = Literal["text", "number", "integer", "boolean"]
 
 EVALUATION_KINDS = ("reference", "plan", "uniform")
 
@@ -62,7 +59,7 @@ COLUMNS: dict[str, dict[str, str]] = {
 }
 
 _IS_KIND = {
-    "text": lambda column: pd.api.types.is_string_dtype(column) or pd.api.types.is_object_dtype(column),
+    "text": lambda column: pd.api.types.infer_dtype(column, skipna=True) == "string",
     "number": lambda column: pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column),
     "integer": pd.api.types.is_integer_dtype,
     "boolean": pd.api.types.is_bool_dtype,

@@ -18,12 +18,12 @@ def number(value: float | None, digits: int = 3) -> str:
         return "∞" if value > 0 else "−∞"
     if value == 0:
         return "0"
-    size = math.floor(math.log10(abs(value)))
-    if -5 < size < 7:
-        text = f"{round(value, digits - 1 - size):,.{max(0, digits - 1 - size)}f}"
-        return text.replace("-", "−")
+    # Rounded first: 0.9996 has the size of 1.00.
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    return f"{mantissa}e{int(exponent)}".replace("-", "−")
+    places = digits - 1 - int(exponent)
+    readable = -5 < int(exponent) < 7
+    text = f"{round(value, places):,.{max(0, places)}f}" if readable else f"{mantissa}e{int(exponent)}"
+    return text.replace("-", "−")
 
 
 def size(memory_bytes: float) -> str:

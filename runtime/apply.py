@@ -3,15 +3,16 @@
 Both give the same logits bit for bit in float32: a packed module dequantizes to exactly the rendered weight.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
 from runtime.formats import Format, find_format
 from runtime.packed import PackedExperts, PackedWeight, QuantizedEmbedding, QuantizedLinear
 from runtime.quantizers import quantize, render
-from runtime.units import Weight, list_weights, read_weight
+from runtime.units import EMBEDDING_SCALE, Weight, list_weights, read_weight
 
 FormatsByWeight = Mapping[str, str]
 _Pack = Callable[[Weight], PackedWeight]
@@ -21,7 +22,7 @@ def check_formats_by_weight(model: nn.Module, formats_by_weight: FormatsByWeight
     """Returns the weights that get a format, by name.
 
     Raises:
-        ValueError: If a name is not a weight of the model, or a format is unknown.
+        ValueError: If a name is not a weight of the model, a format is unknown, or its groups do not divide a row.
     """
     weights = list_weights(model)
     unknown = [name for name in formats_by_weight if name not in weights]
@@ -31,8 +32,14 @@ def check_formats_by_weight(model: nn.Module, formats_by_weight: FormatsByWeight
             f"in {type(model).__name__}. Use the plan that was made for this model."
         )
         raise ValueError(msg)
-    for format_name in set(formats_by_weight.values()):
-        find_format(format_name)
+    for name, format_name in formats_by_weight.items():
+        format_, in_features = find_format(format_name), weights[name].shape[1]
+        if not format_.fits(in_features):
+            msg = (
+                f"group_size must divide in_features: got group_size={format_.group_size}, "
+                f"in_features={in_features} in weight '{name}'. Use another group size or a channel format."
+            )
+            raise ValueError(msg)
     return {name: weights[name] for name in formats_by_weight}
 
 
@@ -46,25 +53,29 @@ def simulated_formats(
         model: The reference model.
         formats_by_weight: Weight name -> format name; weights not named keep their values.
         quantizer: Name in ``QUANTIZERS``.
+
+    Raises:
+        ValueError: If a name is not a weight of the model, a format is unknown, or its groups do not divide a row.
     """
     weights = check_formats_by_weight(model, formats_by_weight)
     saved: dict[str, Tensor] = {}
-    try:
-        for name, weight in weights.items():
-            parameter = model.get_parameter(weight.parameter)
-            rendered = render(read_weight(model, weight), find_format(formats_by_weight[name]), quantizer)
-            if weight.expert_index is None:
-                saved[weight.parameter] = parameter.data
-                parameter.data = rendered.to(parameter.dtype)
-                continue
-            if weight.parameter not in saved:
-                saved[weight.parameter] = parameter.data
-                parameter.data = parameter.data.clone()
-            parameter.data[weight.expert_index] = rendered.to(parameter.dtype)
-        yield
-    finally:
-        for parameter_name, data in saved.items():
-            model.get_parameter(parameter_name).data = data
+    with _eager_experts(model, weights):
+        try:
+            for name, weight in weights.items():
+                parameter = model.get_parameter(weight.parameter)
+                rendered = render(read_weight(model, weight), find_format(formats_by_weight[name]), quantizer)
+                if weight.expert_index is None:
+                    saved[weight.parameter] = parameter.data
+                    parameter.data = rendered.to(parameter.dtype)
+                    continue
+                if weight.parameter not in saved:
+                    saved[weight.parameter] = parameter.data
+                    parameter.data = parameter.data.clone()
+                parameter.data[weight.expert_index] = rendered.to(parameter.dtype)
+            yield
+        finally:
+            for parameter_name, data in saved.items():
+                model.get_parameter(parameter_name).data = data
 
 
 def apply_formats_(model: nn.Module, formats_by_weight: FormatsByWeight, *, quantizer: str = "rtn") -> None:
@@ -76,7 +87,8 @@ def apply_formats_(model: nn.Module, formats_by_weight: FormatsByWeight, *, quan
         quantizer: Name in ``QUANTIZERS``.
 
     Raises:
-        ValueError: If a name or format is unknown, or only some experts of a projection are named.
+        ValueError: If a name or format is unknown or does not fit, or only some experts of a projection are named
+            (the model is unchanged then), or a weight is outside the range of its format.
     """
     weights = check_formats_by_weight(model, formats_by_weight)
 
@@ -90,7 +102,7 @@ def install_empty_formats_(model: nn.Module, formats_by_weight: FormatsByWeight)
     """Replaces the named weights by packed modules without data (on the meta device), to be loaded into.
 
     Raises:
-        ValueError: If a name or format is unknown, or only some experts of a projection are named.
+        ValueError: If a name or format is unknown or does not fit, or only some experts of a projection are named.
     """
     weights = check_formats_by_weight(model, formats_by_weight)
     _install_packed(model, weights, lambda w: PackedWeight(find_format(formats_by_weight[w.name]), w.shape))
@@ -108,6 +120,8 @@ def _install_packed(model: nn.Module, weights: Mapping[str, Weight], pack: _Pack
     for weight in weights.values():
         by_parameter.setdefault(weight.parameter, []).append(weight)
     for parameter_name, group in by_parameter.items():
+        _check_experts_complete(model, parameter_name, group)
+    for parameter_name, group in by_parameter.items():
         if group[0].expert_index is not None:
             _install_experts(model, parameter_name, group, pack)
             continue
@@ -119,26 +133,51 @@ def _install_packed(model: nn.Module, weights: Mapping[str, Weight], pack: _Pack
 def _install_module(model: nn.Module, module_name: str, packed: PackedWeight) -> None:
     module = model.get_submodule(module_name)
     if isinstance(module, nn.Embedding):
-        model.set_submodule(module_name, QuantizedEmbedding(packed))
+        scale = float(getattr(module, EMBEDDING_SCALE, 1.0))
+        model.set_submodule(module_name, QuantizedEmbedding(packed, scale))
     else:
         bias = module.bias if isinstance(module.bias, nn.Parameter) else None
         model.set_submodule(module_name, QuantizedLinear(packed, bias))
 
 
-def _install_experts(model: nn.Module, parameter_name: str, group: list[Weight], pack: _Pack) -> None:
-    module_name, _, attribute = parameter_name.rpartition(".")
-    module = model.get_submodule(module_name)
+def _check_experts_complete(model: nn.Module, parameter_name: str, group: list[Weight]) -> None:
     expert_count = model.get_parameter(parameter_name).shape[0]
-    if len(group) != expert_count:
+    if group[0].expert_index is not None and len(group) != expert_count:
         msg = (
             f"every expert of a projection must have a format: got {len(group)} of {expert_count} experts of "
             f"'{parameter_name}'. Name the others as well (bf16 leaves an expert unquantized)."
         )
         raise ValueError(msg)
+
+
+def _install_experts(model: nn.Module, parameter_name: str, group: list[Weight], pack: _Pack) -> None:
+    module_name, _, attribute = parameter_name.rpartition(".")
+    module = model.get_submodule(module_name)
     packed = PackedExperts([pack(weight) for weight in sorted(group, key=lambda w: w.expert_index or 0)])
     delattr(module, attribute)
     module.add_module(attribute, packed)
     # Only the eager forward reads the experts one by one; the batched ones want one dense parameter.
-    config = getattr(module, "config", None)
-    if config is not None:
+    for config in _expert_configs(model, group):
         config._experts_implementation = "eager"
+
+
+@contextmanager
+def _eager_experts(model: nn.Module, weights: Mapping[str, Weight]) -> Iterator[None]:
+    """Lets mixtures whose experts are among the weights read them one by one, as packed experts are read.
+
+    The batched forwards add the experts of a token in another order, and so round differently.
+    """
+    implementations = [(config, config._experts_implementation) for config in _expert_configs(model, weights.values())]
+    try:
+        for config, _ in implementations:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in implementations:
+            config._experts_implementation = implementation
+
+
+def _expert_configs(model: nn.Module, weights: Iterable[Weight]) -> list[Any]:
+    modules = {w.parameter.rpartition(".")[0] for w in weights if w.expert_index is not None}
+    configs = [model.get_submodule(name).config for name in modules]
+    return list({id(config): config for config in configs}.values())

@@ -62,8 +62,8 @@ def list_candidates(
         pins: Regular expression on unit names -> the one format that the matching units take.
 
     Raises:
-        ValueError: If a format is unknown, a pin matches nothing or asks for what cannot be, or a unit is left
-            without any format.
+        ValueError: If a format is unknown, a pin is no regular expression, matches nothing or asks for what
+            cannot be, or a unit is left without any format.
     """
     formats = find_formats(format_names)
     if embedding_formats is not None:
@@ -78,10 +78,10 @@ def list_candidates(
     allowed = np.ones((len(units), len(formats)), dtype=bool)
     for u, f in reasons:
         allowed[u, f] = False
-    for u in np.flatnonzero(~allowed.any(axis=1)):
+    for u in np.flatnonzero(~allowed.any(axis=1)).tolist():
         msg = (
             f"every unit must have an allowed format: unit '{units[u].name}' has none "
-            f"({'; '.join(dict.fromkeys(reasons[int(u), f] for f in range(len(formats))))}). "
+            f"({'; '.join(dict.fromkeys(reasons[u, f] for f in range(len(formats))))}). "
             "Add a channel format or bf16, or change the pin."
         )
         raise ValueError(msg)
@@ -109,7 +109,11 @@ def _resolve_pins(units: Sequence[Unit], formats: Sequence[Format], pins: Mappin
         if format_name not in names:
             msg = f"a pin must name one of the formats: got '{pattern}={format_name}', formats are {sorted(names)}."
             raise ValueError(msg)
-        matches = [u for u, unit in enumerate(units) if re.search(pattern, unit.name)]
+        try:
+            matches = [u for u, unit in enumerate(units) if re.search(pattern, unit.name)]
+        except re.error as error:
+            msg = f"a pin must be a regular expression: got '{pattern}' ({error}). Correct the pattern."
+            raise ValueError(msg) from error
         if not matches:
             msg = f"a pin must match at least one unit: got '{pattern}', e.g. '{units[0].name}' is a unit's name."
             raise ValueError(msg)

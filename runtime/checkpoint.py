@@ -24,10 +24,16 @@ CHECKPOINT_FILE = "model.safetensors"
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.int64: "I64",
+    torch.uint64: "U64",
     torch.float32: "F32",
     torch.int32: "I32",
+    torch.uint32: "U32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.uint8: "U8",
     torch.int8: "I8",
     torch.bool: "BOOL",
@@ -39,13 +45,13 @@ _PROVENANCE_BYTES = 8192
 
 
 def exact_dtype(tensor: Tensor) -> torch.dtype:
-    """Returns the narrowest float type that holds every value of the tensor exactly (its own if not a float)."""
+    """Returns the narrowest float type that holds every value of the tensor exactly; its own if none is narrower."""
     if not tensor.is_floating_point():
         return tensor.dtype
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if dtype.itemsize < tensor.dtype.itemsize and torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
             return dtype
-    return torch.float32
+    return tensor.dtype
 
 
 def rest_bytes(model: nn.Module) -> int:
@@ -107,7 +113,7 @@ def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, str], *
         file.write((header_bytes - 8).to_bytes(8, "little"))
         file.write(header.ljust(header_bytes - 8))
         for tensor in ordered.values():
-            file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return path.stat().st_size
 
 

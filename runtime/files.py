@@ -1,7 +1,8 @@
 """Writing files and directories so that they are there whole or not at all.
 
 Everything is written under a temporary name beside its target and renamed when complete; what a failure or an
-interrupt leaves is only the temporary name, which is removed on the way out.
+interrupt leaves is only the temporary name, which is removed on the way out. Replacing a directory takes two
+renames; a process killed between them leaves the old one beside its place, under a name that ends in ``.old``.
 """
 
 import os
@@ -32,8 +33,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Gives a temporary directory beside ``path`` to fill; it becomes ``path`` if the body succeeds.
 
     A directory that is already at ``path`` is replaced as a whole, after the new one is complete.
+
+    Raises:
+        ValueError: If a file is at ``path``.
     """
-    path = Path(os.path.abspath(path))
+    path = path.resolve()
+    if path.exists() and not path.is_dir():
+        msg = f"the place of a directory must be free or a directory: got '{path}', a file. Use another path."
+        raise ValueError(msg)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:

@@ -61,12 +61,17 @@ def find_model(source: str) -> Path:
 
 def fingerprint_model(path: Path) -> str:
     """Returns a hash of the content of a model's files, as 64 hexadecimal digits."""
+    if path.is_file():
+        return _hash_file(path)
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted({p for pattern in _FINGERPRINTED for p in path.glob(pattern)})
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    for file in sorted({p for pattern in _FINGERPRINTED for p in path.glob(pattern)}):
+        digest.update(f"{file.name}:{_hash_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load_reference(source: str) -> ReferenceModel:
@@ -76,43 +81,65 @@ def load_reference(source: str) -> ReferenceModel:
         source: A Hugging Face directory or id, or a GGUF file.
 
     Raises:
-        ValueError: If the model is missing, damaged, already packed, or has a non-finite weight.
+        ValueError: If the model is missing, damaged, already packed, or has a missing or non-finite weight.
     """
     path = find_model(source)
-    tokenizer, model = _call_transformers(path, lambda: _load(path))
+    if path.is_dir() and hasattr(call_transformers(path, lambda: AutoConfig.from_pretrained(path)), PACKED_CONFIG_KEY):
+        msg = f"a reference model must not be packed already: got '{path}'. Name the model the plan was made for."
+        raise ValueError(msg)
+    tokenizer, model, missing = call_transformers(path, lambda: _load(path))
+    if missing:
+        msg = (
+            f"a model must hold all of its weights: got {len(missing)} missing, first '{missing[0]}', in '{path}'. "
+            "Fetch or save the model again."
+        )
+        raise ValueError(msg)
     _check_finite(model, path)
     return ReferenceModel(
         model=model,
         tokenizer=tokenizer,
-        name=path.stem if path.is_file() else path.name,
+        name=_name(source, path),
         fingerprint=fingerprint_model(path),
     )
 
 
-def _load(path: Path) -> tuple[PreTrainedTokenizerBase, nn.Module]:
+def _name(source: str, path: Path) -> str:
+    if path.is_file():
+        return path.stem
+    # A fetched model lies in a directory that is named after a commit, and "." has no name at all.
+    return path.resolve().name if Path(source).expanduser().is_dir() else source
+
+
+def call_transformers(path: Path, load: Callable[[], _Loaded]) -> _Loaded:
+    """Returns what ``load`` reads from ``path`` with transformers.
+
+    Raises:
+        ValueError: If it fails.
+    """
+    try:
+        return load()
+    # The parsers below it answer a damaged file with whatever it made them trip over: struct.error, OverflowError,
+    # SafetensorError, and more. All of them are kept as the cause.
+    except Exception as error:
+        msg = (
+            f"a model must be readable by transformers: got '{path}', {type(error).__name__}: "
+            f"{str(error).rstrip('.')}. Check that its files are complete, and that the extra 'gguf' is installed if "
+            "it is a GGUF file."
+        )
+        raise ValueError(msg) from error
+
+
+def _load(path: Path) -> tuple[PreTrainedTokenizerBase, nn.Module, list[str]]:
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
     if path.is_file():
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    elif hasattr(AutoConfig.from_pretrained(path), PACKED_CONFIG_KEY):
-        msg = f"a reference model must not be packed already: got '{path}'. Name the model the plan was made for."
-        raise ValueError(msg)
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, use_safetensors=True)
-    model.eval().requires_grad_(False)
-    return tokenizer, model
-
-
-def _call_transformers(path: Path, load: Callable[[], _Loaded]) -> _Loaded:
-    try:
-        return load()
-    except (OSError, ImportError, RuntimeError, KeyError, EOFError, ValueError) as error:
-        if isinstance(error, ValueError) and "must" in str(error).partition(":")[0]:
-            raise
-        msg = (
-            f"a model must be readable by transformers: got '{path}', {type(error).__name__}: {error} "
-            "Check that its files are complete and that the extra 'gguf' is installed for GGUF files."
-        )
-        raise ValueError(msg) from error
+    # transformers fills a weight that is not in the files with random numbers, and says so in its log only.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    model, info = loaded
+    return tokenizer, model.eval().requires_grad_(False), sorted(info["missing_keys"])
 
 
 def _fetch_from_hub(source: str) -> Path:
@@ -125,8 +152,8 @@ def _fetch_from_hub(source: str) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         msg = (
-            f"a model must be a directory, a GGUF file or a Hugging Face id: got '{source}', which is no local path and "
-            f"could not be fetched ({type(error).__name__}). Check the spelling, or fetch the model beforehand."
+            f"a model must be a directory, a GGUF file or a Hugging Face id: got '{source}', which is no local path "
+            f"and could not be fetched ({type(error).__name__}). Check the spelling, or fetch the model beforehand."
         )
         raise ValueError(msg) from error
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from runtime.formats import Format, packed_row_bytes
 from runtime.packing import pack_codes, unpack_codes
-from runtime.quantization import FLOAT_DTYPES, QuantizedWeight, dequantize_codes
+from runtime.quantization import FLOAT_DTYPES, QuantizedWeight, dequantize_codes, round_to_float
 
 
 class PackedWeight(nn.Module):
@@ -24,6 +24,11 @@ class PackedWeight(nn.Module):
         format_: The format.
         shape: (out_features, in_features).
     """
+
+    values: Tensor
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
 
     def __init__(self, format_: Format, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -41,9 +46,13 @@ class PackedWeight(nn.Module):
 
     @classmethod
     def from_dense(cls, values: Tensor, format_: Format) -> "PackedWeight":
-        """Returns a weight [out_features, in_features] stored in an unquantized format."""
+        """Returns a weight [out_features, in_features] stored in an unquantized format.
+
+        Raises:
+            ValueError: If a weight is not finite, or outside the range of the format.
+        """
         packed = cls(format_, (values.shape[0], values.shape[1]))
-        packed.values = values.to(FLOAT_DTYPES[format_.name])
+        packed.values = round_to_float(values, format_).to(FLOAT_DTYPES[format_.name])
         return packed
 
     @classmethod
@@ -64,8 +73,7 @@ class PackedWeight(nn.Module):
             rows: [n] int64 row indices, or None for all rows.
         """
         if self.format.kind == "float":
-            values: Tensor = self.values if rows is None else self.values[rows]
-            return values.to(torch.float32)
+            return self._pick(self.values, rows).to(torch.float32)
         bits = self.format.bits
         codes, scale = self._pick(self.codes, rows), self._pick(self.scale, rows)
         zero_point = None
@@ -108,16 +116,18 @@ class QuantizedEmbedding(nn.Module):
 
     Args:
         weight: The packed table [num_embeddings, embedding_dim].
+        scale: What the rows are multiplied by when they are read (Gemma: the root of embedding_dim).
     """
 
-    def __init__(self, weight: PackedWeight) -> None:
+    def __init__(self, weight: PackedWeight, scale: float = 1.0) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.shape
         self.weight = weight
+        self.scale = scale
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns float32 [..., embedding_dim] for tokens [...]."""
-        rows: Tensor = self.weight(tokens.reshape(-1))
+        rows: Tensor = self.weight(tokens.reshape(-1)) * self.scale
         return rows.view(*tokens.shape, self.embedding_dim)
 
 
@@ -128,7 +138,7 @@ class PackedExperts(nn.Module):
     which is how the eager forward of transformers reads it.
 
     Args:
-        experts: One packed weight an expert, or one dense matrix where an expert is left unquantized.
+        experts: One packed weight an expert.
     """
 
     def __init__(self, experts: list[PackedWeight]) -> None:

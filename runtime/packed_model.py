@@ -22,7 +22,8 @@ from runtime.checkpoint import (
     save_checkpoint,
 )
 from runtime.files import atomic_directory, write_text
-from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel
+from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
+from runtime.units import list_weights
 
 FORMATS_KEY = "bitplan.formats"
 
@@ -43,7 +44,17 @@ def save_packed_(
         directory: Replaced as a whole once the new content is complete.
         metadata: Strings kept in the checkpoint's header.
         quantizer: Name in ``QUANTIZERS``.
+
+    Raises:
+        ValueError: If a weight has no format or one it cannot take, or the metadata does not fit the header.
     """
+    left = [name for name in list_weights(reference.model) if name not in formats_by_weight]
+    if left:
+        msg = (
+            f"every weight must have a format: got none for {len(left)} weights, first '{left[0]}', in "
+            f"'{reference.name}'. Use the plan that was made for this model."
+        )
+        raise ValueError(msg)
     header_bytes = header_reserve_bytes(reference.model)
     apply_formats_(reference.model, formats_by_weight, quantizer=quantizer)
     with atomic_directory(directory) as temporary:
@@ -72,28 +83,39 @@ def load_packed(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str
     if FORMATS_KEY not in metadata:
         msg = f"a packed model must name its formats in the header: got none in '{path}'. Make it with 'bitplan apply'."
         raise ValueError(msg)
-    config = AutoConfig.from_pretrained(directory)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.tie_weights()
+    model = call_transformers(directory, lambda: _build_empty(directory))
     install_empty_formats_(model, json.loads(metadata[FORMATS_KEY]))
     _load_tensors_(model, load_tensors(path), path)
-    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(directory), metadata
+    tokenizer = call_transformers(directory, lambda: AutoTokenizer.from_pretrained(directory))
+    return model.eval().requires_grad_(False), tokenizer, metadata
+
+
+def _build_empty(directory: Path) -> Any:
+    config = AutoConfig.from_pretrained(directory)
+    auto_model: Any = AutoModelForCausalLM
+    with init_empty_weights(include_buffers=False):
+        model = auto_model.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model
 
 
 def _load_tensors_(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    packed_names = {name for name, _ in model.named_buffers()}
-    ready = {n: t if n in packed_names else _widen(t) for n, t in tensors.items()}
-    result = model.load_state_dict(ready, strict=False, assign=True)
-    left = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
-    if left or result.unexpected_keys:
+    names_by_tensor: dict[int, list[str]] = {}
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in own.items():
+        names_by_tensor.setdefault(id(tensor), []).append(name)
+    expected = {names[0]: names for names in names_by_tensor.values()}
+    wrong = [n for n in expected if n not in tensors or tensors[n].shape != own[n].shape]
+    wrong += [n for n in tensors if n not in expected]
+    if wrong:
         msg = (
-            f"a packed file must hold exactly the tensors of its model: got {len(left)} missing and "
-            f"{len(result.unexpected_keys)} unknown in '{path}', first '{[*left, *result.unexpected_keys][0]}'. "
-            "Write it again with this version."
+            f"a packed file must hold exactly the tensors of its model: got {len(wrong)} missing, unknown or of "
+            f"another shape in '{path}', first '{wrong[0]}'. Write it again with this version."
         )
         raise ValueError(msg)
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+    # The file holds float32 numbers in narrower types; a tied tensor is there once, under its first name.
+    ready: dict[str, Tensor] = {}
+    for name, names in expected.items():
+        tensor = tensors[name].to(own[name].dtype)
+        ready |= dict.fromkeys(names, nn.Parameter(tensor, False) if isinstance(own[name], nn.Parameter) else tensor)
+    model.load_state_dict(ready, strict=True, assign=True)

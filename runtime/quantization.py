@@ -61,13 +61,13 @@ def round_to_float(weight: Tensor, format_: Format) -> Tensor:
     """Returns the weight rounded to an unquantized 16-bit format, as float32.
 
     Raises:
-        ValueError: If a finite weight is outside the range of the format.
+        ValueError: If a weight is not finite, or outside the range of the format.
     """
     rounded = weight.to(FLOAT_DTYPES[format_.name]).to(torch.float32)
     if not bool(torch.isfinite(rounded).all()):
         msg = (
-            f"weights must fit the range of format '{format_.name}': got max|w|={weight.abs().max().item():g}. "
-            "Use bf16."
+            f"weights must be finite and in the range of format '{format_.name}': got "
+            f"max|w|={weight.abs().max().item():g}. Check the weight for huge values; bf16 has the widest range."
         )
         raise ValueError(msg)
     return rounded

@@ -4,18 +4,22 @@ Weights are the nodes of a graph; tied storage and fusion groups are its edges; 
 is a unit. A weight is a two-dimensional parameter of an ``nn.Linear`` or ``nn.Embedding``, or one expert's
 matrix inside a three-dimensional parameter, as transformers 5 stores the experts of a mixture. Routers and
 shared-expert gates stay unquantized: they are a handful of rows, and an error in them changes the routing.
+So do the weights of modules that compute something of their own, and experts stored transposed or read in
+batches only: what replaces them would not do the same.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import networkx as nx
 from torch import Tensor, nn
 
 UnitKind = Literal["linear", "embedding", "head", "expert"]
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+# Embeddings that multiply the rows they read (Gemma, Bart) keep the factor under this name.
+EMBEDDING_SCALE = "embed_scale"
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -89,7 +93,7 @@ def find_units(model: nn.Module, *, fuse: Sequence[str] = ()) -> tuple[Unit, ...
     if not weights:
         msg = f"a model must have nn.Linear, nn.Embedding or fused expert weights: got none in {type(model).__name__}."
         raise ValueError(msg)
-    graph = nx.Graph()
+    graph: nx.Graph[int] = nx.Graph()
     graph.add_nodes_from(range(len(weights)))
     for pattern in fuse:
         graph.add_edges_from(_fusion_edges(weights, pattern))
@@ -114,28 +118,31 @@ def count_weights(units: Sequence[Unit]) -> int:
 
 
 def _list_weights(model: nn.Module) -> Iterator[Weight]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for full_name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), ([], parameter))[0].append(full_name)
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
+    kinds: dict[str, UnitKind | None] = {}
     for module_name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            kind = _weight_kind(module_name, module, parameter_name, parameter, head)
             full_name = f"{module_name}.{parameter_name}" if module_name else parameter_name
-            known_names = names[id(parameter)]
-            if kind is None or full_name != known_names[0]:
-                continue
-            aliases = tuple(known_names[1:])
-            out_features, in_features = parameter.shape[-2:]
-            experts: Sequence[int | None] = range(parameter.shape[0]) if parameter.ndim == 3 else (None,)
-            for expert in experts:
-                yield Weight(
-                    parameter=full_name,
-                    expert_index=expert,
-                    shape=(out_features, in_features),
-                    kind=kind,
-                    aliases=aliases,
-                )
+            kinds[full_name] = _weight_kind(module_name, module, parameter_name, parameter, head)
+    for (name, *aliases), parameter in names.values():
+        kind = kinds[name]
+        # A module with two names is listed under the first; a weight that a module reads in its own way stays.
+        if kind is None or any(kinds.get(alias, kind) is None for alias in aliases):
+            continue
+        out_features, in_features = parameter.shape[-2:]
+        experts: Sequence[int | None] = range(parameter.shape[0]) if parameter.ndim == 3 else (None,)
+        for expert in experts:
+            yield Weight(
+                parameter=name,
+                expert_index=expert,
+                shape=(out_features, in_features),
+                kind=kind,
+                aliases=tuple(aliases),
+            )
 
 
 def _weight_kind(
@@ -143,13 +150,16 @@ def _weight_kind(
 ) -> UnitKind | None:
     if module_name.rpartition(".")[2] in ROUTER_NAMES:
         return None
-    if parameter.ndim == 3 and "experts" in module_name and not getattr(module, "is_transposed", False):
+    # The attribute is there where transformers can read the experts one by one (its eager implementation).
+    if parameter.ndim == 3 and "experts" in module_name and not getattr(module, "is_transposed", True):
         return "expert"
     if parameter_name != "weight" or parameter.ndim != 2:
         return None
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) and (
+        type(module).forward is nn.Embedding.forward or hasattr(module, EMBEDDING_SCALE)
+    ):
         return "embedding"
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return "head" if module is head else "linear"
     return None
 

@@ -66,21 +66,23 @@ def read_documents(source: str) -> list[str]:
 
 
 def split_documents(documents: Sequence[str], shares: Mapping[str, float]) -> dict[str, list[str]]:
-    """Returns the documents divided into named parts, each document in exactly one.
+    """Returns the distinct documents divided into named parts, each document in one.
 
-    Documents are ordered by the hash of their content, so the split does not depend on file order, and equal
-    documents cannot end in two parts. Few long documents are cut into pieces at paragraph ends first, and then
-    kept in order, so that two parts meet in one place only.
+    Documents are ordered by the hash of their content, so the split does not depend on file order. Fewer than 16
+    documents keep their order and are cut into pieces first, at the ends of paragraphs where there are any; so is
+    a document longer than the smallest part. The pieces stay together: two parts meet in one place only.
 
     Args:
         documents: Texts.
         shares: Part -> share of all characters; the shares sum to one.
     """
-    if len(documents) < _FEWEST_DOCUMENTS:
-        ordered = [piece for document in documents for piece in _cut(document)]
-    else:
-        ordered = sorted(set(documents), key=lambda d: hashlib.sha256(d.encode()).digest())
-    total = sum(map(len, ordered))
+    distinct = list(dict.fromkeys(documents))
+    total = sum(map(len, distinct))
+    longest = 0.0
+    if len(distinct) >= _FEWEST_DOCUMENTS:
+        distinct.sort(key=lambda document: hashlib.sha256(document.encode()).digest())
+        longest = min(shares.values()) * total
+    ordered = [piece for document in distinct for piece in (_cut(document) if len(document) > longest else [document])]
     parts: dict[str, list[str]] = {name: [] for name in shares}
     names, bounds, reached = list(shares), [], 0.0
     for share in shares.values():
@@ -118,7 +120,7 @@ def tokenize_documents(
             f"'{source}'. Give more text, or ask for fewer or shorter sequences."
         )
         raise ValueError(msg)
-    starts = torch.linspace(0, windows - 1, sequences).round().to(torch.int64) * sequence_tokens
+    starts = torch.linspace(0, windows - 1, sequences, dtype=torch.float64).round().to(torch.int64) * sequence_tokens
     tokens = torch.stack([torch.tensor(stream[i : i + sequence_tokens]) for i in starts.tolist()])
     return TokenSequences(tokens=tokens, source=source)
 
@@ -158,7 +160,7 @@ def _sample_batch(model: Any, tokens: Tensor, length: int, generator: torch.Gene
 
 def _read_file(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         msg = f"calibration files must be UTF-8 text: got '{path}' ({error.reason} at byte {error.start}). Convert it."
         raise ValueError(msg) from error
@@ -167,7 +169,8 @@ def _read_file(path: Path) -> list[str]:
         raise ValueError(msg)
     if path.suffix != ".jsonl":
         return [text]
-    return [_document(line, path, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not splitlines: JSON strings may hold U+2028 and other characters that it takes for the end of a line.
+    return [_document(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _document(line: str, path: Path, number: int) -> str:
@@ -179,8 +182,8 @@ def _document(line: str, path: Path, number: int) -> str:
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         msg = f"each line of a JSONL file must be an object with a 'text' string: line {number} of '{path}' is not."
         raise ValueError(msg)
-    text: str = record["text"]
-    return text
+    # JSON can name half a surrogate pair, which no encoding of text holds.
+    return str(record["text"]).encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _read_dataset(name: str, most_documents: int = 2000) -> list[str]:
@@ -197,18 +200,21 @@ def _read_dataset(name: str, most_documents: int = 2000) -> list[str]:
         return [row["text"] for row in rows.take(most_documents) if isinstance(row.get("text"), str)]
     except Exception as error:  # the library raises its own, its file systems' and the hub's exceptions
         msg = (
-            f"calibration must be a path or a Hugging Face dataset with a 'text' column: got '{name}', which is no local "
-            f"path and could not be fetched ({type(error).__name__}). Check the spelling."
+            f"calibration must be a path or a Hugging Face dataset with a 'text' column: got '{name}', which is no "
+            f"local path and could not be fetched ({type(error).__name__}). Check the spelling."
         )
         raise ValueError(msg) from error
 
 
 def _cut(document: str) -> list[str]:
-    pieces: list[str] = []
-    current = ""
-    for paragraph in document.split("\n\n"):
-        current += paragraph + "\n\n"
-        if len(current) >= _PIECE_CHARACTERS:
-            pieces.append(current)
-            current = ""
-    return [*pieces, current] if current.strip() else pieces
+    pieces = []
+    start = 0
+    while len(document) - start > 2 * _PIECE_CHARACTERS:
+        stop = start + _PIECE_CHARACTERS
+        window = document[stop : stop + _PIECE_CHARACTERS]
+        # The empty string is in every window, at its start: text without any space is cut where it stands.
+        end = next(end for end in ("\n\n", "\n", " ", "") if end in window)
+        stop += window.index(end) + len(end)
+        pieces.append(document[start:stop])
+        start = stop
+    return [*pieces, document[start:]]

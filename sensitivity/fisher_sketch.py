@@ -15,7 +15,8 @@ compression losses, LeCun et al. 1989 (Optimal Brain Damage). We contract with r
 estimating curvature.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ def measure_fisher_sketch(
 ) -> Iterator[NDArray[np.float32]]:
     """Yields ``sketch[s]`` [U, F] for the sequences ``first`` and on, one after another.
 
+    While the generator is open, the candidates' parameters take gradients and no other parameter does; closed or
+    exhausted, it leaves the model as it was, except that these parameters hold no gradient.
+
     Args:
         model: The reference model in float32.
         candidates: Units and formats; entries of pairs not allowed are zero.
@@ -44,7 +48,7 @@ def measure_fisher_sketch(
     try:
         for s in range(first, tokens.shape[0]):
             contraction.sketch.fill(0.0)
-            _backward_sampled_score(model, tokens[s : s + 1], seed=seed * 1_000_003 + s)
+            _backward_sampled_score(model, tokens[s : s + 1], seed=(seed * 1_000_003 + s) % 2**63)
             yield (contraction.sketch / np.sqrt(tokens.shape[1])).astype(np.float32)
     finally:
         contraction.close()
@@ -61,11 +65,12 @@ def fisher_loss(sketch: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArr
 
 
 def _backward_sampled_score(model: nn.Module, tokens: Tensor, *, seed: int) -> None:
-    logits = model(tokens, use_cache=False).logits[0].float()
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.multinomial(torch.softmax(logits.detach(), dim=-1), 1, generator=generator)[:, 0]
-    # Minus the log-likelihood: the sign of a score changes neither its square nor its cross terms.
-    nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    with torch.enable_grad():
+        logits = model(tokens, use_cache=False).logits[0].float()
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.multinomial(torch.softmax(logits.detach(), dim=-1), 1, generator=generator)[:, 0]
+        # Minus the log-likelihood: the sign of a score changes neither its square nor its cross terms.
+        torch.autograd.backward(nn.functional.cross_entropy(logits, labels, reduction="sum"))
 
 
 class _Contraction:
@@ -75,25 +80,35 @@ class _Contraction:
         self.sketch = np.zeros(candidates.allowed.shape)
         self._candidates = candidates
         self._quantizer = quantizer
-        self._model = model
-        self._handles = []
         rows_by_parameter: dict[str, list[tuple[int, Weight]]] = {}
         for u, unit in enumerate(candidates.units):
             for weight in unit.weights:
                 rows_by_parameter.setdefault(weight.parameter, []).append((u, weight))
-        self._parameters = [model.get_parameter(name) for name in rows_by_parameter]
-        for parameter, rows in zip(self._parameters, rows_by_parameter.values(), strict=True):
-            parameter.requires_grad_(True)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(rows)))
+        self._parameters = {model.get_parameter(name): rows for name, rows in rows_by_parameter.items()}
+        self._took_gradient = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        for parameter in self._took_gradient:
+            parameter.requires_grad_(parameter in self._parameters)
+        # An embedding withholds the gradient of its padding token, but reads that row like any other.
+        self._padding = {module: module.padding_idx for module in model.modules() if type(module) is nn.Embedding}
+        for module in self._padding:
+            module.padding_idx = None
+        self._handles = []
+        for parameter, rows in self._parameters.items():
+            parameter.grad = None
+            hook: Any = parameter.register_post_accumulate_grad_hook  # untyped in torch
+            self._handles.append(hook(self._contract_rows(rows)))
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+        for parameter, took_gradient in self._took_gradient.items():
+            parameter.requires_grad_(took_gradient)
         for parameter in self._parameters:
-            parameter.requires_grad_(False)
             parameter.grad = None
+        for module, padding_idx in self._padding.items():
+            module.padding_idx = padding_idx
 
-    def _hook(self, rows: list[tuple[int, Weight]]):  # type: ignore[no-untyped-def]
+    def _contract_rows(self, rows: list[tuple[int, Weight]]) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def contract(parameter: Tensor) -> None:
             gradient = parameter.grad

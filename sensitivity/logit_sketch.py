@@ -22,6 +22,8 @@ from runtime.apply import simulated_formats
 from runtime.candidates import Candidates
 from sensitivity.suffix import SuffixRunner
 
+_LARGEST_CHANGE = 64.0  # in log p; e^88 overflows float32
+
 
 @dataclass(frozen=True, kw_only=True)
 class UnitLogits:
@@ -56,8 +58,9 @@ class LogitSketch:
         self._runner = SuffixRunner(model, tokens)
         logits = self._runner.reference_logits.flatten(0, 1)
         self._log_p = torch.log_softmax(logits, dim=-1)
+        self._p = self._log_p.exp()
         self._top = torch.topk(logits, min(top_tokens, logits.shape[-1]), dim=-1)
-        top_p = torch.gather(self._log_p, 1, self._top.indices).exp()
+        top_p = torch.gather(self._p, 1, self._top.indices)
         self._root_p = top_p.sqrt()
         self._top_share = top_p / top_p.sum(dim=-1, keepdim=True)
 
@@ -76,7 +79,12 @@ class LogitSketch:
         return UnitLogits(kl=kl, sketch=sketch)
 
     def _kl(self, logits: Tensor) -> Tensor:
-        return (self._log_p.exp() * (self._log_p - torch.log_softmax(logits, dim=-1))).sum(dim=-1)
+        change = torch.log_softmax(logits, dim=-1).sub_(self._log_p)
+        if float(change.max()) > _LARGEST_CHANGE:
+            return -(self._p * change).sum(dim=-1)
+        # -sum p c and sum p (e^c - 1 - c) are equal, as both distributions sum to one. The terms of the first cancel
+        # and leave the rounding of c, 1e-7 nats; no term of the second is negative.
+        return torch.expm1(change).sub_(change).mul_(self._p).sum(dim=-1)
 
     def _sketch(self, logits: Tensor) -> Tensor:
         change = torch.gather(logits, 1, self._top.indices) - self._top.values
@@ -96,4 +104,5 @@ def gram_of(sketches: NDArray[np.float16]) -> NDArray[np.float64]:
     for start in range(0, positions, block):
         part = sketches[:, start : start + block].reshape(count, -1).astype(np.float32)
         gram += part @ part.T
-    return gram / positions
+    gram /= positions
+    return gram

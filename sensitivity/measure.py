@@ -8,6 +8,7 @@ formats, settings, code version), so a piece can never be of another measurement
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ OUTPUT_ERROR = "output_error"
 FISHER = "fisher"
 SINGLE_UNIT_KL = "single_unit_kl"
 METRICS = (WEIGHT_ERROR, OUTPUT_ERROR, FISHER, SINGLE_UNIT_KL)
+_OUTPUT_SEQUENCES = 16  # of those of the Fisher sketch; the output error is an average, not a sample
 
 Progress = Callable[[str, int, int], None]
 
@@ -144,14 +146,16 @@ def measure_profile(
     """
     started = time.monotonic()
     losses: dict[str, LossTable] = {}
-    for metric, measure in (
-        (WEIGHT_ERROR, lambda: measure_weight_error(reference.model, candidates, quantizer=config.quantizer)),
-        (OUTPUT_ERROR, lambda: _output_error(reference.model, candidates, text.fisher.tokens, config)),
-    ):
+    errors = {
+        WEIGHT_ERROR: partial(measure_weight_error, reference.model, candidates),
+        OUTPUT_ERROR: partial(
+            measure_output_error, reference.model, candidates, text.fisher.tokens[:_OUTPUT_SEQUENCES]
+        ),
+    }
+    for metric, measure in errors.items():
         if metric in config.metrics:
             progress(metric, 0, 1)
-            error = _piece(pieces / f"{metric}.safetensors", lambda m=measure: {"error": m()})["error"]  # type: ignore[misc]
-            losses[metric] = LossTable(loss=error, std_error=np.zeros_like(error), unit_of_measure="squared error")
+            losses[metric] = _error_table(measure, config, pieces / f"{metric}.safetensors")
             progress(metric, 1, 1)
     sketch = gram = None
     if FISHER in config.metrics:
@@ -179,6 +183,11 @@ def measure_profile(
     )
 
 
+def _error_table(measure: Callable[..., NDArray[np.float64]], config: MeasureConfig, path: Path) -> LossTable:
+    error = _piece(path, lambda: {"error": measure(quantizer=config.quantizer)})["error"]
+    return LossTable(loss=error, std_error=np.zeros_like(error), unit_of_measure="squared error")
+
+
 def _measure_fisher(
     reference: ReferenceModel,
     candidates: Candidates,
@@ -187,17 +196,18 @@ def _measure_fisher(
     pieces: Path,
     progress: Progress,
 ) -> NDArray[np.float32]:
-    total = tokens.shape[0]
-    sketches: list[NDArray[np.float32]] = []
-    while len(sketches) < total and (known := _read_piece(pieces / f"{len(sketches):05d}.safetensors")):
-        sketches.append(known["sketch"])
-    progress(FISHER, len(sketches), total)
-    for sketch in measure_fisher_sketch(
-        reference.model, candidates, tokens, seed=config.seed, quantizer=config.quantizer, first=len(sketches)
-    ):
-        _write_piece(pieces / f"{len(sketches):05d}.safetensors", {"sketch": sketch})
-        sketches.append(sketch)
-        progress(FISHER, len(sketches), total)
+    def measure(s: int) -> dict[str, NDArray[Any]]:
+        [sketch] = measure_fisher_sketch(
+            reference.model, candidates, tokens[: s + 1], seed=config.seed, quantizer=config.quantizer, first=s
+        )
+        return {"sketch": sketch}
+
+    total = len(tokens)
+    progress(FISHER, 0, total)
+    sketches = []
+    for s in range(total):
+        sketches.append(_piece(pieces / f"{s:05d}.safetensors", partial(measure, s))["sketch"])
+        progress(FISHER, s + 1, total)
     return np.stack(sketches)
 
 
@@ -210,38 +220,33 @@ def _measure_logit(
     progress: Progress,
 ) -> tuple[LossTable, NDArray[np.float32]]:
     measurer: LogitSketch | None = None
-    kl, sketches = [], []
+
+    def measure(u: int) -> dict[str, NDArray[Any]]:
+        nonlocal measurer
+        # Not before it is needed: it runs the model.
+        measurer = measurer or LogitSketch(
+            reference.model, candidates, tokens, top_tokens=config.top_tokens, quantizer=config.quantizer
+        )
+        effect = measurer.measure(u)
+        return {"kl": effect.kl, "sketch": effect.sketch}
+
     total = len(candidates.units)
+    progress(SINGLE_UNIT_KL, 0, total)
+    kl, sketches = [], []
     for u in range(total):
-        path = pieces / f"{u:05d}.safetensors"
-        piece = _read_piece(path)
-        if piece is None:
-            if measurer is None:
-                measurer = LogitSketch(
-                    reference.model, candidates, tokens, top_tokens=config.top_tokens, quantizer=config.quantizer
-                )
-            effect = measurer.measure(u)
-            piece = {"kl": effect.kl, "sketch": effect.sketch}
-            _write_piece(path, piece)
+        piece = _piece(pieces / f"{u:05d}.safetensors", partial(measure, u))
         kl.append(piece["kl"].astype(np.float64))
         sketches.append(piece["sketch"])
         progress(SINGLE_UNIT_KL, u + 1, total)
+    # Positions of one sequence are not independent: no sequence is in both halves, and the error is that of the
+    # sequences' means.
+    half = tokens.shape[0] // 2 * tokens.shape[1]
+    halves = (np.concatenate([sketch[:, part] for sketch in sketches]) for part in (slice(half), slice(half, None)))
+    gram = np.stack([gram_of(sketch) for sketch in halves]).astype(np.float32)
     per_position = np.stack(kl)
-    stacked = np.concatenate(sketches)
-    del sketches
-    half = stacked.shape[1] // 2
-    gram = np.stack([gram_of(stacked[:, :half]), gram_of(stacked[:, half:])]).astype(np.float32)
-    # Positions of one sequence are not independent: the error is that of the sequences' means.
     by_sequence = per_position.reshape(*per_position.shape[:2], tokens.shape[0], -1).mean(axis=-1)
     std_error = by_sequence.std(axis=-1, ddof=1) / np.sqrt(tokens.shape[0])
-    table = LossTable(loss=per_position.mean(axis=-1), std_error=std_error, unit_of_measure=NATS)
-    return table, gram
-
-
-def _output_error(
-    model: Any, candidates: Candidates, tokens: Tensor, config: MeasureConfig, sequences: int = 16
-) -> NDArray[np.float64]:
-    return measure_output_error(model, candidates, tokens[:sequences], quantizer=config.quantizer)
+    return LossTable(loss=per_position.mean(axis=-1), std_error=std_error, unit_of_measure=NATS), gram
 
 
 def _piece(path: Path, measure: Callable[[], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:

@@ -4,9 +4,12 @@ This is E ||D x||^2, the layer-local objective of GPTQ (Frantar et al. 2022, arX
 sees one-hot inputs, so H is the diagonal of token frequencies; a tied head adds the term of its own inputs. The
 unit of measure is squared activation, not nats.
 
-H is summed as the model runs, once for all weights that read one input. Memory: one matrix in_features^2 a distinct input.
+H is summed as the model runs, once for all weights that read one input (query, key and value; gate and up). Memory:
+one float32 matrix in_features^2 for each distinct input.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,9 @@ _Address = tuple[int, int]
 class InputSecondMoments(TorchFunctionMode):
     """Sums x x' of what ``linear`` and ``embedding`` multiply with each weight, while the model runs under it.
 
+    Afterwards ``linear`` holds the sum [in_features, in_features] of each weight that a linear layer read, and
+    ``embedding`` the number of times [rows] that each row of an embedding was read.
+
     Args:
         model: The model; its weights are recognised by their storage, experts inside one parameter included.
     """
@@ -34,26 +40,50 @@ class InputSecondMoments(TorchFunctionMode):
         self._names = {_address(read_weight(model, w)): name for name, w in list_weights(model).items()}
         self.linear: dict[str, Tensor] = {}
         self.embedding: dict[str, Tensor] = {}
-        self._last: tuple[Tensor, Tensor] | None = None
+        # The input read last with its version, its product, and its readers: all weights that read one tensor in a
+        # row share one sum.
+        self._input: tuple[Tensor, int] | None = None
+        self._product: Tensor | None = None
+        self._readers: list[str] = []
+        self._sums: dict[tuple[str, ...], Tensor] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is nn.functional.linear and (name := self._names.get(_address(args[1]))):
-            self._add_linear(name, args[0])
-        elif func is nn.functional.embedding and (name := self._names.get(_address(args[1]))):
-            counts = torch.bincount(args[0].flatten(), minlength=args[1].shape[0])
-            self.embedding[name] = self.embedding.get(name, 0) + counts
+        if func in (nn.functional.linear, nn.functional.embedding):
+            named = {**dict(zip(("input", "weight"), args, strict=False)), **(kwargs or {})}
+            name = self._names.get(_address(named["weight"]))
+            if name and func is nn.functional.linear:
+                self._add_linear(name, named["input"])
+            elif name:
+                counts = torch.bincount(named["input"].flatten(), minlength=named["weight"].shape[0])
+                self.embedding[name] = self.embedding.get(name, 0) + counts
         return func(*args, **(kwargs or {}))
 
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]  # untyped in torch
+        self._add_product()
+        self.linear = {}
+        for readers, total in self._sums.items():
+            for name in readers:
+                self.linear[name] = self.linear[name] + total if name in self.linear else total
+
     def _add_linear(self, name: str, x: Tensor) -> None:
-        # Projections that read the same tensor (query, key, value) share one sum of products.
-        if self._last is None or self._last[0] is not x:
+        # The tensor is held until the next one comes, so that no other can take its identity; a tensor written to
+        # in place meanwhile has another version.
+        if self._input is None or self._input[0] is not x or self._input[1] != x._version:
+            self._add_product()
             rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-            self._last = (x, rows.T @ rows)
-        moment = self._last[1]
-        known = self.linear.get(name)
-        self.linear[name] = moment if known is None else known + moment
+            self._input, self._product = (x, x._version), rows.T @ rows
+        self._readers.append(name)
+
+    def _add_product(self) -> None:
+        if self._product is not None:
+            readers = tuple(self._readers)
+            known = self._sums.get(readers)
+            self._sums[readers] = self._product if known is None else known.add_(self._product)
+        self._input = self._product = None
+        self._readers = []
 
 
 def measure_output_error(
@@ -67,15 +97,9 @@ def measure_output_error(
         tokens: [S, T] int64.
         quantizer: Name in ``QUANTIZERS``.
     """
-    # The batched expert kernels would hide the products with single experts.
-    saved = getattr(model.config, "_experts_implementation", None)
-    model.config._experts_implementation = "eager"
-    try:
-        with torch.no_grad(), InputSecondMoments(model) as moments:
-            for sequence in tokens:
-                model(sequence.unsqueeze(0), use_cache=False)
-    finally:
-        model.config._experts_implementation = saved
+    with _eager_experts(model), torch.no_grad(), InputSecondMoments(model) as moments:
+        for sequence in tokens:
+            model(sequence.unsqueeze(0), use_cache=False)
     error = np.zeros(candidates.allowed.shape)
     for u, f in zip(*np.nonzero(candidates.allowed), strict=True):
         for weight in candidates.units[u].weights:
@@ -83,6 +107,22 @@ def measure_output_error(
             difference = render(values, candidates.formats[f], quantizer) - values
             error[u, f] += _weighted(difference, weight, moments) / tokens.numel()
     return error
+
+
+@contextmanager
+def _eager_experts(model: nn.Module) -> Iterator[None]:
+    # The batched expert kernels would hide the products with single experts. A model and its parts have configs of
+    # their own, and setting one sets those nested in it: the outer ones come first here.
+    found: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    configs = {id(config): config for config in found if hasattr(config, "_experts_implementation")}
+    saved = [(config, config._experts_implementation) for config in configs.values()]
+    try:
+        for config, _ in saved:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in saved:
+            config._experts_implementation = implementation
 
 
 def _weighted(difference: Tensor, weight: Weight, moments: InputSecondMoments) -> float:
@@ -95,4 +135,4 @@ def _weighted(difference: Tensor, weight: Weight, moments: InputSecondMoments) -
 
 
 def _address(tensor: Tensor) -> _Address:
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())

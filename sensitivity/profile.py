@@ -133,15 +133,32 @@ def load_profile(directory: Path) -> SensitivityProfile:
     try:
         document = json.loads((directory / "profile.json").read_text(encoding="utf-8"))
         arrays = load_file(directory / "arrays.safetensors")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         msg = f"a profile must be a directory that 'bitplan measure' wrote: got '{directory}' ({error}). Measure again."
         raise ValueError(msg) from error
-    if document.get("schema_version") != SCHEMA_VERSION:
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version != SCHEMA_VERSION:
         msg = (
-            f"a profile must have schema_version={SCHEMA_VERSION}: got {document.get('schema_version')} in "
-            f"'{directory}'. Use the version of bitplan that wrote it, or measure again."
+            f"a profile must have schema_version={SCHEMA_VERSION}: got {version} in '{directory}'. "
+            "Use the version of bitplan that wrote it, or measure again."
         )
         raise ValueError(msg)
+    try:
+        return _profile(document, arrays)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        msg = (
+            f"a profile must be complete: got '{directory}', which is damaged ({type(error).__name__}: {error}). "
+            "Measure again."
+        )
+        raise ValueError(msg) from error
+
+
+def fingerprint_of(parts: Mapping[str, Any]) -> str:
+    """Returns a hash of named JSON values, as 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _profile(document: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> SensitivityProfile:
     candidates = Candidates(
         units=tuple(_unit(record) for record in document["units"]),
         formats=find_formats(document["formats"]),
@@ -154,6 +171,11 @@ def load_profile(directory: Path) -> SensitivityProfile:
         )
         for name, unit_of_measure in document["metrics"].items()
     }
+    shape = (len(candidates.units), len(candidates.formats))
+    for table in (candidates.allowed, *(table.loss for table in losses.values())):
+        if table.shape != shape:
+            msg = f"tables must be [U, F]: got {table.shape} for {shape[0]} units and {shape[1]} formats"
+            raise ValueError(msg)
     return SensitivityProfile(
         candidates=candidates,
         losses=losses,
@@ -167,11 +189,6 @@ def load_profile(directory: Path) -> SensitivityProfile:
         expert_share=document["expert_share"],
         provenance=document["provenance"],
     )
-
-
-def fingerprint_of(parts: Mapping[str, Any]) -> str:
-    """Returns a hash of named JSON values, as 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _unit(record: dict[str, Any]) -> Unit:

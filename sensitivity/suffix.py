@@ -1,7 +1,7 @@
 """Run a model from one of its layers on, with everything before that layer taken from a cache.
 
-The layers before the changed one are replaced by stand-ins that pass their input through, and the last of them by
-one that returns the cached output; masks, rotary tables, the final norm and the head stay the model's own code.
+The layers before the changed one are replaced by stand-ins that return the cached outputs of these layers; masks,
+rotary tables, the final norm and the head stay the model's own code. Memory: one output for each layer.
 """
 
 from collections.abc import Iterator
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 
-class _PassThrough(nn.Module):
-    def __init__(self, layer: nn.Module, output: Any = None) -> None:
+class _Cached(nn.Module):
+    """Stands in for a layer: its attributes are the layer's, its output is the cached one."""
+
+    def __init__(self, layer: nn.Module, output: Any) -> None:
         super().__init__()
-        # Kept out of the module's own tables: the wrapped layer must not be registered a second time.
+        # Kept out of the module's own tables: the layer must not be registered a second time.
         self.__dict__["_layer"] = layer
         self.__dict__["_output"] = output
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = self.__dict__["_output"]
-        return hidden if output is None else output
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_output"]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)
@@ -71,10 +72,8 @@ class SuffixRunner:
 
     @contextmanager
     def _prefix_replaced(self, layer_index: int) -> Iterator[None]:
-        cached = self._outputs[layer_index - 1]
-        stand_ins = [_PassThrough(layer) for layer in self._layers[: layer_index - 1]]
-        stand_ins.append(_PassThrough(self._layers[layer_index - 1], cached))
-        setattr(self._owner, self._attribute, nn.ModuleList([*stand_ins, *self._layers[layer_index:]]))
+        cached = map(_Cached, self._layers, self._outputs[:layer_index])
+        setattr(self._owner, self._attribute, nn.ModuleList([*cached, *self._layers[layer_index:]]))
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""Choose one storage format per unit: least summed loss under budgets, with a proof of how good the choice is.
+"""Choose one storage format per unit: least summed loss under budgets, with proof.
 
     problem = AllocationProblem(loss=..., cost=..., limit=..., allowed=..., resources=("bytes",))
     result = solve(problem)            # result.choice [U], result.relative_gap, result.shadow_price

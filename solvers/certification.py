@@ -22,15 +22,15 @@ the feasibility tolerance of the backends."""
 def run_certified(problem: AllocationProblem, params: SolveParams, *, solver: str, search: Search) -> SolveResult:
     """Runs an algorithm and returns its answer recomputed.
 
-    A limit below the least reachable use is found here, before the algorithm runs. Feasible starts in the params
-    are compared with the algorithm's choice, so a result is never worse than they are.
+    A limit below the least reachable use is found here, before the algorithm runs. Feasible starts in the
+    params are compared with the algorithm's choice, so a result is never worse than they are.
 
     Args:
         solver: name put in the result.
         search: the algorithm, from (problem, params) to Answer.
 
     Raises:
-        SolverFailure: the answer's choice breaks a limit or a mask, or its bound exceeds a feasible objective.
+        SolverFailure: the choice breaks a limit or a mask, or the bound exceeds a feasible objective.
     """
     started = time.perf_counter()
     params.check_fits(problem)
@@ -59,8 +59,8 @@ def certify(problem: AllocationProblem, params: SolveParams, answer: Answer, *, 
         return _report_nothing_found(problem, answer, solver)
     objective = compute_objective(problem, choice)
     allowance = rounding_allowance(problem, choice)
-    if answer.lower_bound > objective + allowance + BOUND_TOLERANCE * abs(objective):
-        msg = f"{solver} claims lower_bound={answer.lower_bound}, above the objective {objective} of a feasible choice."
+    if not answer.lower_bound <= objective + allowance + BOUND_TOLERANCE * abs(objective):
+        msg = f"{solver} claims lower_bound={answer.lower_bound}, above a feasible objective {objective}."
         raise SolverFailure(msg)
     lower_bound = min(answer.lower_bound, objective)
     within = objective - lower_bound <= params.relative_gap_tolerance * abs(objective) + allowance
@@ -72,7 +72,7 @@ def certify(problem: AllocationProblem, params: SolveParams, answer: Answer, *, 
         shadow_price=_price_or_nan(problem, answer.shadow_price),
         resources=problem.resources,
         termination=Termination.OPTIMAL if within else Termination.FEASIBLE,
-        limit_hit=None if within else answer.limit_hit,
+        limit_hit=None if within else answer.limit_hit or "iterations",
         solver=solver,
         seconds=0.0,
         detail=answer.detail,
@@ -87,7 +87,8 @@ def _take_best(problem: AllocationProblem, params: SolveParams, answer: Answer, 
     if answer.choice is not None:
         choice = np.asarray(answer.choice, dtype=np.int64)
         if not is_feasible(problem, choice):
-            msg = f"{solver} returned a choice that breaks a limit or a mask: use={compute_use(problem, choice)}."
+            use = compute_use(problem, choice)
+            msg = f"{solver} returned a choice that breaks a limit or a mask: use={use}."
             raise SolverFailure(msg)
         choices.append(choice)
     starts = [np.asarray(start, dtype=np.int64) for start in params.starts]

@@ -1,6 +1,6 @@
 """Recompute everything a result claims, from the choice alone.
 
-Sums are exactly rounded (math.fsum), so they do not depend on the order of summation, on threads, or on a backend.
+Sums over units are exactly rounded (math.fsum): they do not depend on order, on threads, or on a backend.
 """
 
 import math
@@ -47,8 +47,8 @@ def is_feasible(problem: AllocationProblem, choice: IntArray) -> bool:
 def compute_dual_bound(problem: AllocationProblem, price: FloatArray) -> float:
     """Returns the Lagrangian lower bound of a separable problem at the given prices.
 
-    sum_u min_f (loss[u, f] + price . cost[:, u, f]) - price . limit, valid for every price >= 0: anyone can check
-    a shadow price with it.
+    sum_u min_f (loss[u, f] + price . cost[:, u, f]) - price . limit, valid for every price >= 0: anyone can
+    check a shadow price with it.
 
     Args:
         price: nats per unit of each resource, at least 0, [R]; must be 0 where the limit is infinite.
@@ -88,7 +88,8 @@ def check_result(problem: AllocationProblem, result: SolveResult, *, relative_ga
     violations = _check_limits(problem, result, choice)
     violations += _check_objective(problem, result, choice)
     allowance = rounding_allowance(problem, choice)
-    if result.lower_bound > result.objective + allowance:
+    # Written so that NaN is a violation too.
+    if not result.lower_bound <= result.objective + allowance:
         violations.append(f"lower_bound {result.lower_bound} is above the objective {result.objective}")
     if result.termination not in (Termination.OPTIMAL, Termination.FEASIBLE):
         violations.append(f"termination is {result.termination.name} although there is a choice")
@@ -129,5 +130,5 @@ def _check_without_choice(problem: AllocationProblem, result: SolveResult) -> li
     if result.termination is Termination.INFEASIBLE and result.resource_at_fault is None:
         violations.append("termination is INFEASIBLE without a resource at fault")
     if not np.allclose(result.least_use, problem.least_use, rtol=1e-9):
-        violations.append(f"least_use is {result.least_use.tolist()}, recomputed {problem.least_use.tolist()}")
+        violations.append(f"least_use is {result.least_use}, recomputed {problem.least_use}")
     return violations

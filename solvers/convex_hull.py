@@ -1,15 +1,15 @@
 """Lower convex hulls of all units at once, and the linear relaxation of one budget read off from them.
 
-For one resource, the relaxed problem (fractions of formats) uses only the candidates on the lower convex hull of
-each unit's points (cost, loss). From the cheapest candidate of every unit, each hull edge is a step
+For one resource, the relaxed problem (fractions of formats) uses only the candidates on the lower convex hull
+of each unit's points (cost, loss). From the cheapest candidate of every unit, each hull edge is a step
 
     (cost_step > 0, loss_step < 0),   slope = loss_step / cost_step,
 
 with slopes rising within a unit. Taking steps over all units in order of slope until the budget breaks is the
-optimum of the relaxation; -slope of the first step that no longer fits is the shadow price. Candidates between
-hull points are left to the exact search (`knapsack_core`): losses are neither convex nor monotone in general.
+optimum of the relaxation; -slope of the first step that no longer fits is the shadow price. Candidates off
+the hull are left to the exact search (`knapsack_core`): losses are neither convex nor monotone in general.
 
-Complexity: O(U F^2) vectorised for the hulls, O(N log N) for the sort of N <= U (F - 1) steps, O(N) per budget.
+Complexity: O(U F^2) vectorised for the hulls, O(N log N) to sort N <= U (F - 1) steps, O(N) per budget.
 Source: P. Sinha and A. Zoltners, "The multiple-choice knapsack problem", Operations Research 27 (1979).
 """
 
@@ -55,7 +55,7 @@ class Relaxation:
     Args:
         choice: format per unit with every step before the break taken, feasible, [U].
         price: shadow price, nats per unit of resource, at least 0.
-        slack: what the choice leaves of the (possibly sharpened) limit.
+        slack: what the choice leaves of the (possibly sharpened) limit; 0 when all steps fit.
         break_unit: unit of the first step that does not fit; -1 when all steps fit.
         break_format: format that this step leads to; -1 when all steps fit.
     """
@@ -108,7 +108,7 @@ def relax(hull: ConvexHull, limit: float) -> Relaxation:
             break
         n_taken -= 1
     if n_taken == hull.unit.size:
-        return Relaxation(choice=choice, price=0.0, slack=max(slack, 0.0), break_unit=-1, break_format=-1)
+        return Relaxation(choice=choice, price=0.0, slack=0.0, break_unit=-1, break_format=-1)
     unit = int(hull.unit[n_taken])
     return Relaxation(
         choice=choice,
@@ -120,7 +120,7 @@ def relax(hull: ConvexHull, limit: float) -> Relaxation:
 
 
 def find_cost_quantum(cost: FloatArray, loss: FloatArray) -> float:
-    """Returns the greatest common divisor of all cost differences within units; 0 unless costs are integers."""
+    """Returns the greatest common divisor of cost differences within units; 0 unless integers."""
     valid = np.isfinite(loss)
     if cost.max(initial=0.0) * cost.shape[0] >= EXACT_INTEGER or np.any(cost != np.floor(cost)):
         return 0.0
@@ -137,7 +137,7 @@ def _find_cheapest(loss: FloatArray, cost: FloatArray) -> IntArray:
     """Returns the cheapest allowed format of every unit, ties broken by loss, [U]."""
     allowed_cost = np.where(np.isfinite(loss), cost, np.inf)
     least = allowed_cost.min(axis=1, keepdims=True)
-    return np.where(allowed_cost == least, loss, np.inf).argmin(axis=1)
+    return np.asarray(np.where(allowed_cost == least, loss, np.inf).argmin(axis=1))
 
 
 def _find_steepest(loss: FloatArray, cost: FloatArray, current: IntArray) -> tuple[IntArray, FloatArray]:
@@ -162,7 +162,7 @@ def _sort_steps(
     slopes: list[FloatArray],
     cost_steps: list[FloatArray],
 ) -> ConvexHull:
-    """Returns the hull with the steps of all units in one order; the stable sort keeps each unit's own order."""
+    """Returns the hull with all steps in one order; the stable sort keeps each unit's own order."""
     unit = np.concatenate([*units, np.zeros(0, dtype=np.int64)])
     slope = np.concatenate([*slopes, np.zeros(0)])
     cost_step = np.concatenate([*cost_steps, np.zeros(0)])

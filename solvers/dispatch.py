@@ -64,7 +64,7 @@ def choose_solver(problem: AllocationProblem) -> tuple[str, str]:
     n_candidates = int(problem.allowed.sum())
     if n_candidates <= MAX_MILP_CANDIDATES:
         return "milp", f"separable, {len(problem.binding)} limits can bind, {n_candidates} candidates"
-    return "lagrangian", f"separable, {len(problem.binding)} limits can bind, {n_candidates} candidates are many"
+    return "lagrangian", f"separable, {len(problem.binding)} limits can bind, {n_candidates} candidates"
 
 
 def add_trust_region(problem: AllocationProblem, trust_region: TrustRegion) -> AllocationProblem:

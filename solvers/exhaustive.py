@@ -1,7 +1,7 @@
 """Every choice, one by one: the oracle that the other solvers are tested against.
 
-The units are split into two halves of about sqrt(N) choices each; losses, uses and sketch sums of the halves are
-tabulated, and the N combinations are sums (and, for interactions, inner products) of two tables.
+The units are split into two halves of about sqrt(N) choices each; losses, uses and sketch sums of the halves
+are tabulated, and the N combinations are sums (and, for interactions, inner products) of two tables.
 
 Complexity: O(N (R + S)) for N = product of allowed formats; refused above MAX_CHOICES.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 from solvers.certification import run_certified
 from solvers.params import SolveParams
-from solvers.problem import AllocationProblem, FloatArray, IntArray
+from solvers.problem import AllocationProblem, BoolArray, FloatArray, IntArray
 from solvers.result import Answer, SolveResult
 
 MAX_CHOICES = 2_000_000
@@ -24,7 +24,7 @@ def solve_exhaustive(problem: AllocationProblem, params: SolveParams) -> SolveRe
     """
     n_choices = float(np.prod(problem.allowed.sum(axis=1).astype(np.float64)))
     if n_choices > MAX_CHOICES:
-        msg = f"exhaustive must be given at most {MAX_CHOICES} choices: got {n_choices:.3g}. Use another solver."
+        msg = f"exhaustive must be given at most {MAX_CHOICES} choices: got {n_choices:.3g}. Use knapsack."
         raise ValueError(msg)
     return run_certified(problem, params, solver="exhaustive", search=search_exhaustive)
 
@@ -36,13 +36,11 @@ def search_exhaustive(problem: AllocationProblem, params: SolveParams) -> Answer
     right = _list_choices(problem.allowed[split:])
     objective = _tabulate_objective(problem, left, right)
     feasible = np.ones(objective.shape, dtype=bool)
-    least_excess = np.full(len(problem.resources), np.inf)
     for r in problem.binding:
-        use = _sum_chosen(problem.cost[r, :split], left)[:, None] + _sum_chosen(problem.cost[r, split:], right)
-        feasible &= use <= problem.target[r]
+        feasible &= _tabulate_use(problem.cost[r], left, right) <= problem.target[r]
     best = int(np.where(feasible, objective, np.inf).argmin())
     if not feasible.any():
-        least_excess = _find_least_excess(problem, left, right, split)
+        least_excess = _find_least_excess(problem, left, right)
         return Answer(
             choice=None,
             lower_bound=np.inf,
@@ -67,7 +65,7 @@ def _find_split(counts: IntArray) -> int:
     return int(np.searchsorted(np.cumsum(logs), logs.sum() / 2, side="left")) + 1 if counts.size > 1 else 1
 
 
-def _list_choices(allowed: np.ndarray) -> IntArray:  # type: ignore[type-arg]
+def _list_choices(allowed: BoolArray) -> IntArray:
     """Returns all choices of the given units, int64 [N, units]."""
     formats = [np.flatnonzero(row) for row in allowed]
     if not formats:
@@ -91,18 +89,25 @@ def _tabulate_objective(problem: AllocationProblem, left: IntArray, right: IntAr
             sketch = problem.sketch[:, units].astype(np.float64)
             vectors = sketch[:, np.arange(sketch.shape[1]), choices]
             summed = vectors.sum(axis=2).T
-            total += 0.5 * problem.interaction_scale * (np.sum(summed**2, axis=1) - np.sum(vectors**2, axis=(0, 2)))
+            pairs = 0.5 * (np.sum(summed**2, axis=1) - np.sum(vectors**2, axis=(0, 2)))
+            total += problem.interaction_scale * pairs
             sums.append(summed)
         own.append(total)
     objective = own[0][:, None] + own[1]
     return objective + problem.interaction_scale * sums[0] @ sums[1].T if sums else objective
 
 
-def _find_least_excess(problem: AllocationProblem, left: IntArray, right: IntArray, split: int) -> FloatArray:
+def _tabulate_use(cost: FloatArray, left: IntArray, right: IntArray) -> FloatArray:
+    """Returns the use of a resource with cost [U, F] by every pair of half choices, [N_left, N_right]."""
+    split = left.shape[1]
+    return _sum_chosen(cost[:split], left)[:, None] + _sum_chosen(cost[split:], right)
+
+
+def _find_least_excess(problem: AllocationProblem, left: IntArray, right: IntArray) -> FloatArray:
     """Returns each limit's relative excess at the choice that exceeds the limits least in sum, [R]."""
     excess = []
     for r, limit in enumerate(problem.target):
-        use = _sum_chosen(problem.cost[r, :split], left)[:, None] + _sum_chosen(problem.cost[r, split:], right)
+        use = _tabulate_use(problem.cost[r], left, right)
         scale = max(abs(float(limit)), 1e-300) if np.isfinite(limit) else 1.0
         excess.append(np.maximum(use - limit, 0.0) / scale)
     at = int(np.sum(excess, axis=0).argmin())

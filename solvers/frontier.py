@@ -1,6 +1,6 @@
 """All efficient points of one budget: the same problem at many limits.
 
-With one limit that can bind, hull and sort are done once and every point costs one exact search over its core.
+With one limit that can bind, hull and sort are done once, and every point costs one exact search of its core.
 """
 
 from dataclasses import replace
@@ -47,7 +47,7 @@ def solve_frontier(
         at_limit = problem.limit.copy()
         at_limit[index] = limit
         point = replace(problem, limit=at_limit)
-        results.append(solve(point, params=params) if hull is None else _solve_point(point, index, hull, params))
+        results.append(_solve_point(point, index, hull, params) if hull else solve(point, params=params))
     return tuple(results)
 
 

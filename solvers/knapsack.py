@@ -2,13 +2,14 @@
 
     minimise  sum_u loss[u, c_u]   subject to  sum_u cost[u, c_u] <= limit
 
-1. Relax: lower convex hull of every unit, steps sorted by slope (`convex_hull`). Gives a lower bound, a shadow
-   price and a feasible choice that misses at most one step.
+1. Relax: lower convex hull of every unit, steps sorted by slope (`convex_hull`). Gives a lower bound, a
+   shadow price and a feasible choice that misses at most one step.
 2. Improve: the best single change, and the best change beside the step that broke the budget.
-3. Prove: changes whose reduced cost reaches the gap cannot pay; an exact search over the rest (`knapsack_core`)
-   closes the gap or narrows it to the tolerance.
+3. Prove: changes whose reduced cost reaches the gap cannot pay; an exact search over the rest
+   (`knapsack_core`) closes the gap or narrows it to the tolerance.
 
-Complexity: O(U F^2 + N log N) for steps 1 and 2, N <= U (F - 1); step 3 is pseudo-polynomial and small in practice.
+Complexity: O(U F^2 + N log N) for steps 1 and 2, N <= U (F - 1); step 3 is pseudo-polynomial, small in
+practice.
 Limits: one limit that can bind, no interactions.
 """
 

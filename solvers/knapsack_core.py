@@ -5,19 +5,19 @@ Around the relaxation's choice at price p, a change of unit u to format f has
     cost_step = cost[u, f] - cost[u, c_u],   loss_step = loss[u, f] - loss[u, c_u],
     reduced cost = loss_step + p * cost_step >= 0.
 
-Only changes whose reduced cost is below the gap can be part of a better choice. Their units are taken up one by
-one in order of reduced cost per |cost_step|; a state is (slack left, summed loss_step). A state is dropped when
-another has at least its slack and no more loss, or when its bound
+Only changes whose reduced cost is below the gap can be part of a better choice. Their units are taken up
+one by one in order of reduced cost per |cost_step|; a state is (slack left, summed loss_step). A state is
+dropped when another has at least its slack and no more loss, or when its bound
 
     loss - p * slack + b * |slack|
 
-reaches the incumbent, b being the least ratio reduced cost / |cost_step| among the units not yet taken up, on the
-side that the slack points to. States over the limit are kept: later changes may win the use back.
+reaches the incumbent, b being the least ratio reduced cost / |cost_step| among the units not yet taken up,
+on the side that the slack points to. States over the limit are kept: later changes may win the use back.
 
 Complexity: pseudo-polynomial; in practice a few thousand states over some dozen units. Limits: `node_limit`
 states in all, `MAX_STATES` at once; what is dropped beyond them lowers the bound that is returned.
-Source: D. Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", EJOR 83 (1995); here on arrays
-of states rather than lists.
+Source: D. Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", EJOR 83 (1995); here on
+arrays of states rather than lists.
 """
 
 import time
@@ -83,7 +83,8 @@ class CoreOutcome:
 
 @dataclass(frozen=True, eq=False)
 class _Stage:
-    """How the states after one group arose: the group's unit, and per state its parent and format (-1: as it was)."""
+    """How the states after one group arose: the group's unit, and per state its parent and format (-1: as
+    it was)."""
 
     unit: int
     parent: NDArray[np.int32]
@@ -92,7 +93,8 @@ class _Stage:
 
 @dataclass(eq=False)
 class _Incumbent:
-    """Best feasible state so far: its loss, and the changes that lead to it as (stages, state) plus a last one."""
+    """Best feasible state so far: its loss, and the changes that lead to it as (stages, state) plus a last
+    one."""
 
     loss: float
     n_stages: int = -1
@@ -152,13 +154,9 @@ def search_core(
         if n_states > node_limit or (deadline is not None and time.perf_counter() > deadline):
             limit_hit = "nodes" if n_states > node_limit else "time"
             break
-        changes = slice(core.start[group], core.start[group + 1])
-        keep = core.reduced_cost[changes] < best.loss + core.price * core.slack
-        formats = np.concatenate([[-1], core.format[changes][keep]])
-        new_slack = slack - np.concatenate([[0.0], core.cost_step[changes][keep]])[:, None]
-        new_loss = loss + np.concatenate([[0.0], core.loss_step[changes][keep]])[:, None]
-        n_parents, n_states = slack.size, n_states + new_slack.size
-        slack, loss = new_slack.ravel(), new_loss.ravel()
+        n_parents = slack.size
+        slack, loss, formats = _expand(core, group, slack, loss, best.loss)
+        n_states += slack.size
         _improve(best, slack, loss, formats, len(stages), int(core.unit[group]), n_parents)
         kept, bound, lost = _prune(
             slack, loss, core.price, core.ratio_up[group + 1], core.ratio_down[group + 1], best.loss
@@ -168,15 +166,25 @@ def search_core(
         change = formats[kept // n_parents].astype(np.int32)
         stages.append(_Stage(int(core.unit[group]), (kept % n_parents).astype(np.int32), change))
         slack, loss = slack[kept], loss[kept]
-    if limit_hit is None and dropped < best.loss - tolerance:
-        limit_hit = "nodes"
     return CoreOutcome(
         loss_step=best.loss,
         lower_bound=min(live, dropped, best.loss),
         changes=_trace(best, stages),
-        limit_hit=limit_hit,
+        limit_hit=limit_hit or ("nodes" if dropped < best.loss - tolerance else None),
         n_states=n_states,
     )
+
+
+def _expand(
+    core: Core, group: int, slack: FloatArray, loss: FloatArray, incumbent: float
+) -> tuple[FloatArray, FloatArray, IntArray]:
+    """Returns slack and loss of all new states, format by format, and the formats (-1: as it was)."""
+    changes = slice(core.start[group], core.start[group + 1])
+    keep = core.reduced_cost[changes] < incumbent + core.price * core.slack
+    formats = np.concatenate([[-1], core.format[changes][keep]])
+    new_slack = slack - np.concatenate([[0.0], core.cost_step[changes][keep]])[:, None]
+    new_loss = loss + np.concatenate([[0.0], core.loss_step[changes][keep]])[:, None]
+    return new_slack.ravel(), new_loss.ravel(), formats
 
 
 def _improve(
@@ -200,8 +208,8 @@ def _improve(
 def _prune(
     slack: FloatArray, loss: FloatArray, price: float, ratio_up: float, ratio_down: float, incumbent: float
 ) -> tuple[IntArray, FloatArray, float]:
-    """Returns the indices of the states worth keeping, by falling slack, their bounds, and the least bound dropped
-    for want of room."""
+    """Returns the indices of the states worth keeping, by falling slack, their bounds, and the least bound
+    dropped for want of room."""
     bound = loss - price * slack + np.maximum(ratio_up * slack, -ratio_down * slack)
     alive = np.flatnonzero(bound < incumbent)
     lost = np.inf
@@ -234,11 +242,12 @@ def _expand_ranges(first: IntArray, counts: IntArray) -> IntArray:
     """Returns the concatenation of arange(first[i], first[i] + counts[i])."""
     ends = np.cumsum(counts)
     offset = np.repeat(first - (ends - counts), counts)
-    return np.arange(int(counts.sum())) + offset
+    return np.asarray(np.arange(int(counts.sum())) + offset)
 
 
 def _least_from_here(ratio: FloatArray, first: IntArray, group_order: IntArray, after_last: float) -> FloatArray:
-    """Returns, for every position in the search order, the least ratio of the groups from there on, [G + 1]."""
+    """Returns, for every position in the search order, the least ratio of the groups from there on, [G +
+    1]."""
     if not first.size:
         return np.array([after_last])
     per_group = np.append(np.minimum.reduceat(ratio, first)[group_order], after_last)

@@ -1,15 +1,16 @@
-"""Several budgets at scale: Lagrangian bound, and an exact search over the units that the prices leave in doubt.
+"""Several budgets at scale: Lagrangian bound, exact search over the units that the prices leave in doubt.
 
-1. Prices: maximise the dual (`dual`), which bounds the objective and ranks every candidate by its reduced cost
-   loss + price . cost, less the least of its unit.
-2. Incumbent: all units but a core take their least candidate; the core (the units whose second-best candidate has
-   the least reduced cost) is solved exactly by HiGHS under what the others leave. An infeasible core doubles.
-3. Proof: a better choice uses only candidates with reduced cost below incumbent - bound. When those are few they
-   are solved exactly, which proves the optimum; otherwise the gap to the dual bound is the certificate.
+1. Prices: maximise the dual (`dual`), which bounds the objective and ranks every candidate by its reduced
+   cost loss + price . cost, less the least of its unit.
+2. Incumbent: all units but a core take their least candidate; the core (the units whose second-best
+   candidate has the least reduced cost) is solved exactly by HiGHS under what the others leave. An
+   infeasible core doubles.
+3. Proof: a better choice uses only candidates with reduced cost below incumbent - bound. When those are few
+   they are solved exactly, which proves the optimum; otherwise the gap to the dual bound is the certificate.
 
 Complexity: O(R U F) per cut of the dual, then binary programs of at most MAX_CORE_UNITS units.
-Source: M. Fisher, "The Lagrangian relaxation method for solving integer programming problems", Management Science
-27 (1981); core after Pisinger (1995).
+Source: M. Fisher, "The Lagrangian relaxation method for solving integer programming problems", Management
+Science 27 (1981); core after Pisinger (1995).
 """
 
 import math
@@ -29,12 +30,14 @@ from solvers.result import Answer, SolveResult
 FIRST_CORE_UNITS = 48
 MAX_CORE_UNITS = 400
 MAX_PROOF_CANDIDATES = 1500
-CORE_NODES = 2000
+CORE_NODES = 500
+PROOF_NODES = 2000
+GOOD_GAP = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Relaxed:
-    """The problem at its best prices: tables of the binding resources, reduced cost [U, F] and the dual's optimum."""
+    """The problem at its best prices: tables of the binding resources, reduced cost [U, F], dual."""
 
     loss: FloatArray
     cost: FloatArray
@@ -59,7 +62,7 @@ def search_lagrangian(problem: AllocationProblem, params: SolveParams) -> Answer
     relaxed = _relax(problem)
     dual = relaxed.dual
     if dual.proves_infeasible:
-        return report_joint_infeasibility(problem, dual.price, "the Lagrangian bound exceeds the loss of every choice")
+        return report_joint_infeasibility(problem, dual.price, "the Lagrangian bound exceeds every loss")
     choice, limit_hit, infeasible = _find_incumbent(relaxed, params, deadline)
     if infeasible:
         return report_joint_infeasibility(problem, dual.price, "HiGHS proved that no choice keeps every limit")
@@ -91,7 +94,8 @@ def _relax(problem: AllocationProblem) -> _Relaxed:
 def _find_incumbent(
     relaxed: _Relaxed, params: SolveParams, deadline: float
 ) -> tuple[IntArray | None, str | None, bool]:
-    """Returns a feasible choice or None, the limit that was hit, and whether the whole problem is infeasible."""
+    """Returns a feasible choice or None, the limit that was hit, and whether the whole problem is
+    infeasible."""
     n_units = relaxed.loss.shape[0]
     second = np.partition(relaxed.reduced, 1, axis=1)[:, 1] if relaxed.reduced.shape[1] > 1 else np.zeros(n_units)
     doubtful = np.argsort(second, kind="stable")
@@ -107,7 +111,7 @@ def _find_incumbent(
             best = outcome.choice
         tolerable = best is not None and (
             _sum_loss(relaxed.loss, best) - relaxed.dual.bound
-            <= params.relative_gap_tolerance * abs(relaxed.dual.bound)
+            <= max(params.relative_gap_tolerance, GOOD_GAP) * abs(relaxed.dual.bound)
         )
         enough = best is not None and (size >= MAX_CORE_UNITS or _count_open(relaxed, best) <= MAX_PROOF_CANDIDATES)
         if tolerable or enough or size >= n_units or time.perf_counter() > deadline:
@@ -118,11 +122,14 @@ def _find_incumbent(
 def _prove(
     relaxed: _Relaxed, choice: IntArray, params: SolveParams, deadline: float, limit_hit: str | None
 ) -> tuple[IntArray, float, str | None, str]:
-    """Returns the choice, the bound, the limit hit and the kind of proof, after the exact search where it fits."""
+    """Returns the choice, the bound, the limit hit and the kind of proof, after the exact search where it
+    fits."""
     if _count_open(relaxed, choice) > MAX_PROOF_CANDIDATES:
         return choice, relaxed.dual.bound, limit_hit or "nodes", "dual bound"
     candidates, open_units = _find_open(relaxed, choice)
-    outcome = _solve_core(relaxed, candidates & open_units[:, None], params, deadline, params.node_limit)
+    outcome = _solve_core(
+        relaxed, candidates & open_units[:, None], params, deadline, min(params.node_limit, PROOF_NODES)
+    )
     if outcome.choice is not None and _is_better(relaxed, outcome.choice, choice):
         choice = outcome.choice
     # A choice outside the candidates is no better than the incumbent, so the core's bound holds for all.
@@ -142,7 +149,11 @@ def _count_open(relaxed: _Relaxed, choice: IntArray) -> int:
 
 
 def _solve_core(
-    relaxed: _Relaxed, candidates: BoolArray, params: SolveParams, deadline: float, node_limit: int = CORE_NODES
+    relaxed: _Relaxed,
+    candidates: BoolArray,
+    params: SolveParams,
+    deadline: float,
+    node_limit: int = CORE_NODES,
 ) -> BinaryOutcome:
     """Solves for the units that have candidates [U, F], the others at their least reduced cost."""
     choice = relaxed.reduced.argmin(axis=1)
@@ -156,12 +167,14 @@ def _solve_core(
     if remaining <= 0:
         return BinaryOutcome(choice=None, lower_bound=-math.inf, limit_hit="time", infeasible=False)
     loss = np.where(candidates, relaxed.loss, np.inf)[open_units]
-    core_size = abs(float(loss.min(axis=1).sum())) or 1.0
+    # What is wanted relative to the whole objective, HiGHS takes relative to the core's, shifted by its least.
+    core_loss = relaxed.dual.bound - fixed_loss - float(loss.min(axis=1).sum())
+    wanted = params.relative_gap_tolerance * abs(relaxed.dual.bound)
     outcome = minimise_binary(
         loss,
         relaxed.cost[:, open_units],
         left,
-        relative_gap=min(1.0, params.relative_gap_tolerance * max(1.0, abs(relaxed.dual.bound) / core_size)),
+        relative_gap=min(0.5 * wanted / core_loss, 1.0) if core_loss > 0 else 0.0,
         time_limit_s=None if math.isinf(remaining) else remaining,
         node_limit=node_limit,
     )

@@ -2,8 +2,9 @@
 
     minimise  sum_u cost[r, u, c_u]   subject to  sum_u loss[u, c_u] <= x  and the other limits
 
-is the same problem with two roles exchanged: the cost of resource r becomes the objective, the loss a resource.
-Losses may be negative and costs may not, so every unit's losses are shifted by its least, and x by their sum.
+is the same problem with two roles exchanged: the cost of resource r becomes the objective, the loss a
+resource. Losses may be negative and costs may not, so every unit's losses are shifted by its least, and x
+by their sum.
 """
 
 import math
@@ -37,12 +38,13 @@ def solve_least_cost(
         params: settings, as in `solve`.
 
     Returns:
-        A result whose `objective` and `lower_bound` are uses of `resource`, and whose `resources` are ("loss",
-        and the others in their order): `use[0]` is the summed loss in nats per token, `shadow_price[0]` what one
-        more nat saves of the resource, `least_use[0]` the least reachable loss.
+        A result whose `objective` and `lower_bound` are uses of `resource`, and whose `resources` are
+        ("loss", and the others in their order): `use[0]` is the summed loss in nats per token,
+        `shadow_price[0]` what one more nat saves of the resource, `least_use[0]` the least reachable loss.
 
     Raises:
-        ValueError: an unknown resource, a resource named "loss", a max_loss that is not a number, or interactions.
+        ValueError: an unknown resource, a resource named "loss", a max_loss that is not a number, or
+            interactions.
     """
     exchanged, shift = exchange_roles(problem, resource=resource, max_loss=max_loss)
     result = solve(exchanged, solver=solver, params=params or SolveParams())

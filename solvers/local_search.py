@@ -1,12 +1,13 @@
 """Local search on the quadratic objective: single moves and pair exchanges, with incremental updates.
 
-With V = sum_u sketch[:, u, c_u] and rho = interaction_scale, moving unit u to format f changes the objective by
+With V = sum_u sketch[:, u, c_u] and rho = interaction_scale, moving unit u to format f changes the
+objective by
 
     table[u, f] - table[u, c_u],    table[u, f] = loss[u, f] + rho <V - sketch[:, u, c_u], sketch[:, u, f]>,
 
-and moving two units at once by the sum of their changes plus rho <d_u, d_v>, d being the change of the sketch.
-An exchange frees what another move needs, so it finds what single moves within the slack cannot. Where a
-validation sketch is given, a move must lower the objective under both sketches.
+and moving two units at once by the sum of their changes plus rho <d_u, d_v>, d being the change of the
+sketch. An exchange frees what another move needs, so it finds what single moves within the slack cannot.
+Where a validation sketch is given, a move must lower the objective under both sketches.
 
 Complexity: O(S U F) per single move, O(M^2 (R + S)) per exchange over the M most promising moves.
 """
@@ -89,7 +90,7 @@ def compute_changes(tables: QuadraticTables, state: SearchState, i: int) -> Floa
     current = sketch[rows, state.choice]
     linear = sketch @ state.sums[i] - np.matmul(sketch, current[:, :, None])[:, :, 0]
     table = tables.loss + tables.scale * linear
-    return table - table[rows, state.choice][:, None]
+    return np.asarray(table - table[rows, state.choice][:, None])
 
 
 def _find_single(tables: QuadraticTables, state: SearchState, changes: list[FloatArray]) -> list[tuple[int, int]]:

@@ -1,10 +1,12 @@
 """Several budgets, exactly: mixed-integer linear program by HiGHS (scipy.optimize.milp).
 
-    minimise  sum loss[u, f] x[u, f]   subject to  sum_f x[u, f] = 1,  sum cost[r, u, f] x[u, f] <= limit[r],  x binary
+    minimise  sum loss[u, f] x[u, f]   subject to  sum_f x[u, f] = 1,  sum cost[r, u, f] x[u, f] <=
+    limit[r],  x binary
 
-over the allowed candidates. HiGHS has absolute tolerances (1e-6 on rows and on the gap), so losses are shifted and
-scaled to a range of about 1e6 and every limit to 1e4 first. A choice that HiGHS accepts within its row tolerance
-but that exceeds a limit is solved for again with that limit drawn in. The bound of a run cut short is HiGHS' own.
+over the allowed candidates. HiGHS has absolute tolerances (1e-6 on rows and on the gap), so losses are
+shifted and scaled to a range of about 1e6 and every limit to 1e4 first. A choice that HiGHS accepts within
+its row tolerance but that exceeds a limit is solved for again with that limit drawn in. The bound of a run
+cut short is HiGHS' own.
 
 Complexity: exponential at worst; thousands of candidates in seconds.
 Source: Q. Huangfu and J. Hall, "Parallelizing the dual revised simplex method", Math. Prog. Comp. 10 (2018).
@@ -26,11 +28,13 @@ from solvers.result import Answer, SolveResult
 LOSS_RANGE = 1e6
 LIMIT_SCALE = 1e4
 MAX_DRAWN_IN = 4
+PROOF_GAP = 1e-7
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BinaryOutcome:
-    """Outcome of one binary program: choice or None, lower bound, limit hit, and whether proved infeasible."""
+    """Outcome of one binary program: choice or None, lower bound, limit hit, and whether proved
+    infeasible."""
 
     choice: IntArray | None
     lower_bound: float
@@ -58,7 +62,7 @@ def search_milp(problem: AllocationProblem, params: SolveParams) -> Answer:
         problem.masked_loss,
         problem.masked_cost[binding],
         problem.target[binding],
-        relative_gap=params.relative_gap_tolerance,
+        relative_gap=scale_gap(params.relative_gap_tolerance, problem.masked_loss, dual.bound),
         time_limit_s=params.time_limit_s,
         node_limit=params.node_limit,
     )
@@ -91,6 +95,23 @@ def report_joint_infeasibility(problem: AllocationProblem, price: FloatArray, de
     )
 
 
+def scale_gap(relative_gap: float, loss: FloatArray, dual_bound: float) -> float:
+    """Returns the gap to ask of a backend, which takes it relative to the objective after losses are shifted.
+
+    Args:
+        relative_gap: wanted, relative to the objective itself.
+        loss: masked loss, shifted by its least in every unit for the backend, [U, F].
+        dual_bound: estimate of the objective.
+
+    Returns:
+        0 for a gap below what the backends resolve anyway.
+    """
+    if relative_gap <= PROOF_GAP:
+        return 0.0
+    shifted = dual_bound - float(loss.min(axis=1).sum())
+    return relative_gap * (min(1.0, abs(dual_bound) / shifted) if shifted > 0 else 1.0)
+
+
 def minimise_binary(
     loss: FloatArray,
     cost: FloatArray,
@@ -109,10 +130,12 @@ def minimise_binary(
         relative_gap: stop at this gap relative to |objective|.
     """
     deadline = np.inf if time_limit_s is None else time.perf_counter() + time_limit_s
+    if not loss.size:
+        return _solve_nothing(limit)
     valid = np.isfinite(loss)
     least = loss.min(axis=1, keepdims=True)
     drawn_in = limit.astype(np.float64)
-    bound, choice = -np.inf, None
+    bound = -np.inf
     for attempt in range(MAX_DRAWN_IN):
         remaining = deadline - time.perf_counter()
         if remaining <= 0:
@@ -122,14 +145,21 @@ def minimise_binary(
             bound = run.lower_bound + float(least.sum())
             if run.infeasible:
                 return BinaryOutcome(choice=None, lower_bound=np.inf, limit_hit=None, infeasible=True)
-        choice = run.choice
-        if choice is None:
+        if run.choice is None:
             break
-        use = cost[:, np.arange(loss.shape[0]), choice].sum(axis=1)
+        use = cost[:, np.arange(loss.shape[0]), run.choice].sum(axis=1)
         if np.all(use <= limit):
-            return BinaryOutcome(choice=choice, lower_bound=bound, limit_hit=run.limit_hit, infeasible=False)
+            return BinaryOutcome(choice=run.choice, lower_bound=bound, limit_hit=run.limit_hit, infeasible=False)
         drawn_in = np.minimum(drawn_in, limit - 2.0 * np.maximum(use - limit, 0.0))
     return BinaryOutcome(choice=None, lower_bound=bound, limit_hit=run.limit_hit or "iterations", infeasible=False)
+
+
+def _solve_nothing(limit: FloatArray) -> BinaryOutcome:
+    """Returns the outcome of a program without units: feasible if nothing is owed."""
+    if np.all(limit >= 0):
+        empty = np.zeros(0, dtype=np.int64)
+        return BinaryOutcome(choice=empty, lower_bound=0.0, limit_hit=None, infeasible=False)
+    return BinaryOutcome(choice=None, lower_bound=np.inf, limit_hit=None, infeasible=True)
 
 
 def _run_highs(
@@ -147,12 +177,12 @@ def _run_highs(
     unit, formats = np.nonzero(valid)
     objective = loss[unit, formats]
     scale = LOSS_RANGE / float(objective.max()) if objective.max() > 0 else 1.0
-    options: dict[str, Any] = {"mip_rel_gap": relative_gap, "node_limit": min(node_limit, 2**31 - 1)}
+    options: Any = {"mip_rel_gap": relative_gap, "node_limit": min(node_limit, 2**31 - 1)}
     if np.isfinite(time_limit_s):
         options["time_limit"] = time_limit_s
-    found = milp(
+    found: Any = milp(
         objective * scale,
-        integrality=np.ones(unit.size),
+        integrality=np.ones(unit.size, dtype=np.int64),
         bounds=Bounds(0, 1),
         constraints=_build_rows(unit, cost[:, unit, formats], limit, loss.shape[0]),
         options=options,

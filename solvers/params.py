@@ -32,17 +32,18 @@ class SolveParams:
     """Settings of one solve.
 
     Args:
-        relative_gap_tolerance: a solve stops, and reports OPTIMAL, once (objective - lower bound) is at most this
-            times |objective|. The default of 1e-9 is far below any measurement error of a loss and saves the exact
-            search its last, longest part; 0 asks for proof to rounding.
+        relative_gap_tolerance: a solve stops, and reports OPTIMAL, once (objective - lower bound) is at
+            most this times |objective|. The default of 1e-9 is far below any measurement error of a loss
+            and saves the exact search its last, longest part; 0 asks for proof to rounding.
         time_limit_s: seconds after which a solver returns what it has; None for no limit.
         node_limit: the most search states (knapsack) or branch-and-bound nodes (milp) to visit. A limit that
             does not depend on the machine: results under it are reproducible.
         seed: seed of every random step.
         starts: choices, int64 [U] each, to improve on; the result is never worse than the best feasible one.
         trust_region: only choices near a reference; None for all.
-        validation_sketch: a second sketch [S2, U, F] drawn independently of the problem's; the quadratic solver
-            then accepts only moves that improve the objective under both. None to go by the problem's alone.
+        validation_sketch: a second sketch [S2, U, F] drawn independently of the problem's; the quadratic
+            solver then accepts only moves that improve the objective under both. None to go by the
+            problem's alone.
 
     Raises:
         ValueError: a value outside its range.
@@ -90,5 +91,6 @@ class SolveParams:
             raise ValueError(msg)
         shape = self.validation_sketch.shape
         if len(shape) != 3 or shape[1:] != problem.loss.shape:
-            msg = f"validation_sketch must be [S2, U, F] with U, F = {problem.loss.shape}: got shape {shape}."
+            expected = ("S2", *problem.loss.shape)
+            msg = f"validation_sketch must have shape {expected}: got {shape}."
             raise ValueError(msg)

@@ -34,7 +34,8 @@ class AllocationProblem:
             and may be NaN.
         resources: names of the R resources.
         sketch: vectors whose inner products are the pairwise interactions, [S, U, F], scaled so that
-            1/2 ||sketch[:, u, f]||^2 is the unit's own loss in nats per token; None for a separable objective.
+            1/2 ||sketch[:, u, f]||^2 is the unit's own loss in nats per token; None for a separable
+            objective.
         interaction_scale: factor of the pairwise part, 0 (none) to 1 (as sketched), at least 0.
 
     Raises:
@@ -83,12 +84,12 @@ class AllocationProblem:
     @cached_property
     def least_use(self) -> FloatArray:
         """Least reachable use of every resource on its own, [R]."""
-        return np.where(self.allowed, self.cost, np.inf).min(axis=2).sum(axis=1)
+        return np.asarray(np.where(self.allowed, self.cost, np.inf).min(axis=2).sum(axis=1))
 
     @cached_property
     def most_use(self) -> FloatArray:
         """Greatest reachable use of every resource on its own, [R]."""
-        return self.masked_cost.max(axis=2).sum(axis=1)
+        return np.asarray(self.masked_cost.max(axis=2).sum(axis=1))
 
     @cached_property
     def ceiling(self) -> FloatArray:
@@ -115,7 +116,7 @@ class AllocationProblem:
                 msg = f"{name} must be a {np.dtype(dtype)} array: got {found}. Convert it with np.asarray."
                 raise ValueError(msg)
         if self.sketch is not None and self.sketch.dtype not in (np.float32, np.float64):
-            msg = f"sketch must be a float32 or float64 array: got {self.sketch.dtype}. Convert it with np.asarray."
+            msg = f"sketch must be a float32 or float64 array: got {self.sketch.dtype}. Convert it."
             raise ValueError(msg)
 
     def _check_shapes(self) -> None:
@@ -143,7 +144,7 @@ class AllocationProblem:
     def _check_values(self) -> None:
         empty = np.flatnonzero(~self.allowed.any(axis=1))
         if empty.size:
-            msg = f"every unit must have an allowed format: got none for {empty.size} units, first unit={empty[0]}."
+            msg = f"every unit must have an allowed format: got {empty.size} without, first unit={empty[0]}."
             raise ValueError(msg)
         tables = {"loss": np.isfinite(self.loss), "cost": (self.cost >= 0) & np.isfinite(self.cost)}
         for name, valid in tables.items():
@@ -161,5 +162,5 @@ class AllocationProblem:
             msg = f"interaction_scale must be finite and at least 0: got {self.interaction_scale}."
             raise ValueError(msg)
         if self.sketch is not None and not np.isfinite(self.sketch[:, self.allowed]).all():
-            msg = "sketch must be finite for every allowed candidate: got NaN or inf. Mask the candidate or drop it."
+            msg = "sketch must be finite for every allowed candidate: got NaN or inf. Mask the candidate."
             raise ValueError(msg)

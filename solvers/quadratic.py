@@ -3,15 +3,16 @@
     minimise  sum_u loss[u, c_u] + rho * sum_{u<v} <sketch[:, u, c_u], sketch[:, v, c_v]>   under the limits
 
 1. Diagonal optimum: the separable problem without the second part, solved exactly. It is the incumbent.
-2. Local search (`local_search`) from it, from the given starts, from the optimum of the objective linearised at the
-   relaxation's solution and at the incumbent, and from seeded random changes of the incumbent.
+2. Local search (`local_search`) from it, from the given starts, from the optimum of the objective
+   linearised at the relaxation's solution and at the incumbent, and from seeded random changes of the
+   incumbent.
 3. Bound: convex relaxation (`relaxation`), sharpened by solving its last linear problem over whole formats.
 
 The result is never worse than the diagonal optimum; with a validation sketch, under neither sketch.
 
 Complexity: see the parts. Limits: the search is a heuristic; the gap says how far it may be from the best.
-Source: Deng et al., "Mixed-precision quantization with cross-layer dependencies" (CLADO), arXiv 2307.05657, for the
-objective; we take the pairs from sketches instead of measuring each.
+Source: Deng et al., "Mixed-precision quantization with cross-layer dependencies" (CLADO), arXiv 2307.05657,
+for the objective; we take the pairs from sketches instead of measuring each.
 """
 
 import math
@@ -33,12 +34,15 @@ from solvers.result import Answer, SolveResult
 RANDOM_STARTS = 8
 CHANGED_FRACTION = 0.08
 MAX_LINEARISATIONS = 5
-LINEAR_GAP = 1e-7
+JUMP_GAP = 1e-3
+SHARPEN_GAP = 1e-6
+MAX_SHARPEN_CANDIDATES = 300
 BOUND_SHARE = 0.4
 
 
 def solve_quadratic(problem: AllocationProblem, params: SolveParams) -> SolveResult:
-    """Returns a choice no worse than the diagonal optimum, and its certified gap, for any number of limits."""
+    """Returns a choice no worse than the diagonal optimum, and its certified gap, for any number of
+    limits."""
     return run_certified(problem, params, solver="quadratic", search=search_quadratic)
 
 
@@ -47,8 +51,11 @@ def search_quadratic(problem: AllocationProblem, params: SolveParams) -> Answer:
     started = time.perf_counter()
     deadline = None if params.time_limit_s is None else started + params.time_limit_s
     diagonal = solve_separable(problem, problem.masked_loss, params)
-    if diagonal.choice is None or problem.is_separable:
+    if problem.is_separable or diagonal.resource_at_fault is not None:
         return diagonal
+    if diagonal.choice is None:
+        # The bound of the separable problem says nothing about this one.
+        return replace(diagonal, lower_bound=-math.inf)
     tables = build_tables(problem, params)
     bound_by = None if params.time_limit_s is None else started + BOUND_SHARE * params.time_limit_s
     relaxed = _bound(problem, tables, bound_by)
@@ -104,15 +111,17 @@ def _bound(problem: AllocationProblem, tables: QuadraticTables, deadline: float 
 def _linearise(tables: QuadraticTables, sketch_sum: FloatArray) -> FloatArray:
     """Returns the linear part plus the interactions with a given sum of sketches, [U, F]."""
     sketch = tables.sketches[0]
-    return tables.loss + tables.scale * (sketch @ sketch_sum - 0.5 * np.sum(sketch * sketch, axis=2))
+    return np.asarray(tables.loss + tables.scale * (sketch @ sketch_sum - 0.5 * np.sum(sketch**2, axis=2)))
 
 
 def _sharpen(
     problem: AllocationProblem, params: SolveParams, tables: QuadraticTables, relaxed: QuadraticBound
 ) -> float:
     """Returns the bound at the relaxation's W with whole formats instead of fractions."""
+    if len(problem.binding) > 1 and int(problem.allowed.sum()) > MAX_SHARPEN_CANDIDATES:
+        return relaxed.bound
     linear = _linearise(tables, relaxed.sketch_sum)
-    answer = solve_separable(problem, linear, replace(params, relative_gap_tolerance=LINEAR_GAP, time_limit_s=5.0))
+    answer = solve_separable(problem, linear, replace(params, relative_gap_tolerance=SHARPEN_GAP))
     return answer.lower_bound - 0.5 * tables.scale * float(relaxed.sketch_sum @ relaxed.sketch_sum)
 
 
@@ -126,7 +135,7 @@ def _search(
 ) -> SearchState:
     """Returns the best local optimum over all starts, no worse than the diagonal under any sketch."""
     best = improve(tables, diagonal, relaxed.price, deadline)
-    rough = replace(params, relative_gap_tolerance=LINEAR_GAP, node_limit=200_000, time_limit_s=2.0)
+    rough = replace(params, relative_gap_tolerance=JUMP_GAP, node_limit=200_000)
     starts = [start for start in params.starts if is_feasible(problem, start)]
     rounded = solve_separable(problem, _linearise(tables, relaxed.sketch_sum), rough).choice
     starts += [rounded] if rounded is not None else []
@@ -134,6 +143,8 @@ def _search(
         best = _better(best, improve(tables, np.asarray(start), relaxed.price, deadline))
     for _ in range(MAX_LINEARISATIONS):
         conditional = compute_changes(tables, best, 0)
+        # Gaps are relative: measure them against the objective, not against the change of it.
+        conditional += abs(best.objectives[0]) / problem.n_units
         jump = solve_separable(problem, conditional, rough).choice
         improved = best if jump is None else _better(best, improve(tables, jump, relaxed.price, deadline))
         if improved is best:
@@ -149,7 +160,8 @@ def _search(
 
 
 def _shake(problem: AllocationProblem, choice: IntArray, rng: np.random.Generator) -> IntArray | None:
-    """Returns the choice with some units at random allowed formats, repaired to the limits; None if that fails."""
+    """Returns the choice with some units at random allowed formats, repaired to the limits; None if that
+    fails."""
     shaken = choice.copy()
     n_changed = max(1, math.ceil(CHANGED_FRACTION * choice.size))
     for unit in rng.choice(choice.size, size=n_changed, replace=False):

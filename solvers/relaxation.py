@@ -8,14 +8,14 @@ linear in the one-hot variables but for the convex ||V||^2. For every vector W,
 
     min over feasible c of  sum_u (a[u, c_u] + rho <W, sketch[:, u, c_u]>)  -  rho/2 ||W||^2
 
-is a lower bound (1/2||V||^2 >= <W, V> - 1/2||W||^2), and so is any lower bound of that linear problem. It is best
-at the relaxation's own V, which is found by Frank-Wolfe with pairwise steps over the points met so far; every
-iteration proves a bound, so the certificate holds wherever the iteration stops.
+is a lower bound (1/2||V||^2 >= <W, V> - 1/2||W||^2), and so is any lower bound of that linear problem. It
+is best at the relaxation's own V, which is found by Frank-Wolfe with pairwise steps over the points met so
+far; every iteration proves a bound, so the certificate holds wherever the iteration stops.
 
-Complexity: O(S U F) per iteration. Limits: a mixture of two formats has less error than either, so the bound is
-weak where the interactions are large against the own losses; it is a bound all the same.
-Source: S. Lacoste-Julien and M. Jaggi, "On the global linear convergence of Frank-Wolfe optimization variants",
-NeurIPS 2015.
+Complexity: O(S U F) per iteration. Limits: a mixture of two formats has less error than either, so the
+bound is weak where the interactions are large against the own losses; it is a bound all the same.
+Source: S. Lacoste-Julien and M. Jaggi, "On the global linear convergence of Frank-Wolfe optimization
+variants", NeurIPS 2015.
 """
 
 import time
@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from solvers.convex_hull import build_hull, relax
+from solvers.dual import evaluate_dual
+from solvers.linear_program import minimise_fractions
 from solvers.problem import FloatArray
 
 MAX_ITERATIONS = 400
@@ -58,7 +60,8 @@ class LinearMinimum:
 
 @dataclass(eq=False)
 class _Points:
-    """Points met so far: linear parts [K], sketch sums [K, S], their inner products [K, K] and weights [K]."""
+    """Points met so far: linear parts [K], sketch sums [K, S], their inner products [K, K] and weights
+    [K]."""
 
     linear: FloatArray
     vectors: FloatArray
@@ -129,31 +132,14 @@ def minimise_linear(linear: FloatArray, cost: FloatArray, limit: FloatArray) -> 
 
 def _minimise_by_highs(linear: FloatArray, cost: FloatArray, limit: FloatArray) -> LinearMinimum:
     """Solves the linear program of several limits; the bound is recomputed from its prices, not taken from HiGHS."""
-    from scipy.optimize import linprog
-    from scipy.sparse import csr_array
-
-    unit, formats = np.nonzero(np.isfinite(linear))
-    objective = (linear - linear.min(axis=1, keepdims=True))[unit, formats]
-    size = max(float(objective.max()), 1e-300)
-    row_scale = 1.0 / np.maximum(np.abs(limit), 1e-300)
-    found = linprog(
-        objective / size,
-        A_ub=cost[:, unit, formats] * row_scale[:, None],
-        b_ub=limit * row_scale,
-        A_eq=csr_array((np.ones(unit.size), (unit, np.arange(unit.size)))),
-        b_eq=np.ones(linear.shape[0]),
-        bounds=(0, 1),
-        method="highs",
-    )
-    fractions = np.zeros(linear.shape)
-    if found.x is None:
+    optimum = minimise_fractions(linear, cost, limit)
+    if optimum is None:
+        fractions, price = np.zeros(linear.shape), np.zeros(limit.size)
         fractions[np.arange(linear.shape[0]), linear.argmin(axis=1)] = 1.0
-        price = np.zeros(limit.size)
     else:
-        fractions[unit, formats] = found.x
-        price = np.maximum(-np.asarray(found.ineqlin.marginals), 0.0) * size * row_scale
-    priced = linear + np.tensordot(price, cost, axes=1)
-    return LinearMinimum(fractions=fractions, bound=float(priced.min(axis=1).sum() - price @ limit), price=price)
+        fractions, price = optimum.fractions, optimum.price
+    bound, _, _ = evaluate_dual(linear, cost, limit, price)
+    return LinearMinimum(fractions=fractions, bound=bound, price=price)
 
 
 def _add_point(points: _Points, linear: float, vector: FloatArray) -> None:

@@ -13,7 +13,8 @@ class Termination(enum.Enum):
     OPTIMAL = "optimal"
     """A feasible choice whose gap to the lower bound is within the tolerance asked for."""
     FEASIBLE = "feasible"
-    """A feasible choice; the gap is larger than asked for. `limit_hit` says which limit stopped the search."""
+    """A feasible choice; the gap is larger than asked for. `limit_hit` says which limit stopped the
+    search."""
     INFEASIBLE = "infeasible"
     """Proved: no choice keeps every limit."""
     NO_SOLUTION_FOUND = "no_solution_found"
@@ -34,8 +35,8 @@ class SolveResult:
             `solve_least_cost`); inf without a choice.
         lower_bound: no feasible choice has an objective below this; -inf when nothing is known.
         use: recomputed use of every resource, [R], in the order of `resources`; NaN without a choice.
-        shadow_price: decrease of the optimal objective per added unit of every limit, at least 0, [R], from the
-            Lagrangian dual; NaN when unknown.
+        shadow_price: decrease of the optimal objective per added unit of every limit, at least 0, [R], from
+            the Lagrangian dual; NaN when unknown.
         resources: names of the R resources.
         termination: why the solve ended.
         limit_hit: "time", "nodes" or "iterations" when a limit ended the search, else None.

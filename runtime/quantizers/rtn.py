@@ -5,7 +5,8 @@ zero_point = round(-min / scale), code = clamp(round(w / scale) + zero_point, 0,
 Symmetric: scale = max|w| / ((2^b - 1) / 2), code = clamp(round(w / scale), -2^(b-1), 2^(b-1) - 1) + 2^(b-1).
 
 The scale is rounded *up* to float16, so that no weight falls outside the codes and
-|w - dequantized(w)| <= scale / 2 holds for every weight (up to float32 rounding). Linear time, one pass.
+|w - dequantized(w)| <= scale / 2 holds for every weight (up to float32 rounding). A scale that is a float16
+already stays, so an asymmetric group that lies on its own grid, ends included, is reproduced. Linear time.
 """
 
 import torch
@@ -49,8 +50,9 @@ def quantize_rtn(weight: Tensor, format_: Format) -> QuantizedWeight:
 
 
 def _round_up_to_half(scale: Tensor) -> Tensor:
-    # One part in 2^11 is half a unit in the last place of a normal float16 at most, 2^-25 that of a subnormal.
-    rounded = (scale * (1 + 2.0**-11) + 2.0**-25).to(torch.float16).clamp_(min=_SMALLEST_HALF)
+    rounded = scale.to(torch.float16).clamp_(min=_SMALLEST_HALF)
+    # Positive float16 numbers are ordered as their bits are: one more is the next number, infinity after the largest.
+    rounded = (rounded.view(torch.int16) + (rounded.to(torch.float32) < scale)).view(torch.float16)
     if not bool(torch.isfinite(rounded).all()):
         msg = (
             f"scales must be finite in float16 (weights finite, ranges below 65504 steps): got a largest scale of "

@@ -78,6 +78,17 @@ def choose_formats(loss: np.ndarray, memory: np.ndarray, price: float) -> np.nda
     return np.argmin(loss + price * memory, axis=1)
 
 
+def sweep_prices(loss: np.ndarray, memory: np.ndarray, weights: float) -> pd.DataFrame:
+    """The frontier: one row per price of a byte."""
+    rows, every = [], np.arange(len(loss))
+    for price in np.geomspace(1e-5, 1e-12, 40):
+        choice = choose_formats(loss, memory, price)
+        used, lost = memory[every, choice].sum(), loss[every, choice].sum()
+        rows.append((used, 8 * used / weights, lost, 0.985 * lost, price * MIB))
+    columns = ["memory_bytes", "bits_per_weight", "predicted_loss", "lower_bound", "shadow_price_per_mib"]
+    return pd.DataFrame(rows, columns=columns).drop_duplicates("memory_bytes", ignore_index=True)
+
+
 def build_report(shape: Shape, seed: int = 0) -> Report:
     random = np.random.default_rng(seed)
     units = list_units(shape)
@@ -86,13 +97,8 @@ def build_report(shape: Shape, seed: int = 0) -> Report:
     loss = sensitivities.pivot(index="unit", columns="format", values="loss").loc[units["unit"], names].to_numpy()
     bits = np.array([stored_bits(int(width)) for width in widths])
     memory = units["weights"].to_numpy(dtype=float)[:, None] * bits / 8
-    rows, every = [], np.arange(len(units))
-    for price in np.geomspace(1e-5, 1e-12, 40):
-        choice = choose_formats(loss, memory, price)
-        used, lost = memory[every, choice].sum(), loss[every, choice].sum()
-        rows.append((used, 8 * used / units["weights"].sum(), lost, 0.985 * lost, price * MIB))
-    columns = ["memory_bytes", "bits_per_weight", "predicted_loss", "lower_bound", "shadow_price_per_mib"]
-    frontier = pd.DataFrame(rows, columns=columns).drop_duplicates("memory_bytes", ignore_index=True)
+    frontier = sweep_prices(loss, memory, float(units["weights"].sum()))
+    every = np.arange(len(units))
     choice = choose_formats(loss, memory, 1.2e-8 * 30 / shape.layers / max(1, shape.experts))
     plan = units.assign(
         format=[names[i] for i in choice],

@@ -1,0 +1,86 @@
+"""bitplan: storage formats for the parts of a network, chosen for a budget, with a proof, verified and applied.
+
+    profile = allocator.measure("path/to/model")                    minutes, once
+    plan = allocator.plan(profile, allocator.Budget(memory_bytes=70 * 2**20), verify=False)    milliseconds
+    plan = allocator.plan("path/to/model", allocator.Budget(bits_per_weight=3.5))              measured and compared
+    allocator.apply("path/to/model", plan, Path("packed"))
+    model, tokenizer = allocator.load("packed")
+
+This file is the table of contents; every name is loaded when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from allocator.budget import Budget, InfeasibleBudget
+    from allocator.measuring import MeasureRequest
+    from allocator.pipeline import Applied, Model, apply, evaluate, frontier, load, measure, plan, report
+    from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan, load_plan, save_plan
+    from allocator.store import Store
+    from sensitivity.measure import MeasureConfig
+    from sensitivity.profile import SensitivityProfile, load_profile, save_profile
+
+_HOME = {
+    "Applied": "allocator.pipeline",
+    "ArtefactMismatch": "allocator.plans",
+    "Budget": "allocator.budget",
+    "Evaluation": "allocator.plans",
+    "InfeasibleBudget": "allocator.budget",
+    "MeasureConfig": "sensitivity.measure",
+    "MeasureRequest": "allocator.measuring",
+    "Model": "allocator.pipeline",
+    "Plan": "allocator.plans",
+    "SensitivityProfile": "sensitivity.profile",
+    "Store": "allocator.store",
+    "UnitPlan": "allocator.plans",
+    "apply": "allocator.pipeline",
+    "evaluate": "allocator.pipeline",
+    "frontier": "allocator.pipeline",
+    "load": "allocator.pipeline",
+    "load_plan": "allocator.plans",
+    "load_profile": "sensitivity.profile",
+    "measure": "allocator.pipeline",
+    "plan": "allocator.pipeline",
+    "report": "allocator.pipeline",
+    "save_plan": "allocator.plans",
+    "save_profile": "sensitivity.profile",
+}
+__all__ = [
+    "Applied",
+    "ArtefactMismatch",
+    "Budget",
+    "Evaluation",
+    "InfeasibleBudget",
+    "MeasureConfig",
+    "MeasureRequest",
+    "Model",
+    "Plan",
+    "SensitivityProfile",
+    "Store",
+    "UnitPlan",
+    "apply",
+    "evaluate",
+    "frontier",
+    "load",
+    "load_plan",
+    "load_profile",
+    "measure",
+    "plan",
+    "report",
+    "save_plan",
+    "save_profile",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        msg = f"module 'allocator' has no attribute '{name}'. It has {', '.join(__all__)}."
+        raise AttributeError(msg)
+    # Kept in the namespace, so that the import system is asked once a name.
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,20 @@
+"""Which exceptions are a user's to hear about in one line, and which are defects that deserve a traceback."""
+
+import errno
+
+from allocator.plans import ArtefactMismatch
+from solvers import SolverFailure
+
+
+def describe_failure(error: Exception) -> str | None:
+    """Returns one clear message for an expected failure, or None for a defect of the program."""
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return (
+                f"the disk must have room: writing '{error.filename or 'a file'}' failed ({error.strerror}). "
+                "Free some space and run the same command again; finished measurements are kept."
+            )
+        return f"{error.strerror or error}: '{error.filename}'" if error.filename else str(error)
+    if isinstance(error, (ValueError, ArtefactMismatch, SolverFailure, ModuleNotFoundError)):
+        return str(error)
+    return None

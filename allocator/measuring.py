@@ -1,0 +1,123 @@
+"""From a request to a profile: the units, the text for each purpose, and the store around the measurement."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from allocator.progress import Progress
+from allocator.store import Store
+from runtime.candidates import Candidates, list_candidates
+from runtime.formats import DEFAULT_FORMATS
+from runtime.loading import ReferenceModel
+from runtime.units import find_units
+from sensitivity.calibration import (
+    TokenSequences,
+    read_documents,
+    sample_sequences,
+    split_documents,
+    tokenize_documents,
+)
+from sensitivity.measure import MeasureConfig, MeasurementText, measure_profile, measurement_fingerprint
+from sensitivity.profile import SensitivityProfile
+
+CALIBRATION, SELECTION, EVALUATION = "calibration", "selection", "evaluation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureRequest:
+    """What to measure, on which text.
+
+    Args:
+        calibration: Text source (file, JSONL, directory, dataset name); None for text sampled from the model.
+        selection: Text source that chooses between plans; None to keep part of the calibration text apart for it.
+        evaluation: Text source of the final evaluation; None to keep another part apart.
+        formats: Names of formats.
+        embedding_formats: Formats of embeddings and heads; None for those of 4 bits or more.
+        fuse: Regular expressions of weights that must share a format.
+        pins: Regular expression on unit names -> format.
+        config: Amounts and seed.
+    """
+
+    calibration: str | None = None
+    selection: str | None = None
+    evaluation: str | None = None
+    formats: tuple[str, ...] = DEFAULT_FORMATS
+    embedding_formats: tuple[str, ...] | None = None
+    fuse: tuple[str, ...] = ()
+    pins: Mapping[str, str] = field(default_factory=dict)
+    config: MeasureConfig = field(default_factory=MeasureConfig)
+
+
+def run_measurement(
+    reference: ReferenceModel, request: MeasureRequest, store: Store, progress: Progress
+) -> SensitivityProfile:
+    """Returns the profile of a request: from the store, or measured (and resumed) piece by piece."""
+    candidates = find_candidates(reference, request)
+    text = prepare_text(reference, request)
+    fingerprint = measurement_fingerprint(reference.fingerprint, candidates, text, request.config)
+    profile = store.find_profile(fingerprint)
+    if profile is None:
+        profile = measure_profile(
+            reference, candidates, text, request.config, pieces=store.pieces(fingerprint), progress=progress
+        )
+        store.save_profile(profile)
+    store.make_latest(profile)
+    return profile
+
+
+def find_candidates(reference: ReferenceModel, request: MeasureRequest) -> Candidates:
+    """Returns the units and allowed formats of a request."""
+    units = find_units(reference.model, fuse=request.fuse)
+    return list_candidates(units, request.formats, embedding_formats=request.embedding_formats, pins=request.pins)
+
+
+def prepare_text(reference: ReferenceModel, request: MeasureRequest) -> MeasurementText:
+    """Returns the token sequences of every purpose; no document serves two of them."""
+    config = request.config
+    wanted = {
+        CALIBRATION: (config.fisher_sequences, config.sequence_tokens),
+        "logit": (config.logit_sequences, config.logit_sequence_tokens),
+        SELECTION: (config.selection_sequences, config.evaluation_sequence_tokens),
+        EVALUATION: (config.evaluation_sequences, config.evaluation_sequence_tokens),
+    }
+    if request.calibration is None:
+        parts = {name: _sample(reference, config.seed + i, *size) for i, (name, size) in enumerate(wanted.items())}
+    else:
+        documents = _documents_by_purpose(request)
+        parts = {
+            name: tokenize_documents(
+                documents[CALIBRATION if name == "logit" else name][1],
+                reference.tokenizer,
+                sequences=sequences,
+                sequence_tokens=tokens,
+                source=documents[CALIBRATION if name == "logit" else name][0],
+            )
+            for name, (sequences, tokens) in wanted.items()
+        }
+    for name, source in ((SELECTION, request.selection), (EVALUATION, request.evaluation)):
+        if source is not None and request.calibration is None:
+            sequences, tokens = wanted[name]
+            parts[name] = tokenize_documents(
+                read_documents(source), reference.tokenizer, sequences=sequences, sequence_tokens=tokens, source=source
+            )
+    return MeasurementText(
+        fisher=parts[CALIBRATION], logit=parts["logit"], selection=parts[SELECTION], evaluation=parts[EVALUATION]
+    )
+
+
+def _documents_by_purpose(request: MeasureRequest) -> dict[str, tuple[str, list[str]]]:
+    assert request.calibration is not None
+    given = {SELECTION: request.selection, EVALUATION: request.evaluation}
+    kept_apart = [name for name, source in given.items() if source is None]
+    shares = {CALIBRATION: 1.0 - 0.15 * len(kept_apart), **dict.fromkeys(kept_apart, 0.15)}
+    split = split_documents(read_documents(request.calibration), shares)
+    documents = {name: (f"{request.calibration} ({name} part)", part) for name, part in split.items()}
+    for name, source in given.items():
+        if source is not None:
+            documents[name] = (source, read_documents(source))
+    return documents
+
+
+def _sample(reference: ReferenceModel, seed: int, sequences: int, tokens: int) -> TokenSequences:
+    return sample_sequences(
+        reference.model, reference.tokenizer, sequences=sequences, sequence_tokens=tokens, seed=seed
+    )

@@ -1,0 +1,124 @@
+"""From a profile, a plan and its evaluations to the tables of a report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from allocator.plans import Evaluation, Plan
+from allocator.planning import default_metric
+from reports import Headline, Report
+from sensitivity.profile import NATS, SensitivityProfile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_INTEGERS = ("layer_index", "expert_index")
+
+
+def make_report(
+    profile: SensitivityProfile,
+    plan: Plan,
+    evaluations: Sequence[Evaluation],
+    frontier: Sequence[Mapping[str, float]],
+) -> Report:
+    """Returns the report of a plan.
+
+    Args:
+        profile: The profile the plan was made from.
+        plan: The plan.
+        evaluations: Reference, plan and uniform formats on evaluation text; the plan is the shipped one.
+        frontier: Points of least predicted loss by memory.
+    """
+    return Report(
+        title=f"{profile.provenance['model']}: {plan.budget}",
+        model_name=profile.provenance["model"],
+        headline=_headline(plan, evaluations),
+        plan=_plan_table(plan),
+        frontier=pd.DataFrame(list(frontier)),
+        evaluations=_evaluation_table(evaluations),
+        sensitivities=_sensitivity_table(profile),
+        provenance={k: str(v) for k, v in {**plan.provenance, "solver": plan.solver}.items()},
+        notes=_notes(profile, plan, evaluations),
+    )
+
+
+def _headline(plan: Plan, evaluations: Sequence[Evaluation]) -> Headline:
+    shipped = next(e for e in evaluations if e.shipped)
+    reference = next(e for e in evaluations if e.kind == "reference")
+    uniform = [e for e in evaluations if e.kind == "uniform" and not e.shipped]
+    best = min(uniform, key=lambda e: e.kl) if uniform else None
+    return Headline(
+        shipped_plan_name=plan.name,
+        memory_bytes=plan.memory_bytes,
+        reference_memory_bytes=plan.reference_memory_bytes,
+        bits_per_weight=plan.bits_per_weight,
+        budget_text=plan.budget,
+        predicted_kl=plan.predicted_kl,
+        measured_kl=shipped.kl,
+        measured_kl_low=shipped.kl_low,
+        measured_kl_high=shipped.kl_high,
+        best_uniform_name=best.name if best else None,
+        best_uniform_kl=best.kl if best else None,
+        perplexity=shipped.perplexity,
+        reference_perplexity=reference.perplexity,
+        objective=plan.objective,
+        lower_bound=plan.lower_bound,
+        relative_gap=plan.relative_gap,
+        verdict=plan.verdict,
+    )
+
+
+def _plan_table(plan: Plan) -> pd.DataFrame:
+    table = pd.DataFrame([asdict(unit) for unit in plan.units])
+    table["bits_per_weight"] = 8.0 * table["memory_bytes"] / table["weights"]
+    return table.astype(dict.fromkeys(_INTEGERS, "Int64"))
+
+
+def _evaluation_table(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
+    table = pd.DataFrame([asdict(evaluation) for evaluation in evaluations]).rename(columns={"kl": "measured_kl"})
+    return table.astype({"predicted_kl": "float64"})
+
+
+def _sensitivity_table(profile: SensitivityProfile) -> pd.DataFrame:
+    candidates = profile.candidates
+    metrics = [name for name, table in profile.losses.items() if table.unit_of_measure == NATS] or list(profile.losses)
+    rows, columns = np.nonzero(candidates.allowed)
+    parts = [_metric_rows(profile, metric, rows, columns) for metric in metrics]
+    return pd.concat(parts, ignore_index=True).astype(dict.fromkeys(_INTEGERS, "Int64"))
+
+
+def _metric_rows(
+    profile: SensitivityProfile, metric: str, rows: "NDArray[np.int64]", columns: "NDArray[np.int64]"
+) -> pd.DataFrame:
+    units = [profile.candidates.units[u] for u in rows]
+    formats = [profile.candidates.formats[f] for f in columns]
+    table = profile.losses[metric]
+    return pd.DataFrame(
+        {
+            "unit": [unit.name for unit in units],
+            "role": [unit.role for unit in units],
+            "layer_index": pd.array([unit.layer_index for unit in units], dtype="Int64"),
+            "expert_index": pd.array([unit.expert_index for unit in units], dtype="Int64"),
+            "format": [f.name for f in formats],
+            "bits": [f.bits for f in formats],
+            "loss": table.loss[rows, columns],
+            "std_error": table.std_error[rows, columns],
+            "metric": metric,
+        }
+    )
+
+
+def _notes(profile: SensitivityProfile, plan: Plan, evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
+    shipped = next(e for e in evaluations if e.shipped)
+    ratio = shipped.kl / plan.predicted_kl if plan.predicted_kl > 0 else float("nan")
+    notes = [
+        f"Additivity: the units' losses sum to {plan.predicted_kl:.4g} nats per token and the finished plan measures "
+        f"{shipped.kl:.4g} ({ratio:.2f} times) on {shipped.tokens} tokens that nothing else saw.",
+        f"Losses are those of the metric '{plan.metric}'; the profile's best is '{default_metric(profile)}'.",
+    ]
+    if plan.predicted_kl_with_interactions is not None:
+        notes.append(f"With measured cross terms the prediction is {plan.predicted_kl_with_interactions:.4g}.")
+    return tuple(notes)
