@@ -1,6 +1,10 @@
 """The text that judges the plans of the demo: nothing that calibrates is taken from it."""
 
+import json
 import pydoc_data.topics
+from pathlib import Path
+
+from runtime.files import write_text
 
 SHORTEST_TOPIC_CHARACTERS = 2000
 
@@ -13,3 +17,10 @@ def python_reference_text() -> list[str]:
     """
     topics = sorted(pydoc_data.topics.topics.items())
     return [text for _, text in topics if len(text) >= SHORTEST_TOPIC_CHARACTERS]
+
+
+def write_reference_text(directory: Path) -> Path:
+    """Writes the topics as one JSONL file below a directory, whole or not at all, and returns its path."""
+    path = directory / "python-reference.jsonl"
+    write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in python_reference_text()))
+    return path

@@ -1,12 +1,15 @@
-"""Every tiny model, as a reference model is: in float32, in evaluation mode, without gradients."""
+"""Every tiny model as a reference model is, in evaluation mode without gradients; and one measured in one go."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from sensitivity.profile import SensitivityProfile
+from tests.sensitivity.measured_models import Measurement, make_config, make_measurement
 from tests.tiny_models import build_tiny_llama, build_tiny_mixtral, build_tiny_qwen_moe
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -34,6 +37,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @pytest.fixture(scope="package")
 def measurement(tiny_tied_llama_dir: Path) -> Measurement:
+    """A model of its own for all tests of measuring, which leave it as it was."""
     return make_measurement(tiny_tied_llama_dir, make_config())
 
 

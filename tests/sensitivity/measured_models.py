@@ -1,6 +1,6 @@
 """A small measurement: a model from disk, its candidates, its text, and few settings. Also run in a process of its own.
 
-``python -m tests.sensitivity.measured_models <model directory> <pieces directory>`` measures until it is killed.
+``python -m tests.sensitivity.measured_models <model directory> <pieces directory> <sequences>`` measures.
 """
 
 import sys
@@ -77,6 +77,7 @@ def make_config(fisher_sequences: int = 4) -> MeasureConfig:
 
 
 def arrays_of(profile: SensitivityProfile) -> dict[str, NDArray[Any]]:
+    """Returns every array of a profile that was measured by all metrics."""
     assert profile.fisher_sketch is not None and profile.logit_gram is not None
     tables = {
         f"{kind}.{name}": getattr(t, kind) for name, t in profile.losses.items() for kind in ("loss", "std_error")
@@ -86,6 +87,7 @@ def arrays_of(profile: SensitivityProfile) -> dict[str, NDArray[Any]]:
 
 
 def assert_same(profile: SensitivityProfile, other: SensitivityProfile) -> None:
+    """Asserts that two profiles hold the same numbers, to the last bit."""
     arrays, others = arrays_of(profile), arrays_of(other)
     assert list(arrays) == list(others)
     for name, array in arrays.items():

@@ -1,17 +1,11 @@
-"""Measuring: what is in a profile, what its fingerprint covers, and that an interrupt loses one piece at most."""
+"""Measuring: what is in a profile, how it is counted, which settings are refused, and what the fingerprint covers."""
 
-import copy
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from runtime.candidates import list_candidates
 from runtime.checkpoint import fixed_bytes, reference_bytes, rest_bytes
@@ -33,7 +27,14 @@ from sensitivity.measure import (
 from sensitivity.output_error import measure_output_error
 from sensitivity.profile import NATS, SensitivityProfile, load_profile, save_profile
 from sensitivity.weight_error import measure_weight_error
-from tests.sensitivity.measured_models import FORMATS, Measurement, make_config, make_measurement
+from tests.sensitivity.measured_models import (
+    FORMATS,
+    Measurement,
+    arrays_of,
+    assert_same,
+    make_config,
+    make_measurement,
+)
 
 Calls = list[tuple[str, int, int]]
 

@@ -151,5 +151,3 @@ def test_killed_measurement_is_taken_up(tiny_tied_llama_dir: Path, tmp_path: Pat
     assert 4 <= len(find_pieces(pieces)) < sequences
     measurement = make_measurement(tiny_tied_llama_dir, make_config(sequences))
     assert_taken_up(measurement, measurement.run(tmp_path / "whole", lambda *_: None), pieces)
-
-
