@@ -18,6 +18,7 @@ from torch import Tensor
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".jsonl", ".json", ".html", ".text"}
 _FEWEST_DOCUMENTS = 16
 _PIECE_CHARACTERS = 2000
+_LEAST_PIECE_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,11 @@ def split_documents(documents: Sequence[str], shares: Mapping[str, float]) -> di
     if len(distinct) >= _FEWEST_DOCUMENTS:
         distinct.sort(key=lambda document: hashlib.sha256(document.encode()).digest())
         longest = min(shares.values()) * total
-    ordered = [piece for document in distinct for piece in (_cut(document) if len(document) > longest else [document])]
+    # Of a short text smaller pieces, so that every part gets some.
+    least = max(_LEAST_PIECE_CHARACTERS, min(_PIECE_CHARACTERS, int(min(shares.values()) * total / 4)))
+    ordered = [
+        piece for document in distinct for piece in (_cut(document, least) if len(document) > longest else [document])
+    ]
     parts: dict[str, list[str]] = {name: [] for name in shares}
     names, bounds, reached = list(shares), [], 0.0
     for share in shares.values():
@@ -206,12 +211,12 @@ def _read_dataset(name: str, most_documents: int = 2000) -> list[str]:
         raise ValueError(msg) from error
 
 
-def _cut(document: str) -> list[str]:
+def _cut(document: str, least_characters: int) -> list[str]:
     pieces = []
     start = 0
-    while len(document) - start > 2 * _PIECE_CHARACTERS:
-        stop = start + _PIECE_CHARACTERS
-        window = document[stop : stop + _PIECE_CHARACTERS]
+    while len(document) - start > 2 * least_characters:
+        stop = start + least_characters
+        window = document[stop : stop + least_characters]
         # The empty string is in every window, at its start: text without any space is cut where it stands.
         end = next(end for end in ("\n\n", "\n", " ", "") if end in window)
         stop += window.index(end) + len(end)

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from runtime.apply import simulated_formats
 from runtime.candidates import Candidates
+from runtime.formats import Format
+from runtime.quantizers import render
+from runtime.units import Unit, read_weight
 from sensitivity.suffix import SuffixRunner
 
 _LARGEST_CHANGE = 64.0  # in log p; e^88 overflows float32
@@ -71,12 +74,21 @@ class LogitSketch:
         kl = np.zeros((len(candidates.formats), positions), dtype=np.float32)
         sketch = np.zeros((len(candidates.formats), positions, top), dtype=np.float16)
         for f in np.flatnonzero(candidates.allowed[u]):
+            if self._is_lossless(unit, candidates.formats[f]):
+                continue
             formats = {weight.name: candidates.formats[f].name for weight in unit.weights}
             with simulated_formats(self._model, formats, quantizer=self._quantizer):
                 logits = self._runner.logits(unit.layer_index).flatten(0, 1)
             kl[f] = self._kl(logits).numpy()
             sketch[f] = self._sketch(logits).to(torch.float16).numpy()
         return UnitLogits(kl=kl, sketch=sketch)
+
+    def _is_lossless(self, unit: Unit, format_: Format) -> bool:
+        # Worth asking: a bfloat16 model loses nothing at bf16, and a pass of the model is saved.
+        if format_.kind != "float":
+            return False
+        weights = [read_weight(self._model, weight) for weight in unit.weights]
+        return all(torch.equal(render(w, format_, self._quantizer), w) for w in weights)
 
     def _kl(self, logits: Tensor) -> Tensor:
         change = torch.log_softmax(logits, dim=-1).sub_(self._log_p)

@@ -32,7 +32,7 @@ from sensitivity.profile import NATS, LossTable, SensitivityProfile, fingerprint
 from sensitivity.weight_error import measure_weight_error
 
 # Raised whenever a change makes the same inputs give other numbers.
-MEASUREMENT_VERSION = 2
+MEASUREMENT_VERSION = 1
 
 WEIGHT_ERROR = "weight_error"
 OUTPUT_ERROR = "output_error"
@@ -52,7 +52,7 @@ class MeasureConfig:
         metrics: Names in ``METRICS``.
         fisher_sequences: Sequences of the Fisher sketch.
         sequence_tokens: Tokens of each of these.
-        logit_sequences: Sequences of the logit sketch, run in one batch.
+        logit_sequences: Sequences of the logit sketch, run in one batch; even, as its halves are compared.
         logit_sequence_tokens: Tokens of each of these.
         top_tokens: Most likely tokens of a position that the logit sketch keeps.
         selection_sequences: Sequences that choose between plans.
@@ -66,10 +66,10 @@ class MeasureConfig:
     """
 
     metrics: tuple[str, ...] = METRICS
-    fisher_sequences: int = 128
+    fisher_sequences: int = 96
     sequence_tokens: int = 128
     logit_sequences: int = 4
-    logit_sequence_tokens: int = 64
+    logit_sequence_tokens: int = 32
     top_tokens: int = 256
     selection_sequences: int = 8
     evaluation_sequences: int = 10
@@ -82,6 +82,9 @@ class MeasureConfig:
             if isinstance(value, int) and name != "seed" and value < 2:
                 msg = f"{name} must be at least 2 (a standard error needs two samples): got {value}. Raise it."
                 raise ValueError(msg)
+        if self.logit_sequences % 2:
+            msg = f"logit_sequences must be even (two halves are compared): got {self.logit_sequences}. Add one."
+            raise ValueError(msg)
         unknown = [metric for metric in self.metrics if metric not in METRICS]
         if unknown or not self.metrics:
             msg = f"metrics must be among {', '.join(METRICS)}: got {list(self.metrics)}. Correct the names."

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from runtime.candidates import Candidates
-from runtime.files import atomic_directory, write_text
+from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.formats import find_formats
 from runtime.units import Unit, Weight
 
@@ -92,7 +92,12 @@ class SensitivityProfile:
 
 
 def save_profile(profile: SensitivityProfile, directory: Path) -> None:
-    """Writes a profile to a directory, whole or not at all."""
+    """Writes a profile to a directory, whole or not at all.
+
+    Raises:
+        ValueError: If the directory holds anything else.
+    """
+    check_profile_place(directory)
     arrays: dict[str, NDArray[Any]] = {
         "allowed": profile.candidates.allowed,
         "selection_tokens": profile.selection_tokens,
@@ -122,6 +127,20 @@ def save_profile(profile: SensitivityProfile, directory: Path) -> None:
             {name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary / "arrays.safetensors"
         )
         write_text(temporary / "profile.json", json.dumps(document, indent=1) + "\n")
+
+
+def check_profile_place(directory: Path) -> None:
+    """Checks that a profile may be written to a directory: it is free, empty, or holds a profile.
+
+    Raises:
+        ValueError: If something else is there.
+    """
+    check_replaceable(directory, is_own=_is_profile, content="a profile")
+
+
+def _is_profile(directory: Path) -> bool:
+    # By its names, not its content: a damaged profile may be replaced.
+    return {p.name for p in directory.iterdir()} <= {"profile.json", "arrays.safetensors"}
 
 
 def load_profile(directory: Path) -> SensitivityProfile:

@@ -67,7 +67,7 @@ def make_config(fisher_sequences: int = 4) -> MeasureConfig:
     return MeasureConfig(
         fisher_sequences=fisher_sequences,
         sequence_tokens=12,
-        logit_sequences=3,
+        logit_sequences=4,
         logit_sequence_tokens=8,
         top_tokens=16,
         selection_sequences=2,

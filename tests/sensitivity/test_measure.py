@@ -68,13 +68,13 @@ def test_single_unit_kl_and_halves_of_the_gram(measurement: Measurement, whole: 
     effects = [measurer.measure(u) for u in range(len(candidates.units))]
     kl = np.stack([effect.kl for effect in effects]).astype(np.float64)
     np.testing.assert_array_equal(whole.table(SINGLE_UNIT_KL).loss, kl.mean(axis=-1))
-    means = np.stack([kl[..., 8 * s : 8 * s + 8].mean(axis=-1) for s in range(3)])
-    np.testing.assert_allclose(whole.table(SINGLE_UNIT_KL).std_error, means.std(axis=0, ddof=1) / 3**0.5, rtol=1e-12)
-    # Three sequences of 8 positions: one in the first half, two in the second, and none in both.
+    means = np.stack([kl[..., 8 * s : 8 * s + 8].mean(axis=-1) for s in range(4)])
+    np.testing.assert_allclose(whole.table(SINGLE_UNIT_KL).std_error, means.std(axis=0, ddof=1) / 4**0.5, rtol=1e-12)
+    # Four sequences of 8 positions: two in each half.
     sketches = np.concatenate([effect.sketch for effect in effects])
     assert whole.logit_gram is not None and whole.logit_gram.dtype == np.float32
-    np.testing.assert_array_equal(whole.logit_gram[0], gram_of(sketches[:, :8]).astype(np.float32))
-    np.testing.assert_array_equal(whole.logit_gram[1], gram_of(sketches[:, 8:]).astype(np.float32))
+    np.testing.assert_array_equal(whole.logit_gram[0], gram_of(sketches[:, :16]).astype(np.float32))
+    np.testing.assert_array_equal(whole.logit_gram[1], gram_of(sketches[:, 16:]).astype(np.float32))
 
 
 def test_profile_says_where_it_comes_from(measurement: Measurement, whole: SensitivityProfile, tmp_path: Path) -> None:
@@ -151,6 +151,7 @@ BOUNDS = r"must be at least 2 \(a standard error needs two samples\): got "
             if type(value) is int and value
         ),
         ({"fisher_sequences": -3}, f"fisher_sequences {BOUNDS}-3"),
+        ({"logit_sequences": 3}, r"logit_sequences must be even \(two halves are compared\): got 3"),
         ({"metrics": ()}, r"metrics must be among weight_error, output_error, fisher, single_unit_kl: got \[\]"),
         ({"metrics": ("fisher", "hessian")}, r"metrics must be among .*: got \['fisher', 'hessian'\]"),
         ({"quantizer": "magic"}, "quantizer must be among .*rtn.*: got 'magic'"),

@@ -1,0 +1,162 @@
+"""Held-out KL of plans by every metric at the bytes of uniform formats, on SmolLM2-135M. Writes allocation.md.
+
+Round-to-nearest, group 64; the linear layers are allocated, the tied embedding stays at 8 bits in every row, so that
+all rows of a column have equal bytes. Calibration, selection and evaluation text are the demonstration's.
+"""
+
+import sys
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from machine import describe_machine
+
+from allocator.assignments import Assignment, list_uniform, use_of
+from allocator.budget import MEMORY, Budget
+from allocator.demo import demo_request
+from allocator.demo_model import prepare_demo_model
+from allocator.evaluation import mean_interval
+from allocator.pipeline import Model, measure
+from allocator.planning import find_assignment, find_interacting_assignment
+from allocator.problems import build_cost_tables, build_problem, resolve_limits
+from allocator.interactions import sketch_from_gram
+from allocator.progress import shown_progress
+from allocator.store import Store
+from allocator.verification import score_cached
+from runtime.costs import CostTable
+from sensitivity.combination import COMBINED
+from sensitivity.measure import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
+from sensitivity.profile import SensitivityProfile
+from solvers import solve
+
+EMBEDDING_FORMAT = "int8_g64"
+WIDTHS = (3.0, 3.5, 4.0, 4.5, 5.0)
+ROWS = {
+    "uniform": "uniform",
+    WEIGHT_ERROR: "weight error",
+    OUTPUT_ERROR: "Hessian-weighted output error",
+    FISHER: "Fisher diagonal",
+    SINGLE_UNIT_KL: "single-unit KL",
+    COMBINED: "combination (geometric mean of the last two)",
+    "fisher_raw": "Fisher sketch, cross terms raw",
+    "logit_raw": "logit sketch, cross terms raw",
+    "logit_shrunk": "logit sketch, cross terms shrunk by cross-validation",
+}
+
+
+def main() -> None:
+    store = Store()
+    model = Model(str(prepare_demo_model(store.root)))
+    with shown_progress() as progress:
+        profile = pin_embedding(measure(model, request=demo_request(store), store=store, progress=progress))
+        tables = build_cost_tables(profile)
+        columns = {width: make_column(profile, tables, width) for width in WIDTHS}
+        assignments = {f"{width} {row}": a for width, column in columns.items() for row, a in column.items()}
+        formats = {name: a.formats_by_weight(profile.candidates) for name, a in assignments.items()}
+
+        def score(tokens: np.ndarray) -> dict[str, np.ndarray]:
+            scores = score_cached(
+                profile, formats, tokens, load_model=lambda: model.reference.model, store=store, progress=progress
+            )
+            return {name: s.kl for name, s in scores.items()}
+
+        evaluated, selected = score(profile.evaluation_tokens), score(profile.selection_tokens)
+    text = render(profile, tables, columns, evaluated, selected)
+    (Path(__file__).parent / "allocation.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+
+
+def pin_embedding(profile: SensitivityProfile) -> SensitivityProfile:
+    """Returns the profile with embeddings at one format only."""
+    allowed = profile.candidates.allowed.copy()
+    for u, unit in enumerate(profile.candidates.units):
+        if unit.kind in ("embedding", "head"):
+            allowed[u] = [f.name == EMBEDDING_FORMAT for f in profile.candidates.formats]
+    return replace(profile, candidates=replace(profile.candidates, allowed=allowed))
+
+
+def make_column(profile: SensitivityProfile, tables: dict[str, CostTable], width: float) -> dict[str, Assignment]:
+    """Returns the assignments of one byte budget by row; half widths lie midway and have no uniform format."""
+    uniform = {a.name: a for a in list_uniform(profile.candidates, COMBINED)}
+
+    def bytes_of(bits: int) -> float:
+        return use_of(uniform[f"uniform int{bits}_g64"].choice, tables)[MEMORY]
+
+    low, high = int(np.floor(width)), int(np.ceil(width))
+    budget = Budget(memory_bytes=(bytes_of(low) + bytes_of(high)) / 2)
+    column = {"uniform": uniform[f"uniform int{low}_g64"]} if low == high else {}
+    for metric in (WEIGHT_ERROR, OUTPUT_ERROR, FISHER, SINGLE_UNIT_KL, COMBINED):
+        column[metric] = find_assignment(profile, budget, tables, metric=metric)
+    assert profile.fisher_sketch is not None
+    assert profile.logit_gram is not None
+    fisher = profile.fisher_sketch / np.sqrt(np.float32(len(profile.fisher_sketch)))
+    logit = sketch_from_gram(profile.logit_gram.mean(axis=0), profile.losses[SINGLE_UNIT_KL].loss)
+    column["fisher_raw"] = solve_raw(profile, budget, tables, FISHER, fisher)
+    column["logit_raw"] = solve_raw(profile, budget, tables, SINGLE_UNIT_KL, logit)
+    column["logit_shrunk"] = find_interacting_assignment(profile, budget, tables, metric=COMBINED)[0]
+    return column
+
+
+def solve_raw(
+    profile: SensitivityProfile, budget: Budget, tables: dict[str, CostTable], metric: str, sketch: np.ndarray
+) -> Assignment:
+    """Returns the assignment that takes all cross terms of a sketch at their word."""
+    loss = profile.losses[metric].loss
+    problem = build_problem(profile, loss, resolve_limits(profile, budget), tables, sketch=sketch)
+    result = solve(problem, solver="quadratic")
+    assert result.choice is not None
+    return Assignment(name=f"{metric} raw", kind="plan", metric=metric, choice=result.choice, result=result)
+
+
+def render(
+    profile: SensitivityProfile,
+    tables: dict[str, CostTable],
+    columns: dict[float, dict[str, Assignment]],
+    evaluated: dict[str, np.ndarray],
+    selected: dict[str, np.ndarray],
+) -> str:
+    """Returns the page: the table, the ratios of the plans that selection text would ship, predictions."""
+    lines = [
+        "# Held-out KL at equal bytes, SmolLM2-135M",
+        "",
+        f"Made by `python benchmarks/bench_allocation.py`. Machine: {describe_machine()}.",
+        "",
+        "KL divergence to the reference in nats per token, with half its 95 % interval, on "
+        f"{profile.evaluation_tokens.size} tokens of the Python language reference, which nothing else saw. Calibration "
+        "and selection text: entries of the Jargon File, no entry in both. Round-to-nearest, asymmetric, group 64; "
+        f"widths 2, 3, 4, 5, 6, 8 and bf16 for the linear layers, {EMBEDDING_FORMAT} for the tied embedding in every row.",
+        "",
+        "| metric | " + " | ".join(f"{width:g} bits" for width in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for row, title in ROWS.items():
+        cells = [_cell(evaluated, f"{width} {row}") for width in columns]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    lines += ["", "What selection text would ship in each column, and what it scores on evaluation text:", ""]
+    lines += ["| width | shipped | KL | × uniform | × weight error | predicted KL | factor on cross terms |", "|---|" + "---|" * 6]
+    for width, column in columns.items():
+        best = min(column, key=lambda row, w=width: float(selected[f"{w} {row}"].mean()))  # type: ignore[misc]
+        kl = float(evaluated[f"{width} {best}"].mean())
+        uniform = _ratio(kl, evaluated.get(f"{width} uniform"))
+        weight_error = _ratio(kl, evaluated[f"{width} {WEIGHT_ERROR}"])
+        predicted = profile.losses[COMBINED].loss[np.arange(len(column[best].choice)), column[best].choice].sum()
+        factor = column["logit_shrunk"].name.rpartition(" ")[2]
+        lines.append(f"| {width:g} | {ROWS[best]} | {kl:.4f} | {uniform} | {weight_error} | {predicted:.4f} | {factor} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(scores: dict[str, np.ndarray], name: str) -> str:
+    if name not in scores:
+        return "–"
+    mean, low, _ = mean_interval(scores[name])
+    return f"{mean:.4f} ± {mean - low:.4f}"
+
+
+def _ratio(kl: float, against: np.ndarray | None) -> str:
+    return "–" if against is None else f"{kl / float(against.mean()):.3f}"
+
+
+
+if __name__ == "__main__":
+    main()
