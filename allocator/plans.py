@@ -11,6 +11,13 @@ from typing import Any
 from runtime.files import write_text
 
 SCHEMA_VERSION = 1
+# Of the 8 KiB that runtime/checkpoint.py sets aside for all metadata besides the formats.
+_HEADER_BYTES = 6 * 1024
+_SHORTENED_CHARACTERS = (1000, 300, 100, 30, 10)
+# What null stands for.
+_UNKNOWN = {"relative_gap": math.inf, "lower_bound": -math.inf, "predicted_kl": math.nan}
+# What later steps look up.
+_PROVENANCE = ("model", "model_fingerprint", "profile", "quantizer")
 
 
 class ArtefactMismatch(Exception):
@@ -19,7 +26,7 @@ class ArtefactMismatch(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class UnitPlan:
-    """One unit's part of a plan; losses in nats per token."""
+    """One unit's part of a plan; losses in nats per token, or the metric's own unit where no metric has this one."""
 
     unit: str
     role: str
@@ -74,9 +81,10 @@ class Plan:
         weights: Weight name -> format name.
         units: One entry a unit.
         budget: The budget, as text.
-        predicted_kl: Sum of the units' losses in nats per token.
+        predicted_kl: Sum of the units' losses in nats per token; NaN where no metric predicts them.
         predicted_kl_with_interactions: The same with the cross terms, or None when they were not measured.
-        objective: The solver's objective: nats per token, or bytes when memory was minimised.
+        objective: What was minimised: nats per token (the metric's own unit where that is another), or, under a
+            ceiling on the loss, bytes of the weight file.
         lower_bound: No assignment has a smaller objective.
         relative_gap: (objective - lower_bound) / |objective|.
         termination: Why the solver stopped.
@@ -84,7 +92,7 @@ class Plan:
         solve_s: Seconds of the solve.
         use: Resource -> use.
         limits: Resource -> limit.
-        shadow_prices: Resource -> nats per token that one more unit of the limit buys.
+        shadow_prices: Limit -> decrease of the objective that one more unit of it buys, where known.
         memory_bytes: Bytes of the weight file.
         bits_per_weight: Stored bits of the units per weight.
         reference_memory_bytes: Bytes of the reference model.
@@ -118,21 +126,35 @@ class Plan:
     schema_version: int = SCHEMA_VERSION
 
     @property
+    def minimises_memory(self) -> bool:
+        """Whether the objective is bytes of the weight file, not a loss."""
+        return self.objective == self.use["memory_bytes"]
+
+    @property
     def shipped(self) -> Evaluation | None:
         """The measurement of what ships, or None before verification."""
         return next((e for e in self.evaluations if e.shipped), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as JSON values; infinite and unknown numbers become null."""
-        cleaned = _jsonable(dataclasses.asdict(self))
+        cleaned = jsonable(dataclasses.asdict(self))
         assert isinstance(cleaned, dict)
         return cleaned
 
     def header_metadata(self) -> dict[str, str]:
-        """Returns the part of the plan that the packed file's header carries, besides the formats."""
+        """Returns the part of the plan that the packed file's header carries, besides the formats.
+
+        Long texts (paths of calibration files, for one) are shortened as far as the header's reserve demands.
+        """
         record = self.to_dict()
         kept = {k: v for k, v in record.items() if k not in ("weights", "units", "evaluations")}
-        return {"bitplan.plan": json.dumps(kept, separators=(",", ":"))}
+        text = _compact(kept)
+        for most in _SHORTENED_CHARACTERS:
+            # The header is JSON itself, so the text is escaped once more.
+            if len(json.dumps(text)) <= _HEADER_BYTES:
+                break
+            text = _compact(_shorten(kept, most))
+        return {"bitplan.plan": text}
 
 
 def save_plan(plan: Plan, path: Path) -> None:
@@ -144,7 +166,7 @@ def load_plan(path: Path) -> Plan:
     """Returns the plan in a JSON file.
 
     Raises:
-        ValueError: If the file is missing, no JSON, of another schema version, or lacks fields.
+        ValueError: If the file is missing, no JSON, of another schema version, or damaged.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -160,16 +182,14 @@ def load_plan(path: Path) -> Plan:
     if missing or unknown:
         msg = f"a plan must have the fields of its schema: '{path}' lacks {missing} and has unknown {unknown}."
         raise ValueError(msg)
-    numbers = {name: math.inf if record[name] is None else record[name] for name in ("relative_gap",)}
-    numbers["lower_bound"] = -math.inf if record["lower_bound"] is None else record["lower_bound"]
-    return Plan(
-        **{
-            **record,
-            **numbers,
-            "units": tuple(UnitPlan(**unit) for unit in record["units"]),
-            "evaluations": tuple(Evaluation(**evaluation) for evaluation in record["evaluations"]),
-        }
-    )
+    try:
+        return _plan(record)
+    except (AttributeError, KeyError, TypeError) as error:
+        msg = (
+            f"a plan must be complete: got '{path}', which is damaged ({type(error).__name__}: {error}). "
+            "Make the plan again."
+        )
+        raise ValueError(msg) from error
 
 
 def check_same_model(plan: Plan, model_fingerprint: str, model_name: str) -> None:
@@ -188,11 +208,63 @@ def check_same_model(plan: Plan, model_fingerprint: str, model_name: str) -> Non
         raise ArtefactMismatch(msg)
 
 
-def _jsonable(value: Any) -> Any:
+def check_same_profile(profile_model: str, model_fingerprint: str, model_name: str) -> None:
+    """Checks that a profile was measured on a model.
+
+    Args:
+        profile_model: Fingerprint of the model that the profile was measured on.
+        model_fingerprint: Fingerprint of the model at hand.
+        model_name: Its name.
+
+    Raises:
+        ArtefactMismatch: If it was measured on another.
+    """
+    if profile_model != model_fingerprint:
+        msg = (
+            f"a profile must be used with the model it was measured on: got one of {profile_model[:12]} and the model "
+            f"'{model_name}' ({model_fingerprint[:12]}). Measure this model, or name the other one."
+        )
+        raise ArtefactMismatch(msg)
+
+
+def _plan(record: dict[str, Any]) -> Plan:
+    numbers = {name: value if record[name] is None else record[name] for name, value in _UNKNOWN.items()}
+    weights = {str(name): str(format_) for name, format_ in record["weights"].items()}
+    provenance = {str(name): str(value) for name, value in record["provenance"].items()}
+    lacking = [name for name in _PROVENANCE if name not in provenance]
+    if lacking:
+        msg = f"its provenance lacks {lacking}"
+        raise KeyError(msg)
+    return Plan(
+        **{
+            **record,
+            **numbers,
+            "weights": weights,
+            "provenance": provenance,
+            "units": tuple(UnitPlan(**unit) for unit in record["units"]),
+            "evaluations": tuple(Evaluation(**evaluation) for evaluation in record["evaluations"]),
+        }
+    )
+
+
+def _compact(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, separators=(",", ":"), ensure_ascii=False)
+
+
+def _shorten(value: Any, most: int) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= most else f"{value[: most // 2]}…{value[-(most // 2) :]}"
+    if isinstance(value, dict):
+        return {name: _shorten(part, most) for name, part in value.items()}
+    return value
+
+
+def jsonable(value: Any) -> Any:
+    """Returns a value with null for every number that JSON cannot hold."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {str(k): _jsonable(v) for k, v in value.items()}
+        return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(v) for v in value]
+        return [jsonable(v) for v in value]
     return value

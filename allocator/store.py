@@ -3,6 +3,7 @@
     <root>/profiles/<fingerprint>/            a finished profile
     <root>/pieces/<fingerprint>/              pieces of a measurement that is not finished
     <root>/evaluations/<hash>.safetensors     per-sequence KL and log-likelihood of one assignment on one text
+    <root>/latencies/<hash>.safetensors       microseconds of every candidate on one device
     <root>/latest/<model fingerprint>.json    which profile was measured last for a model
 
 Everything is keyed by content, written whole or not at all, and safe to delete at any time.
@@ -46,17 +47,19 @@ class Store:
         return self.root / "pieces" / fingerprint
 
     def find_profile(self, fingerprint: str) -> SensitivityProfile | None:
-        """Returns the finished profile of a fingerprint, or None."""
-        directory = self.root / "profiles" / fingerprint
-        return load_profile(directory) if (directory / "profile.json").is_file() else None
+        """Returns the finished profile of a fingerprint, or None where there is none or it is damaged."""
+        try:
+            return load_profile(self.root / "profiles" / fingerprint)
+        except ValueError:
+            return None
 
     def find_latest_profile(self, model_fingerprint: str) -> SensitivityProfile | None:
         """Returns the profile measured last for a model, or None."""
         try:
-            record = json.loads(self._latest(model_fingerprint).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            fingerprint = str(json.loads(self._latest(model_fingerprint).read_text(encoding="utf-8"))["profile"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        return self.find_profile(record["profile"])
+        return self.find_profile(fingerprint)
 
     def save_profile(self, profile: SensitivityProfile) -> None:
         """Keeps a finished profile, makes it the model's latest, and drops its pieces."""
@@ -71,18 +74,35 @@ class Store:
 
     def find_evaluation(self, key: str) -> dict[str, NDArray[np.float64]] | None:
         """Returns the per-sequence numbers kept under a key, or None."""
-        try:
-            return load_file(self._evaluation(key))
-        except (FileNotFoundError, SafetensorError):
-            return None
+        return _read_arrays(self._evaluation(key))
 
     def save_evaluation(self, key: str, arrays: dict[str, NDArray[np.float64]]) -> None:
         """Keeps per-sequence numbers under a key."""
         with atomic_path(self._evaluation(key)) as temporary:
             save_file(arrays, temporary)
 
+    def find_latency(self, key: str) -> NDArray[np.float64] | None:
+        """Returns the microseconds [U, F] kept under a key, or None."""
+        arrays = _read_arrays(self._latency(key))
+        return None if arrays is None else arrays["latency_us"]
+
+    def save_latency(self, key: str, latency_us: NDArray[np.float64]) -> None:
+        """Keeps microseconds [U, F] under a key."""
+        with atomic_path(self._latency(key)) as temporary:
+            save_file({"latency_us": latency_us}, temporary)
+
+    def _latency(self, key: str) -> Path:
+        return self.root / "latencies" / f"{key}.safetensors"
+
     def _latest(self, model_fingerprint: str) -> Path:
         return self.root / "latest" / f"{model_fingerprint}.json"
 
     def _evaluation(self, key: str) -> Path:
         return self.root / "evaluations" / f"{key}.safetensors"
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[np.float64]] | None:
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None

@@ -1,5 +1,6 @@
 """From a profile, a plan and its evaluations to the tables of a report."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -7,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from allocator.planning import UNIFORM_RULE, default_metric
 from allocator.plans import Evaluation, Plan
-from allocator.planning import default_metric
 from reports import Headline, Report
 from sensitivity.profile import NATS, SensitivityProfile
 
@@ -35,7 +36,7 @@ def make_report(
     return Report(
         title=f"{profile.provenance['model']}: {plan.budget}",
         model_name=profile.provenance["model"],
-        headline=_headline(plan, evaluations),
+        headline=_headline(profile, plan, evaluations),
         plan=_plan_table(plan),
         frontier=pd.DataFrame(list(frontier)),
         evaluations=_evaluation_table(evaluations),
@@ -45,7 +46,7 @@ def make_report(
     )
 
 
-def _headline(plan: Plan, evaluations: Sequence[Evaluation]) -> Headline:
+def _headline(profile: SensitivityProfile, plan: Plan, evaluations: Sequence[Evaluation]) -> Headline:
     shipped = next(e for e in evaluations if e.shipped)
     reference = next(e for e in evaluations if e.kind == "reference")
     uniform = [e for e in evaluations if e.kind == "uniform" and not e.shipped]
@@ -65,10 +66,21 @@ def _headline(plan: Plan, evaluations: Sequence[Evaluation]) -> Headline:
         perplexity=shipped.perplexity,
         reference_perplexity=reference.perplexity,
         objective=plan.objective,
+        objective_unit=_objective_unit(profile, plan),
         lower_bound=plan.lower_bound,
         relative_gap=plan.relative_gap,
         verdict=plan.verdict,
     )
+
+
+def _objective_unit(profile: SensitivityProfile, plan: Plan) -> str:
+    if plan.minimises_memory:
+        return "bytes"
+    # A uniform rule minimises nothing: its objective is its prediction.
+    table = profile.losses.get(plan.metric)
+    if table is None or table.unit_of_measure == NATS or plan.termination == UNIFORM_RULE:
+        return "nats per token"
+    return table.unit_of_measure
 
 
 def _plan_table(plan: Plan) -> pd.DataFrame:
@@ -113,10 +125,12 @@ def _metric_rows(
 
 def _notes(profile: SensitivityProfile, plan: Plan, evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
     shipped = next(e for e in evaluations if e.shipped)
-    ratio = shipped.kl / plan.predicted_kl if plan.predicted_kl > 0 else float("nan")
+    seen = f"measures {shipped.kl:.4g} nats per token on {shipped.tokens} tokens that nothing else saw."
+    ratio = f" ({shipped.kl / plan.predicted_kl:.2f} times)" if plan.predicted_kl > 0 else ""
     notes = [
-        f"Additivity: the units' losses sum to {plan.predicted_kl:.4g} nats per token and the finished plan measures "
-        f"{shipped.kl:.4g} ({ratio:.2f} times) on {shipped.tokens} tokens that nothing else saw.",
+        f"The finished plan {seen}"
+        if math.isnan(plan.predicted_kl)
+        else f"Additivity: the units' losses sum to {plan.predicted_kl:.4g} and the finished plan{ratio} {seen}",
         f"Losses are those of the metric '{plan.metric}'; the profile's best is '{default_metric(profile)}'.",
     ]
     if plan.predicted_kl_with_interactions is not None:

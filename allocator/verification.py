@@ -12,8 +12,8 @@ import torch
 from allocator.assignments import Assignment, bits_per_weight, pick
 from allocator.budget import Budget
 from allocator.evaluation import SequenceScores, mean_interval, score_assignments
-from allocator.plans import Evaluation
 from allocator.planning import predicted_kl
+from allocator.plans import Evaluation
 from allocator.store import Store
 from runtime.costs import CostTable
 from sensitivity.profile import SensitivityProfile, fingerprint_of
@@ -94,16 +94,20 @@ def describe_choice(best: Assignment, assignments: Sequence[Assignment], scores:
     kl = float(scores[best.name].kl.mean())
     rivals = [a for a in assignments if a.kind == "uniform" and a.name != best.name]
     if best.kind == "uniform":
-        return f"No plan measured better than '{best.name}' (KL {kl:.4g} nats per token), which ships: no gain over uniform."
+        return (
+            f"No plan measured better than '{best.name}' (KL {kl:.4g} nats per token), which ships: "
+            "no gain over uniform."
+        )
     if not rivals:
         return f"'{best.name}' ships with KL {kl:.4g} nats per token; no uniform format fits the budget."
     rival = min(rivals, key=lambda a: float(scores[a.name].kl.mean()))
     rival_kl = float(scores[rival.name].kl.mean())
     _, low, high = mean_interval(scores[rival.name].kl - scores[best.name].kl)
+    ratio = f" ({kl / rival_kl:.2f} times)" if rival_kl > 0 else ""
     certainty = "the interval excludes no gain" if low > 0 else "the interval includes no gain"
     return (
-        f"'{best.name}' measured KL {kl:.4g} nats per token against {rival_kl:.4g} of '{rival.name}', the best uniform "
-        f"format in the budget ({kl / rival_kl:.2f} times; gain {rival_kl - kl:.4g}, 95 % {low:.4g} to {high:.4g}: {certainty})."
+        f"'{best.name}' measured KL {kl:.4g} nats per token against {rival_kl:.4g} of '{rival.name}', the best "
+        f"uniform format in the budget{ratio}; gain {rival_kl - kl:.4g}, 95 % {low:.4g} to {high:.4g}: {certainty}."
     )
 
 

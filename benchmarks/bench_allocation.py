@@ -5,7 +5,6 @@ all rows of a column have equal bytes. Calibration, selection and evaluation tex
 """
 
 import sys
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +16,10 @@ from allocator.budget import MEMORY, Budget
 from allocator.demo import demo_request
 from allocator.demo_model import prepare_demo_model
 from allocator.evaluation import mean_interval
+from allocator.interactions import sketch_from_gram
 from allocator.pipeline import Model, measure
 from allocator.planning import find_assignment, find_interacting_assignment
 from allocator.problems import build_cost_tables, build_problem, resolve_limits
-from allocator.interactions import sketch_from_gram
 from allocator.progress import shown_progress
 from allocator.store import Store
 from allocator.verification import score_cached
@@ -123,9 +122,10 @@ def render(
         f"Made by `python benchmarks/bench_allocation.py`. Machine: {describe_machine()}.",
         "",
         "KL divergence to the reference in nats per token, with half its 95 % interval, on "
-        f"{profile.evaluation_tokens.size} tokens of the Python language reference, which nothing else saw. Calibration "
-        "and selection text: entries of the Jargon File, no entry in both. Round-to-nearest, asymmetric, group 64; "
-        f"widths 2, 3, 4, 5, 6, 8 and bf16 for the linear layers, {EMBEDDING_FORMAT} for the tied embedding in every row.",
+        f"{profile.evaluation_tokens.size} tokens of the Python language reference, which nothing else saw. "
+        "Calibration and selection text: entries of the Jargon File, no entry in both. Round-to-nearest, asymmetric, group 64; "
+        "widths 2, 3, 4, 5, 6, 8 and bf16 for the linear layers, "
+        f"{EMBEDDING_FORMAT} for the tied embedding in every row.",
         "",
         "| metric | " + " | ".join(f"{width:g} bits" for width in columns) + " |",
         "|---|" + "---|" * len(columns),
@@ -134,7 +134,10 @@ def render(
         cells = [_cell(evaluated, f"{width} {row}") for width in columns]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     lines += ["", "What selection text would ship in each column, and what it scores on evaluation text:", ""]
-    lines += ["| width | shipped | KL | × uniform | × weight error | predicted KL | factor on cross terms |", "|---|" + "---|" * 6]
+    lines += [
+        "| width | shipped | KL | × uniform | × weight error | predicted KL | factor on cross terms |",
+        "|---|" + "---|" * 6,
+    ]
     for width, column in columns.items():
         best = min(column, key=lambda row, w=width: float(selected[f"{w} {row}"].mean()))  # type: ignore[misc]
         kl = float(evaluated[f"{width} {best}"].mean())
@@ -142,7 +145,9 @@ def render(
         weight_error = _ratio(kl, evaluated[f"{width} {WEIGHT_ERROR}"])
         predicted = profile.losses[COMBINED].loss[np.arange(len(column[best].choice)), column[best].choice].sum()
         factor = column["logit_shrunk"].name.rpartition(" ")[2]
-        lines.append(f"| {width:g} | {ROWS[best]} | {kl:.4f} | {uniform} | {weight_error} | {predicted:.4f} | {factor} |")
+        lines.append(
+            f"| {width:g} | {ROWS[best]} | {kl:.4f} | {uniform} | {weight_error} | {predicted:.4f} | {factor} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -155,7 +160,6 @@ def _cell(scores: dict[str, np.ndarray], name: str) -> str:
 
 def _ratio(kl: float, against: np.ndarray | None) -> str:
     return "–" if against is None else f"{kl / float(against.mean()):.3f}"
-
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time and memory of ``measure``: linear in sequences, not in units x formats; memory against the model. Writes measure.md."""
+"""Time and memory of ``measure``: linear in sequences, not in units x formats. Writes measure.md."""
 
 import argparse
 import json
@@ -65,7 +65,9 @@ def run_case(case: dict[str, object]) -> dict[str, float]:
         formats = SEVEN if case["formats"] == 7 else MENU
         units = [u for u in find_units(reference.model) if (u.layer_index or 0) < int(str(case["layers"]))]
         candidates = list_candidates(units, formats)
-        tokens = torch.randint(0, 40_000, (int(str(case["sequences"])), 128), generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(
+            0, 40_000, (int(str(case["sequences"])), 128), generator=torch.Generator().manual_seed(0)
+        )
         next(iter(measure_fisher_sketch(reference.model, candidates, tokens[:1], seed=0)))
         started = time.perf_counter()
         for _ in measure_fisher_sketch(reference.model, candidates, tokens, seed=0):
@@ -101,8 +103,8 @@ def render(rows: list[tuple[str, dict[str, int], dict[str, float]]], full: dict[
         "",
         f"Made by `python benchmarks/bench_measure.py`. Machine: {describe_machine()}.",
         "",
-        "Fisher sketch, sequences of 128 tokens; each case in a process of its own; ratios to the third column's base of 8 "
-        "sequences, 7 formats, 211 units.",
+        "Fisher sketch, sequences of 128 tokens; each case in a process of its own; ratios to the base of "
+        "8 sequences, 7 formats, 30 layers (211 units).",
         "",
         "| varied | sequences | formats | layers | s | × base | peak GiB |",
         "|---|---|---|---|---|---|---|",

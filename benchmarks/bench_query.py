@@ -31,7 +31,8 @@ def main() -> None:
     lines = [
         "# Time of a budget query",
         "",
-        f"Made by `python benchmarks/bench_query.py`. Machine: {describe_machine()}. Medians of {ROUNDS} (minimum, maximum).",
+        f"Made by `python benchmarks/bench_query.py`. Machine: {describe_machine()}.",
+        f"Medians of {ROUNDS} (minimum, maximum).",
         "",
         "| query on a cached profile of 211 units × 7 formats, in Python | ms |",
         "|---|---|",

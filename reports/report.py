@@ -77,9 +77,9 @@ class Headline:
     """The numbers of the first screen.
 
     Sizes are bytes on the device. `predicted_kl`, `measured_kl` and its interval are nats per token
-    of KL divergence to the reference. `objective` and `lower_bound` are the solver's, in the same
-    unit; `relative_gap` is (objective - lower_bound) / objective as a fraction, infinite where no bound
-    was proven. `verdict` is one sentence that says what was found.
+    of KL divergence to the reference; `predicted_kl` is NaN where no metric predicted it. `objective` and
+    `lower_bound` are of what was minimised, in `objective_unit`; `relative_gap` is (objective - lower_bound) /
+    objective as a fraction, infinite where no bound was proven. `verdict` is one sentence that says what was found.
     """
 
     shipped_plan_name: str
@@ -99,11 +99,12 @@ class Headline:
     lower_bound: float
     relative_gap: float
     verdict: str
+    objective_unit: str = "nats per token"
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float) and math.isnan(value):
+            if field.name != "predicted_kl" and isinstance(value, float) and math.isnan(value):
                 msg = f"every headline number must be known: got {field.name}=nan. Measure it first."
                 raise ValueError(msg)
         for name in ("memory_bytes", "reference_memory_bytes"):

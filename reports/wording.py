@@ -81,6 +81,8 @@ def perplexity_sentence(headline: Headline) -> str:
 def prediction_sentence(headline: Headline) -> str:
     """How well the prediction of the shipped plan held."""
     predicted, measured = headline.predicted_kl, headline.measured_kl
+    if math.isnan(predicted):
+        return f"Measured {number(measured)}; the metric of this plan predicts no nats per token."
     if predicted <= 0:
         return f"The prediction was {number(predicted)}, the measurement {number(measured)}."
     ratio = measured / predicted
@@ -96,7 +98,8 @@ def count(amount: int, noun: str) -> str:
 
 def bound_sentence(headline: Headline) -> str:
     """The two numbers of the certificate."""
-    found = f"This plan's predicted loss is {number(headline.objective, 4)} nats per token"
+    minimised = {"nats per token": "predicted loss", "bytes": "size"}.get(headline.objective_unit, "minimised error")
+    found = f"This plan's {minimised} is {number(headline.objective, 4)} {headline.objective_unit}"
     if math.isinf(headline.relative_gap):
         return f"{found}."
     return f"{found}; no plan within the budget can be below {number(headline.lower_bound, 4)}."

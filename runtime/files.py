@@ -6,9 +6,10 @@ renames; a process killed between them leaves the old one beside its place, unde
 """
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +22,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _naming(path):
+            yield temporary
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
@@ -44,7 +46,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
-        yield temporary
+        with _naming(path):
+            yield temporary
         temporary.chmod(0o777 & ~_umask())
         if path.exists():
             retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
@@ -61,6 +64,48 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_replaceable(directory: Path, *, is_own: Callable[[Path], bool], content: str) -> None:
+    """Checks that a directory may be replaced as a whole: it is not there, is empty, or holds the same kind of thing.
+
+    Args:
+        directory: The directory.
+        is_own: Tells whether a directory that is not empty holds such a thing and may go.
+        content: What it is to hold, with its article.
+
+    Raises:
+        ValueError: If something else is there.
+    """
+    if not directory.exists() and not directory.is_symlink():
+        return
+    names = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else None
+    if names == [] or (names and is_own(directory)):
+        return
+    found = f"a directory with {', '.join(names[:5])}" if names else "a file"
+    msg = (
+        f"the place of {content} is replaced as a whole, so it must be free, empty, or hold {content} already: got "
+        f"'{directory}', {found}. Use another directory."
+    )
+    raise ValueError(msg)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Makes a failure of the system name the path that was written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        # Writers made in Rust (safetensors, tokenizers) give the system's error in their text alone.
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _umask() -> int:

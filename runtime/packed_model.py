@@ -21,7 +21,7 @@ from runtime.checkpoint import (
     read_metadata,
     save_checkpoint,
 )
-from runtime.files import atomic_directory, write_text
+from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
 from runtime.units import list_weights
 
@@ -41,13 +41,15 @@ def save_packed_(
     Args:
         reference: The model; its weights are packed afterwards.
         formats_by_weight: Weight name -> format name, for every weight that can be quantized.
-        directory: Replaced as a whole once the new content is complete.
+        directory: Replaced as a whole once the new content is complete; it must be free or hold a packed model.
         metadata: Strings kept in the checkpoint's header.
         quantizer: Name in ``QUANTIZERS``.
 
     Raises:
-        ValueError: If a weight has no format or one it cannot take, or the metadata does not fit the header.
+        ValueError: If a weight has no format or one it cannot take, the metadata does not fit the header, or the
+            directory holds something else.
     """
+    check_packed_place(directory)
     left = [name for name in list_weights(reference.model) if name not in formats_by_weight]
     if left:
         msg = (
@@ -70,6 +72,22 @@ def save_packed_(
             {**metadata, FORMATS_KEY: formats},
             header_bytes=header_bytes,
         )
+
+
+def check_packed_place(directory: Path) -> None:
+    """Checks that a packed model may be written to a directory: it is free, empty, or holds a packed model.
+
+    Raises:
+        ValueError: If something else is there.
+    """
+    check_replaceable(directory, is_own=_is_packed, content="a packed model")
+
+
+def _is_packed(directory: Path) -> bool:
+    try:
+        return PACKED_CONFIG_KEY in json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def load_packed(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str, str]]:

@@ -5,6 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from solvers.baselines.annealing import solve_annealing
+from solvers.baselines.budget_grid import solve_budget_grid
+from solvers.baselines.greedy import solve_greedy
+from solvers.baselines.rank_threshold import solve_rank_threshold
 from solvers.cbc import solve_cbc
 from solvers.exhaustive import solve_exhaustive
 from solvers.knapsack import solve_knapsack
@@ -22,6 +26,10 @@ SOLVERS: dict[str, Callable[[AllocationProblem, SolveParams], SolveResult]] = {
     "cbc": solve_cbc,
     "quadratic": solve_quadratic,
     "exhaustive": solve_exhaustive,
+    "greedy": solve_greedy,
+    "annealing": solve_annealing,
+    "budget_grid": solve_budget_grid,
+    "rank_threshold": solve_rank_threshold,
 }
 
 MAX_MILP_CANDIDATES = 3000

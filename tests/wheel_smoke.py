@@ -43,7 +43,10 @@ def check_commands(directory: Path) -> None:
     calibration = directory / "calibration.txt"
     calibration.write_text(sample_text(6000), encoding="utf-8")
     plan, packed, page = directory / "plan.json", directory / "packed", directory / "report"
-    run_bitplan("measure", str(model), "--calibration", str(calibration))
+    amounts = {"--sequences": 4, "--sequence-tokens": 16, "--logit-sequences": 2, "--logit-tokens": 16}
+    amounts |= {"--held-out-sequences": 2, "--held-out-tokens": 32}
+    flags = [str(part) for amount in amounts.items() for part in amount]
+    run_bitplan("measure", str(model), "--calibration", str(calibration), *flags)
     printed = run_bitplan("plan", str(model), "--bits-per-weight", "6", "--out", str(plan), "--json")
     for document in (printed, plan.read_text(encoding="utf-8")):
         assert isinstance(json.loads(document), dict), document

@@ -74,8 +74,8 @@ def group_hawq_layers() -> list[list[int]]:
     return [[i, *(s for s, f in tied_to.items() if f == i)] for i in range(19) if i not in tied_to]
 
 
-def build_hawq_problem(case: HawqCase) -> AllocationProblem:
-    """Returns the problem over 16 units and formats (4 bits, 8 bits); size in MiB, latency in ms."""
+def build_hawq_layers(case: HawqCase) -> AllocationProblem:
+    """Returns the problem over all 19 layers and formats (4 bits, 8 bits), without the ties; size in MiB, ms."""
     trace = parse_row(HAWQ_TRACE)
     parameters, macs = parse_row(HAWQ_PARAMETERS), parse_row(HAWQ_MACS) / 1e6
     tables = {
@@ -83,12 +83,21 @@ def build_hawq_problem(case: HawqCase) -> AllocationProblem:
         "bops": (macs / 64, macs / 16),
         "latency": (parse_row(HAWQ_LATENCY_4), parse_row(HAWQ_LATENCY_8)),
     }
-    loss = np.stack([trace * parse_row(HAWQ_ERROR_4), trace * parse_row(HAWQ_ERROR_8)], axis=1)
-    cost = np.stack(tables[case.resource], axis=1)
+    return build_problem(
+        loss=np.stack([trace * parse_row(HAWQ_ERROR_4), trace * parse_row(HAWQ_ERROR_8)], axis=1),
+        cost=np.stack(tables[case.resource], axis=1)[None],
+        limit=[case.limit],
+        resources=(case.resource,),
+    )
+
+
+def build_hawq_problem(case: HawqCase) -> AllocationProblem:
+    """Returns the problem over 16 units, the tied layers summed by hand."""
+    layers = build_hawq_layers(case)
     units = group_hawq_layers()
     return build_problem(
-        loss=[loss[layers].sum(axis=0) for layers in units],
-        cost=[[cost[layers].sum(axis=0) for layers in units]],
+        loss=[layers.loss[members].sum(axis=0) for members in units],
+        cost=[[layers.cost[0, members].sum(axis=0) for members in units]],
         limit=[case.limit],
         resources=(case.resource,),
     )

@@ -1,0 +1,116 @@
+"""The options of the command ``bitplan``, and from their texts to budgets and requests."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from allocator.budget import Budget, parse_bytes, parse_limits
+
+if TYPE_CHECKING:
+    from allocator.measuring import MeasureRequest
+
+Command = Callable[..., Any]
+
+
+def measure_options(command: Command) -> Command:
+    options = [
+        click.option(
+            "--calibration", help="Text file, JSONL, directory or dataset; default: the model samples its own."
+        ),
+        click.option("--selection", help="Text that chooses between plans; default: part of the calibration text."),
+        click.option("--evaluation", help="Text of the final evaluation; default: another part."),
+        click.option("--formats", help="Comma-separated formats (int2_g64,…,bf16)."),
+        click.option(
+            "--embedding-formats", help="Comma-separated formats of embeddings and head (default: >= 4 bits)."
+        ),
+        click.option("--fuse", multiple=True, help="Regular expression of weights that share a format; repeatable."),
+        click.option("--pin", "pins", multiple=True, metavar="REGEX=FORMAT", help="Fix units to a format; repeatable."),
+        click.option("--metrics", help="Comma-separated metrics to measure."),
+        click.option("--sequences", type=int, help="Calibration sequences of the Fisher sketch."),
+        click.option("--sequence-tokens", type=int, help="Tokens of each calibration sequence."),
+        click.option("--logit-sequences", type=int, help="Sequences of the single-unit KL."),
+        click.option("--logit-tokens", type=int, help="Tokens of each of these."),
+        click.option("--held-out-sequences", type=int, help="Sequences for selection, and as many for evaluation."),
+        click.option("--held-out-tokens", type=int, help="Tokens of each of these."),
+        click.option("--seed", type=int, help="Seed of labels and sampled text."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def budget_options(command: Command) -> Command:
+    options = [
+        click.option("--memory", help="Most bytes of the weight file, such as 70MiB."),
+        click.option("--bits-per-weight", type=float, help="Most stored bits per weight, scales included."),
+        click.option("--max-kl", type=float, help="Most KL in nats per token; the smallest plan that keeps it."),
+        click.option(
+            "--limit", "limits", multiple=True, metavar="RESOURCE=VALUE", help="Further limit: latency_us, read_bytes."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def parse(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def make_budget(
+    memory: str | None, bits_per_weight: float | None, max_kl: float | None, limits: Sequence[str]
+) -> Budget:
+    return Budget(
+        memory_bytes=None if memory is None else parse_bytes(memory),
+        bits_per_weight=bits_per_weight,
+        max_kl=max_kl,
+        limits=parse_limits(limits),
+    )
+
+
+def make_request(options: dict[str, Any]) -> "MeasureRequest":
+    from allocator.measuring import MeasureRequest
+    from runtime.formats import DEFAULT_FORMATS, find_formats
+    from sensitivity.measure import MeasureConfig
+
+    amounts = {
+        "metrics": _names(options["metrics"]),
+        "fisher_sequences": options["sequences"],
+        "sequence_tokens": options["sequence_tokens"],
+        "logit_sequences": options["logit_sequences"],
+        "logit_sequence_tokens": options["logit_tokens"],
+        "selection_sequences": options["held_out_sequences"],
+        "evaluation_sequences": options["held_out_sequences"],
+        "evaluation_sequence_tokens": options["held_out_tokens"],
+        "seed": options["seed"],
+    }
+    formats = _names(options["formats"]) or DEFAULT_FORMATS
+    embedding_formats = _names(options["embedding_formats"])
+    find_formats([*formats])
+    find_formats([*(embedding_formats or formats)])
+    return MeasureRequest(
+        **{name: options[name] for name in ("calibration", "selection", "evaluation", "fuse")},
+        formats=formats,
+        embedding_formats=embedding_formats,
+        pins=_make_pins(options["pins"]),
+        config=MeasureConfig(**{name: value for name, value in amounts.items() if value is not None}),
+    )
+
+
+def _make_pins(texts: Sequence[str]) -> dict[str, str]:
+    pins = {}
+    for text in texts:
+        pattern, separator, format_name = text.rpartition("=")
+        if not separator:
+            msg = f"a pin must be REGEX=FORMAT: got '{text}'."
+            raise ValueError(msg)
+        pins[pattern] = format_name
+    return pins
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())

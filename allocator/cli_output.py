@@ -1,0 +1,91 @@
+"""What the command ``bitplan`` prints: one document or one text on stdout, and nothing beside it."""
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from allocator.plans import Plan
+    from sensitivity.profile import SensitivityProfile
+
+
+@contextmanager
+def stray_output_to_stderr() -> Iterator[None]:
+    """Sends to stderr what libraries write to the process's standard output: HiGHS prints there now and then."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        # What C code has printed may still be in the C library's own buffer.
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def render(document: dict[str, Any], as_json: bool, describe: Callable[[dict[str, Any]], str]) -> str:
+    """Returns a document as JSON, or as the text that describes it."""
+    from allocator.plans import jsonable
+
+    return json.dumps(jsonable(document), allow_nan=False) if as_json else describe(document)
+
+
+def describe_profile(profile: "SensitivityProfile") -> dict[str, Any]:
+    return {
+        "profile": profile.fingerprint,
+        "units": len(profile.candidates.units),
+        "formats": [f.name for f in profile.candidates.formats],
+        "metrics": list(profile.losses),
+        "reference_bytes": profile.reference_bytes,
+        "provenance": dict(profile.provenance),
+    }
+
+
+def profile_text(document: dict[str, Any]) -> str:
+    return (
+        f"profile {document['profile'][:16]}: {document['units']} units x {len(document['formats'])} formats, "
+        f"metrics {', '.join(document['metrics'])}, measured in {document['provenance']['measured_in_s']} s"
+    )
+
+
+def plan_text(made: "Plan") -> str:
+    from collections import Counter
+
+    counts = Counter(unit.format for unit in made.units)
+    gap = f"{made.relative_gap:.2g}" if made.relative_gap < float("inf") else "not bounded"
+    lines = [
+        f"plan '{made.name}' for {made.budget}: {made.memory_bytes / 2**20:.2f} MiB, "
+        f"{made.bits_per_weight:.3f} bits per weight (reference {made.reference_memory_bytes / 2**20:.1f} MiB)",
+        f"predicted KL {made.predicted_kl:.4g} nats per token, relative gap to the best possible {gap} "
+        f"({made.termination}, {made.solve_s * 1e3:.1f} ms)",
+        "formats: " + ", ".join(f"{name} x {count}" for name, count in counts.most_common()),
+        made.verdict,
+    ]
+    rows = [_brief(vars(evaluation)) for evaluation in made.evaluations]
+    return "\n".join(lines + ([table(rows)] if rows else []))
+
+
+def _brief(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("name", "memory_bytes", "predicted_kl", "kl", "kl_low", "kl_high", "shipped")}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return "nothing to show"
+    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1e5 else f"{value:.5g}"
+    return "-" if value is None else str(value)

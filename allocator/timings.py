@@ -1,0 +1,45 @@
+"""Latency of every candidate on the device at hand, measured once and kept: a second query answers from the store."""
+
+from dataclasses import asdict
+
+from allocator.budget import LATENCY
+from allocator.progress import Progress
+from allocator.store import Store
+from runtime.costs import CostTable
+from runtime.latency import device_name, measure_latency
+from sensitivity.profile import SensitivityProfile, fingerprint_of
+
+# Raised whenever the same candidates on the same device would be timed in another way.
+TIMING_VERSION = 1
+
+
+def find_latency(profile: SensitivityProfile, store: Store, progress: Progress) -> CostTable:
+    """Returns the latency table of a profile's candidates on this device, from the store or measured now.
+
+    Args:
+        profile: The profile.
+        store: Where tables are kept.
+        progress: Called with (stage, done, total).
+    """
+    candidates = profile.candidates
+    device = device_name()
+    key = fingerprint_of(
+        {
+            "version": TIMING_VERSION,
+            "device": device,
+            "weights": [[asdict(weight) for weight in unit.weights] for unit in candidates.units],
+            "formats": [f.name for f in candidates.formats],
+            "allowed": candidates.allowed.astype(int).tolist(),
+            "expert_share": profile.expert_share,
+        }
+    )
+    kept = store.find_latency(key)
+    if kept is not None:
+        return CostTable(resource=LATENCY, cost=kept, fixed=0.0, unit_of_measure="us", source="measured", device=device)
+    table = measure_latency(
+        candidates,
+        expert_share=profile.expert_share,
+        progress=lambda done, total: progress("latency", done, total),
+    )
+    store.save_latency(key, table.cost)
+    return table

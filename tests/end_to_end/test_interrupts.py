@@ -1,0 +1,64 @@
+"""Interrupted at any moment, a measurement leaves nothing half-written, goes on where it stopped, and ends the same."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from allocator.cli import run
+from sensitivity.profile import SensitivityProfile, load_profile
+from tests.end_to_end.commands import finish, list_files, start
+from tests.sensitivity.measured_models import assert_same
+from tests.tiny_measurements import FLAGS
+
+
+def list_pieces(cache: Path) -> list[str]:
+    return [name for name in list_files(cache) if name.endswith(".safetensors")]
+
+
+def wait_for_pieces(cache: Path, count: int) -> None:
+    """Returns as soon as so many pieces are finished."""
+    deadline = time.monotonic() + 60
+    while len(list_pieces(cache)) < count:
+        assert time.monotonic() < deadline, list_files(cache)
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    ("number", "pieces"),
+    [(signal.SIGTERM, 4), (signal.SIGINT, 14), (signal.SIGKILL, 6)],
+    ids=["SIGTERM", "SIGINT", "SIGKILL"],
+)
+def test_interrupted_measurement(
+    number: signal.Signals,
+    pieces: int,
+    tiny_llama_dir: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    tiny_profile: SensitivityProfile,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cache, out = tmp_path / "cache", tmp_path / "profile"
+    arguments = ("measure", str(tiny_llama_dir), "--calibration", str(tiny_text), *FLAGS, "--out", str(out))
+    process = start(*arguments, cache=cache)
+    wait_for_pieces(cache, pieces)
+    process.send_signal(number)
+    code, printed, err = finish(process)
+    kept = list_pieces(cache)
+    assert len(kept) >= pieces and all(name.startswith("pieces/") for name in kept)
+    assert not out.exists()
+    if number is signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert (code, printed) == (1, "")
+        assert err.splitlines()[-1].startswith("interrupted; finished measurements are kept: run the same command")
+        assert "Traceback" not in err
+        assert list_files(cache) == kept
+    monkeypatch.setenv("BITPLAN_CACHE", str(cache))
+    assert run(arguments) == 0
+    assert capsys.readouterr().out.startswith(f"profile {tiny_profile.fingerprint[:16]}")
+    assert_same(load_profile(out), tiny_profile)
+    assert sorted(p.name for p in out.iterdir()) == ["arrays.safetensors", "profile.json"]
+    assert [Path(name).parts[0] for name in list_files(cache)] == ["latest", "profiles", "profiles"]
