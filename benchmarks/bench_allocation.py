@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 from machine import describe_machine
 
+from allocator.artefacts import Model
 from allocator.assignments import Assignment, list_uniform, use_of
 from allocator.budget import MEMORY, Budget
 from allocator.demo import demo_request
 from allocator.demo_model import prepare_demo_model
 from allocator.evaluation import mean_interval
 from allocator.interactions import sketch_from_gram
-from allocator.pipeline import Model, measure
+from allocator.pipeline import measure
 from allocator.planning import find_assignment, find_interacting_assignment
 from allocator.problems import build_cost_tables, build_problem, resolve_limits
 from allocator.progress import shown_progress
@@ -123,8 +124,8 @@ def render(
         "",
         "KL divergence to the reference in nats per token, with half its 95 % interval, on "
         f"{profile.evaluation_tokens.size} tokens of the Python language reference, which nothing else saw. "
-        "Calibration and selection text: entries of the Jargon File, no entry in both. Round-to-nearest, asymmetric, group 64; "
-        "widths 2, 3, 4, 5, 6, 8 and bf16 for the linear layers, "
+        "Calibration and selection text: entries of the Jargon File, no entry in both. "
+        "Round-to-nearest, asymmetric, group 64; widths 2, 3, 4, 5, 6, 8 and bf16 for the linear layers, "
         f"{EMBEDDING_FORMAT} for the tied embedding in every row.",
         "",
         "| metric | " + " | ".join(f"{width:g} bits" for width in columns) + " |",

@@ -81,8 +81,9 @@ def measure_whole(path: str) -> int:
     """Measures everything once with few sequences, in a store of its own, and returns the model's parameters."""
     import tempfile
 
+    from allocator.artefacts import Model
     from allocator.demo import demo_request
-    from allocator.pipeline import Model, measure
+    from allocator.pipeline import measure
     from sensitivity.measure import MeasureConfig
 
     model = Model(path)

@@ -11,15 +11,14 @@ an unfinished run of it is rated against our bound.
 
 import argparse
 import os
-import platform
 import statistics
 import time
 import warnings
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from machine import describe_machine
 
 from solvers import (
     AllocationProblem,
@@ -248,17 +247,12 @@ def bench_growth(options: argparse.Namespace) -> list[str]:
     return lines
 
 
-def describe_machine(options: argparse.Namespace) -> list[str]:
-    """Returns what the numbers depend on: processor, cores, versions, flags."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    processor = names[0].split(":", 1)[1].strip() if names else platform.processor()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "scipy", "pulp"))
+def describe_run(options: argparse.Namespace) -> list[str]:
+    """Returns what the numbers depend on: the machine, versions, threads and flags."""
     return [
-        f"Processor: {processor}, {os.cpu_count()} logical cores; "
-        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}.",
-        f"Python {platform.python_version()}, {packages} (HiGHS is scipy's, CBC is PuLP's).",
-        f"Time limit {options.time_limit:g} s a run, seed {options.seed}, load at the start {os.getloadavg()[0]:.1f}.",
+        f"Machine: {describe_machine(('numpy', 'scipy', 'pulp'))} (HiGHS is scipy's, CBC is PuLP's).",
+        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}, time limit {options.time_limit:g} s a run, "
+        f"seed {options.seed}, load at the start {os.getloadavg()[0]:.1f}.",
     ]
 
 
@@ -288,7 +282,7 @@ def main() -> None:
         "frontier": ("Frontier", bench_frontier),
         "growth": ("Growth of the time with the number of units", bench_growth),
     }
-    lines = ["# Solvers", "", "Written by `benchmarks/bench_solvers.py`.", "", *describe_machine(options)]
+    lines = ["# Solvers", "", "Written by `benchmarks/bench_solvers.py`.", "", *describe_run(options)]
     for name in options.sections:
         title, bench = benches[name]
         lines += ["", f"## {title}", "", *bench(options)]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import allocator
+from allocator.artefacts import Model
 from allocator.assignments import Assignment, list_uniform
 from allocator.budget import Budget, InfeasibleBudget
 from allocator.evaluation import SequenceScores, mean_interval
-from allocator.pipeline import Model
 from allocator.problems import build_cost_tables
 from allocator.store import Store
 from allocator.verification import choose_best, describe_choice, make_evaluation, score_cached

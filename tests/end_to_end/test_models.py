@@ -9,8 +9,8 @@ import torch
 
 import allocator
 from allocator import Budget, Plan, SensitivityProfile, Store
+from allocator.artefacts import Model, assignment_of_plan
 from allocator.assignments import list_uniform, pick, use_of
-from allocator.pipeline import Model, assignment_of_plan
 from allocator.problems import build_cost_tables
 from allocator.progress import silent
 from allocator.timings import find_latency

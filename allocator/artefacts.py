@@ -1,0 +1,98 @@
+"""What belongs together: a model and its files, a model and its profile, a plan and the profile it was made from."""
+
+from functools import cached_property
+
+import numpy as np
+
+from allocator.assignments import Assignment
+from allocator.measuring import MeasureRequest, run_measurement
+from allocator.planning import UNIFORM_RULE
+from allocator.plans import ArtefactMismatch, Plan
+from allocator.progress import Progress, silent
+from allocator.store import Store
+from runtime.loading import ReferenceModel, find_model, fingerprint_model, load_reference
+from sensitivity.profile import SensitivityProfile
+
+
+class Model:
+    """A model by name, found and fingerprinted at once, loaded when first needed.
+
+    Args:
+        source: A Hugging Face directory or id, or a GGUF file.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.path = find_model(source)
+        self.fingerprint = fingerprint_model(self.path)
+
+    @cached_property
+    def reference(self) -> ReferenceModel:
+        """The model in float32 with its tokenizer."""
+        return self.load_again()
+
+    def load_again(self) -> ReferenceModel:
+        """Returns a copy of its own, which may be packed."""
+        return load_reference(self.source)
+
+
+def open_model(model: str | Model) -> Model:
+    """Returns a model by name, or the ``Model`` itself."""
+    return model if isinstance(model, Model) else Model(model)
+
+
+def find_profile(
+    model: str | Model | SensitivityProfile, *, store: Store, progress: Progress = silent
+) -> SensitivityProfile:
+    """Returns the profile itself, a model's latest profile, or a new one measured with the defaults."""
+    if isinstance(model, SensitivityProfile):
+        return model
+    model = open_model(model)
+    return store.find_latest_profile(model.fingerprint) or run_measurement(
+        model.reference, MeasureRequest(), store, progress
+    )
+
+
+def profile_of_plan(
+    plan: Plan, model: Model, store: Store, progress: Progress, *, own: bool = True
+) -> SensitivityProfile:
+    """Returns the profile a plan was made from.
+
+    Args:
+        plan: The plan.
+        model: Its model.
+        store: Where profiles are kept.
+        progress: Called with (stage, done, total).
+        own: Whether it must be this one; otherwise the model's latest does when the store no longer has it.
+
+    Raises:
+        ValueError: If it must be this one and is not stored.
+    """
+    profile = store.find_profile(plan.provenance["profile"])
+    if profile is None and own:
+        # Another profile may have kept apart what this one was calibrated on.
+        msg = (
+            f"the profile a plan was made from must be stored, for its evaluation text: got none of "
+            f"'{plan.provenance['profile'][:16]}' in '{store.root}'. Name a text that nothing else saw (--text)."
+        )
+        raise ValueError(msg)
+    return profile or find_profile(model, store=store, progress=progress)
+
+
+def assignment_of_plan(profile: SensitivityProfile, plan: Plan) -> Assignment:
+    """Returns the assignment that a plan stands for, on a profile's axes.
+
+    Raises:
+        ArtefactMismatch: If the plan's formats do not fit the profile's units.
+        ValueError: If a format is not among the profile's candidates.
+    """
+    for unit in profile.candidates.units:
+        if len({plan.weights.get(weight.name) for weight in unit.weights} - {None}) != 1:
+            msg = (
+                f"a plan must give all weights of a unit one format: unit '{unit.name}' of the profile "
+                f"'{profile.fingerprint[:16]}' has others in the plan '{plan.name}'. Plan again from this profile."
+            )
+            raise ArtefactMismatch(msg)
+    choice = [profile.candidates.format_index(plan.weights[u.weights[0].name]) for u in profile.candidates.units]
+    kind = "uniform" if plan.termination == UNIFORM_RULE else "plan"
+    return Assignment(name=plan.name, kind=kind, metric=plan.metric, choice=np.array(choice, dtype=np.int64))
