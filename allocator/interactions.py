@@ -47,6 +47,22 @@ def quadratic_loss(choice: NDArray[np.int64], loss: FloatArray, sketch: NDArray[
     return float(loss[units, choice].sum()) + scale * cross
 
 
+def candidates_near(problem: AllocationProblem, choice: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Returns the allowed candidates [U, F] at most one step of cost away from a choice, by the first resource.
+
+    The factor is chosen among plans near the additive optimum: farther ones take many times as long to search, and
+    there the second-order model of the sketch is least to be trusted.
+
+    Args:
+        problem: The problem.
+        choice: [U] format indices.
+    """
+    cost = np.where(problem.allowed, problem.cost[0], np.inf)
+    rank = cost.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    own = rank[np.arange(len(choice)), choice]
+    return np.asarray(problem.allowed & (np.abs(rank - own[:, None]) <= 1))
+
+
 def choose_shrinkage(
     halves: Sequence[NDArray[np.float32]],
     loss: FloatArray,

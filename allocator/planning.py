@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from allocator.assignments import Assignment, bits_per_weight, pick, use_of
 from allocator.budget import MEMORY, Budget, InfeasibleBudget
-from allocator.interactions import choose_shrinkage, sketch_from_gram
+from allocator.interactions import candidates_near, choose_shrinkage, sketch_from_gram
 from allocator.plans import Plan, UnitPlan
 from allocator.problems import build_problem, resolve_limits
 from allocator.reachable import MAX_KL, find_least_values
@@ -105,15 +106,21 @@ def find_interacting_assignment(
         raise ValueError(msg)
     loss = profile.table(metric).loss
     limits = resolve_limits(profile, budget)
-    build = partial(_build_interacting, profile, loss, limits, tables)
+    additive = build_problem(profile, loss, limits, tables)
+    start = solve(additive).choice
+    if start is None:
+        raise _infeasible(profile, budget, find_least_values(additive, limits, tables))
     solver = partial(solve, solver="quadratic")
+    near = candidates_near(additive, start)
+
+    def build(sketch: np.ndarray, shrinkage: float, allowed: np.ndarray = near) -> AllocationProblem:
+        return replace(additive, allowed=allowed, sketch=sketch, interaction_scale=shrinkage)
+
     halves = [sketch_from_gram(half, loss) for half in profile.logit_gram]
     shrinkage = choose_shrinkage(halves, loss, build, solver)
-    problem = build(sketch_from_gram(profile.logit_gram.mean(axis=0), loss), shrinkage)
-    result = solver(problem)
-    if result.choice is None:
-        additive = build_problem(profile, loss, limits, tables)
-        raise _infeasible(profile, budget, find_least_values(additive, limits, tables))
+    sketch = sketch_from_gram(profile.logit_gram.mean(axis=0), loss)
+    result = solver(build(sketch, shrinkage, additive.allowed))
+    assert result.choice is not None, "the additive optimum is feasible here too"
     name = f"{metric} + {INTERACTIONS} x {shrinkage:g}"
     return Assignment(name=name, kind="plan", metric=metric, choice=result.choice, result=result), shrinkage
 
@@ -166,17 +173,6 @@ def make_plan(
         reference_memory_bytes=profile.reference_bytes,
         provenance={**profile.provenance, **provenance},
     )
-
-
-def _build_interacting(
-    profile: SensitivityProfile,
-    loss: np.ndarray,
-    limits: Mapping[str, float],
-    tables: Mapping[str, CostTable],
-    sketch: np.ndarray,
-    shrinkage: float,
-) -> AllocationProblem:
-    return build_problem(profile, loss, limits, tables, sketch=sketch, interaction_scale=shrinkage)
 
 
 def _with_cross_terms(profile: SensitivityProfile, assignment: Assignment, loss: np.ndarray, additive: float) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from allocator.interactions import SHRINKAGES, choose_shrinkage, quadratic_loss, sketch_from_gram
+from allocator.interactions import SHRINKAGES, candidates_near, choose_shrinkage, quadratic_loss, sketch_from_gram
 from solvers import AllocationProblem, solve
 
 UNITS, FORMATS = 6, 3
@@ -112,3 +112,14 @@ def test_without_a_feasible_choice_nothing_is_shrunk() -> None:
         return replace(problem, limit=np.array([1.0]))
 
     assert choose_shrinkage([half, half], LOSS, impossible, partial(solve, solver="quadratic")) == 0.0
+
+
+def test_candidates_near_are_one_step_of_cost_away() -> None:
+    cost = np.array([[[8.0, 2.0, 4.0, 1.0], [1.0, 2.0, 3.0, 4.0]]])
+    allowed = np.array([[True, True, True, True], [True, False, True, True]])
+    problem = AllocationProblem(
+        loss=np.zeros((2, 4)), cost=cost, limit=np.array([np.inf]), allowed=allowed, resources=("memory_bytes",)
+    )
+    near = candidates_near(problem, np.array([2, 0]))
+    # By cost the first unit's formats are 3, 1, 2, 0; the second's 0, 2, 3, as format 1 is not allowed.
+    np.testing.assert_array_equal(near, [[True, True, True, False], [True, False, True, False]])
