@@ -8,8 +8,8 @@
     result = solve_tied(problem, ties=((4, 6), (9, 11)))
     plans = solve_diverse(problem, n_plans=5, relative_excess=0.01, min_changes=10)
 
-Arrays in, arrays out: numpy and scipy; CBC through PuLP and Clarabel through CVXPY only when asked for. Rules that
-people know are in `solvers.baselines`, those that fit an AllocationProblem in SOLVERS too.
+Arrays in, arrays out: numpy and scipy; CBC and HiGHS through PuLP and Clarabel through CVXPY only when asked for.
+Rules that people know are in `solvers.baselines`, those that fit an AllocationProblem in SOLVERS too.
 """
 
 from solvers.check import (
@@ -39,7 +39,7 @@ from solvers.equal_loss import (
     round_to_bits,
     round_to_levels,
 )
-from solvers.frontier import solve_frontier
+from solvers.frontier import list_efficient, solve_frontier
 from solvers.least_cost import solve_least_cost
 from solvers.pairwise import PairwiseSketch, build_pairwise_matrix, project_pairwise
 from solvers.params import SolveParams, TrustRegion
@@ -79,6 +79,7 @@ __all__ = [
     "expand_choice",
     "fix_units",
     "is_feasible",
+    "list_efficient",
     "measure_regret",
     "merge_choice",
     "merge_ties",

@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from solvers.problem import AllocationProblem, FloatArray, IntArray
+from solvers.products import dot, price_candidates
 from solvers.result import SolveResult, Termination
 
 ROUNDING = 1e-12
@@ -29,7 +30,7 @@ def compute_interaction(problem: AllocationProblem, choice: IntArray) -> float:
         return 0.0
     chosen = problem.sketch[:, np.arange(problem.n_units), choice].astype(np.float64)
     total = chosen.sum(axis=1)
-    return float(0.5 * (total @ total - np.sum(chosen * chosen)))
+    return float(0.5 * (dot(total, total) - np.sum(chosen * chosen)))
 
 
 def compute_use(problem: AllocationProblem, choice: IntArray) -> FloatArray:
@@ -60,8 +61,8 @@ def compute_dual_bound(problem: AllocationProblem, price: FloatArray) -> float:
         msg = "compute_dual_bound must be given a separable problem: got one with a sketch. Drop the sketch."
         raise ValueError(msg)
     priced = np.flatnonzero(price > 0)
-    reduced = problem.masked_loss + np.tensordot(price[priced], problem.masked_cost[priced], axes=1)
-    return math.fsum(reduced.min(axis=1).tolist()) - float(price[priced] @ problem.ceiling[priced])
+    reduced = problem.masked_loss + price_candidates(price[priced], problem.masked_cost[priced])
+    return math.fsum(reduced.min(axis=1).tolist()) - dot(price[priced], problem.ceiling[priced])
 
 
 def rounding_allowance(problem: AllocationProblem, choice: IntArray) -> float:

@@ -21,6 +21,7 @@ import numpy as np
 
 from solvers.dual import evaluate_dual
 from solvers.problem import AllocationProblem, FloatArray, IntArray
+from solvers.products import dot
 from solvers.result import SolverFailure
 
 
@@ -132,7 +133,7 @@ def _bound(
     total = np.einsum("usf,uf->s", vectors, fractions)
     linear = own + np.einsum("usf,s->uf", vectors, total)
     value, _, _ = evaluate_dual(linear, problem.masked_cost[binding], problem.ceiling[binding], price[binding])
-    return value - 0.5 * float(total @ total)
+    return value - 0.5 * dot(total, total)
 
 
 def _import_cvxpy() -> Any:

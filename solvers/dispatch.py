@@ -9,13 +9,13 @@ from solvers.baselines.annealing import solve_annealing
 from solvers.baselines.budget_grid import solve_budget_grid
 from solvers.baselines.greedy import solve_greedy
 from solvers.baselines.rank_threshold import solve_rank_threshold
-from solvers.cbc import solve_cbc
 from solvers.exhaustive import solve_exhaustive
 from solvers.knapsack import solve_knapsack
 from solvers.lagrangian import solve_lagrangian
 from solvers.milp import solve_milp
 from solvers.params import SolveParams, TrustRegion
 from solvers.problem import AllocationProblem
+from solvers.pulp_backends import solve_cbc, solve_pulp_highs
 from solvers.quadratic import solve_quadratic
 from solvers.result import SolveResult
 
@@ -24,6 +24,7 @@ SOLVERS: dict[str, Callable[[AllocationProblem, SolveParams], SolveResult]] = {
     "lagrangian": solve_lagrangian,
     "milp": solve_milp,
     "cbc": solve_cbc,
+    "pulp_highs": solve_pulp_highs,
     "quadratic": solve_quadratic,
     "exhaustive": solve_exhaustive,
     "greedy": solve_greedy,

@@ -22,6 +22,7 @@ import numpy as np
 
 from solvers.linear_program import minimise_fractions
 from solvers.problem import FloatArray, IntArray
+from solvers.products import dot, price_candidates
 
 MAX_CUTS = 120
 RELATIVE_TOLERANCE = 1e-6
@@ -54,10 +55,10 @@ def evaluate_dual(
 ) -> tuple[float, FloatArray, IntArray]:
     """Returns D(price), its supergradient [R] (use minus limit), and the minimising choice [U]."""
     rows = np.arange(loss.shape[0])
-    reduced = loss + np.tensordot(price, cost, axes=1)
+    reduced = loss + price_candidates(price, cost)
     choice = reduced.argmin(axis=1)
     supergradient = cost[:, rows, choice].sum(axis=1) - limit
-    return float(loss[rows, choice].sum() + price @ supergradient), supergradient, choice
+    return float(loss[rows, choice].sum() + dot(price, supergradient)), supergradient, choice
 
 
 def maximise_dual(loss: FloatArray, cost: FloatArray, limit: FloatArray) -> DualPoint:
@@ -89,7 +90,7 @@ def _reach(loss: FloatArray, cost: FloatArray, limit: FloatArray, best: DualPoin
     """Improves the prices by linear programs over the units in doubt; says whether they are proved best."""
     n_units, size = loss.shape[0], FIRST_OPEN_UNITS
     while True:
-        ordered = np.sort(loss + np.tensordot(best.price, cost, axes=1), axis=1)
+        ordered = np.sort(loss + price_candidates(best.price, cost), axis=1)
         doubt = ordered[:, min(1, ordered.shape[1] - 1)] - ordered[:, 0]
         is_open = np.zeros(n_units, dtype=bool)
         is_open[np.argsort(doubt, kind="stable")[:size]] = True

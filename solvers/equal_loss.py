@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from solvers.problem import AllocationProblem, BoolArray, FloatArray
+from solvers.products import dot
 
 UNIFORM_DECAY = 2.0
 MEAN_BITS_TOLERANCE = 1e-12
@@ -96,7 +97,7 @@ def predict_gain(coefficient: FloatArray, *, n_weights: FloatArray | None = None
     """
     weights = _check(coefficient, n_weights, UNIFORM_DECAY)
     total = float(weights.sum())
-    geometric = math.exp2(float(weights @ np.log2(coefficient / weights)) / total)
+    geometric = math.exp2(dot(weights, np.log2(coefficient / weights)) / total)
     return geometric / (float(coefficient.sum()) / total)
 
 
@@ -199,7 +200,7 @@ def _find_offset(wanted: FloatArray, weights: FloatArray, mean: float, least: fl
     low, high = -1, bends.size
     while high - low > 1:
         middle = (low + high) // 2
-        if float(weights @ np.clip(wanted - bends[middle], least, most)) >= budget:
+        if dot(weights, np.clip(wanted - bends[middle], least, most)) >= budget:
             low = middle
         else:
             high = middle
@@ -210,4 +211,4 @@ def _find_offset(wanted: FloatArray, weights: FloatArray, mean: float, least: fl
     if not free.any():
         return float(left)
     at_edge = np.clip(inner[~free], least, most)
-    return float((weights[free] @ wanted[free] + weights[~free] @ at_edge - budget) / weights[free].sum())
+    return (dot(weights[free], wanted[free]) + dot(weights[~free], at_edge) - budget) / float(weights[free].sum())

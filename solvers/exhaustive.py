@@ -11,6 +11,7 @@ import numpy as np
 from solvers.certification import run_certified
 from solvers.params import SolveParams
 from solvers.problem import AllocationProblem, BoolArray, FloatArray, IntArray
+from solvers.products import contract
 from solvers.result import Answer, SolveResult
 
 MAX_CHOICES = 2_000_000
@@ -94,7 +95,7 @@ def _tabulate_objective(problem: AllocationProblem, left: IntArray, right: IntAr
             sums.append(summed)
         own.append(total)
     objective = own[0][:, None] + own[1]
-    return objective + problem.interaction_scale * sums[0] @ sums[1].T if sums else objective
+    return objective + problem.interaction_scale * contract("is,js->ij", *sums) if sums else objective
 
 
 def _tabulate_use(cost: FloatArray, left: IntArray, right: IntArray) -> FloatArray:

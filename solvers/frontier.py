@@ -1,6 +1,10 @@
 """All efficient points of one budget: the same problem at many limits.
 
-With one limit that can bind, hull and sort are done once, and every point costs one exact search of its core.
+Limits are taken from the smallest up. With one limit that can bind, hull and sort are done once, and every point
+costs one exact search of its core. Otherwise every solve starts from the choices of the limits below, which keep
+its limit too: no point is worse than one of a smaller limit.
+
+Complexity: O(U F^2 + N log N) once and O(U F) plus an exact search per point; otherwise one solve per point.
 """
 
 from dataclasses import replace
@@ -37,18 +41,48 @@ def solve_frontier(
         ValueError: an unknown resource, or not exactly one of limits and n_points, or n_points below 2.
     """
     params = params or SolveParams()
-    index = _find_resource(problem, resource)
+    given = params.starts
+    index = _find_resource(problem.resources, resource)
     limits = _list_limits(problem, index, limits, n_points)
     others = [r for r in problem.binding if r != index]
     single = problem.is_separable and not others and params.trust_region is None
     hull = build_hull(problem.masked_loss, problem.masked_cost[index]) if single else None
-    results = []
-    for limit in limits:
+    results: dict[int, SolveResult] = {}
+    for i in np.argsort(limits, kind="stable"):
         at_limit = problem.limit.copy()
-        at_limit[index] = limit
+        at_limit[index] = limits[i]
         point = replace(problem, limit=at_limit)
-        results.append(_solve_point(point, index, hull, params) if hull else solve(point, params=params))
-    return tuple(results)
+        if hull is not None:
+            results[int(i)] = _solve_point(point, index, hull, params)
+            continue
+        result = solve(point, params=params)
+        results[int(i)] = result
+        if result.choice is not None:
+            params = replace(params, starts=(*given, result.choice))
+    return tuple(results[i] for i in range(limits.size))
+
+
+def list_efficient(results: tuple[SolveResult, ...], *, resource: str | None = None) -> tuple[SolveResult, ...]:
+    """Returns the efficient results, least use first: those that no other matches in both use and objective.
+
+    Of results with the same use and objective the first counts; results without a choice never do.
+
+    Args:
+        results: as `solve_frontier` returns them.
+        resource: name of the resource swept; may be left out when there is only one.
+
+    Raises:
+        ValueError: an unknown resource.
+    """
+    found = [result for result in results if result.choice is not None]
+    if not found:
+        return ()
+    index = _find_resource(found[0].resources, resource)
+    efficient: list[SolveResult] = []
+    for result in sorted(found, key=lambda result: (float(result.use[index]), result.objective)):
+        if not efficient or result.objective < efficient[-1].objective:
+            efficient.append(result)
+    return tuple(efficient)
 
 
 def _solve_point(problem: AllocationProblem, index: int, hull: ConvexHull, params: SolveParams) -> SolveResult:
@@ -67,13 +101,13 @@ def _solve_point(problem: AllocationProblem, index: int, hull: ConvexHull, param
     return run_certified(problem, params, solver="knapsack", search=search)
 
 
-def _find_resource(problem: AllocationProblem, resource: str | None) -> int:
-    if resource is None and len(problem.resources) == 1:
+def _find_resource(resources: tuple[str, ...], resource: str | None) -> int:
+    if resource is None and len(resources) == 1:
         return 0
-    if resource not in problem.resources:
-        msg = f"resource must be one of {', '.join(problem.resources)}: got resource={resource!r}."
+    if resource not in resources:
+        msg = f"resource must be one of {', '.join(resources)}: got resource={resource!r}."
         raise ValueError(msg)
-    return problem.resources.index(resource)
+    return resources.index(resource)
 
 
 def _list_limits(problem: AllocationProblem, index: int, limits: FloatArray | None, n_points: int | None) -> FloatArray:

@@ -25,6 +25,7 @@ from solvers.knapsack import check_separable
 from solvers.milp import BinaryOutcome, minimise_binary, report_joint_infeasibility
 from solvers.params import SolveParams
 from solvers.problem import AllocationProblem, BoolArray, FloatArray, IntArray
+from solvers.products import price_candidates
 from solvers.result import Answer, SolveResult
 
 FIRST_CORE_UNITS = 48
@@ -86,7 +87,7 @@ def _relax(problem: AllocationProblem) -> _Relaxed:
     binding = list(problem.binding)
     loss, cost, limit = problem.masked_loss, problem.masked_cost[binding], problem.target[binding]
     dual = maximise_dual(loss, cost, limit)
-    priced = loss + np.tensordot(dual.price, cost, axes=1)
+    priced = loss + price_candidates(dual.price, cost)
     reduced = priced - priced.min(axis=1, keepdims=True)
     return _Relaxed(loss=loss, cost=cost, limit=limit, reduced=reduced, dual=dual)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from solvers.problem import FloatArray, IntArray
+from solvers.products import contract, dot, price_candidates
 
 MAX_EXCHANGE_MOVES = 384
 RELATIVE_IMPROVEMENT = 1e-12
@@ -61,7 +62,7 @@ def start_search(tables: QuadraticTables, choice: IntArray) -> SearchState:
         chosen = sketch[rows, choice]
         total = chosen.sum(axis=0)
         sums.append(total)
-        objectives.append(own_loss + 0.5 * tables.scale * float(total @ total - np.sum(chosen * chosen)))
+        objectives.append(own_loss + 0.5 * tables.scale * float(dot(total, total) - np.sum(chosen * chosen)))
     use = tables.cost[:, rows, choice].sum(axis=1)
     return SearchState(choice=choice.copy(), sums=sums, use=use, objectives=np.array(objectives))
 
@@ -88,7 +89,7 @@ def compute_changes(tables: QuadraticTables, state: SearchState, i: int) -> Floa
     rows = np.arange(state.choice.size)
     sketch = tables.sketches[i]
     current = sketch[rows, state.choice]
-    linear = sketch @ state.sums[i] - np.matmul(sketch, current[:, :, None])[:, :, 0]
+    linear = contract("ufs,s->uf", sketch, state.sums[i]) - contract("ufs,us->uf", sketch, current)
     table = tables.loss + tables.scale * linear
     return np.asarray(table - table[rows, state.choice][:, None])
 
@@ -112,7 +113,7 @@ def _find_exchange(
     rows = np.arange(state.choice.size)
     slack = np.maximum(tables.limit - state.use, 0.0)
     step = tables.cost - tables.cost[:, rows, state.choice][:, :, None]
-    priced = changes[0] + np.tensordot(price, step, axes=1)
+    priced = changes[0] + price_candidates(price, step)
     priced[rows, state.choice] = np.inf
     candidates = np.flatnonzero(np.isfinite(priced.ravel()))
     if candidates.size > MAX_EXCHANGE_MOVES:
@@ -125,7 +126,7 @@ def _find_exchange(
     for i, sketch in enumerate(tables.sketches):
         moved = sketch[unit, chosen] - sketch[unit, state.choice[unit]]
         alone = changes[i][unit, chosen]
-        np.maximum(total, alone[:, None] + alone + tables.scale * (moved @ moved.T), out=total)
+        np.maximum(total, alone[:, None] + alone + tables.scale * contract("is,js->ij", moved, moved), out=total)
     total[unit[:, None] == unit] = np.inf
     for r in range(slack.size):
         used = step[r, unit, chosen]

@@ -40,6 +40,8 @@ class SolveParams:
             does not depend on the machine: results under it are reproducible.
         seed: seed of every random step.
         starts: choices, int64 [U] each, to improve on; the result is never worse than the best feasible one.
+            With a validation sketch they are places to search from, no more: the one that is best by the
+            problem's own sketch may be bad by the other.
         trust_region: only choices near a reference; None for all.
         validation_sketch: a second sketch [S2, U, F] drawn independently of the problem's; the quadratic
             solver then accepts only moves that improve the objective under both. None to go by the

@@ -28,6 +28,7 @@ from solvers.lagrangian import search_lagrangian
 from solvers.local_search import QuadraticTables, SearchState, compute_changes, improve, start_search
 from solvers.params import SolveParams
 from solvers.problem import AllocationProblem, FloatArray, IntArray
+from solvers.products import contract, dot
 from solvers.relaxation import QuadraticBound, bound_quadratic
 from solvers.result import Answer, SolveResult
 
@@ -43,7 +44,15 @@ BOUND_SHARE = 0.4
 def solve_quadratic(problem: AllocationProblem, params: SolveParams) -> SolveResult:
     """Returns a choice no worse than the diagonal optimum, and its certified gap, for any number of
     limits."""
-    return run_certified(problem, params, solver="quadratic", search=search_quadratic)
+    if params.validation_sketch is None:
+        return run_certified(problem, params, solver="quadratic", search=search_quadratic)
+    params.check_fits(problem)
+
+    # The search has the starts; the certificate would take the best of them by the first sketch alone.
+    def search(problem: AllocationProblem, _: SolveParams) -> Answer:
+        return search_quadratic(problem, params)
+
+    return run_certified(problem, replace(params, starts=()), solver="quadratic", search=search)
 
 
 def search_quadratic(problem: AllocationProblem, params: SolveParams) -> Answer:
@@ -53,17 +62,20 @@ def search_quadratic(problem: AllocationProblem, params: SolveParams) -> Answer:
     diagonal = solve_separable(problem, problem.masked_loss, params)
     if problem.is_separable or diagonal.resource_at_fault is not None:
         return diagonal
-    if diagonal.choice is None:
+    first = diagonal.choice
+    if first is None:
+        first = next((np.asarray(start) for start in params.starts if is_feasible(problem, start)), None)
+    if first is None:
         # The bound of the separable problem says nothing about this one.
         return replace(diagonal, lower_bound=-math.inf)
     tables = build_tables(problem, params)
     bound_by = None if params.time_limit_s is None else started + BOUND_SHARE * params.time_limit_s
     relaxed = _bound(problem, tables, bound_by)
-    best = _search(problem, params, tables, relaxed, diagonal.choice, deadline)
+    best = _search(problem, params, tables, relaxed, first, deadline)
     lower_bound = max(relaxed.bound, _sharpen(problem, params, tables, relaxed))
     shadow_price = np.zeros(len(problem.resources))
     shadow_price[list(problem.binding)] = relaxed.price
-    diagonal_objective = start_search(tables, diagonal.choice).objectives[0]
+    first_objective = start_search(tables, first).objectives[0]
     timed_out = deadline is not None and time.perf_counter() > deadline
     return Answer(
         choice=best.choice,
@@ -71,7 +83,7 @@ def search_quadratic(problem: AllocationProblem, params: SolveParams) -> Answer:
         shadow_price=shadow_price,
         limit_hit="time" if timed_out else "iterations",
         detail=(
-            f"local search from the diagonal optimum, objective {diagonal_objective:.6g} to "
+            f"local search from the diagonal optimum, objective {first_objective:.6g} to "
             f"{best.objectives[0]:.6g}; bound by convex relaxation"
         ),
     )
@@ -111,7 +123,9 @@ def _bound(problem: AllocationProblem, tables: QuadraticTables, deadline: float 
 def _linearise(tables: QuadraticTables, sketch_sum: FloatArray) -> FloatArray:
     """Returns the linear part plus the interactions with a given sum of sketches, [U, F]."""
     sketch = tables.sketches[0]
-    return np.asarray(tables.loss + tables.scale * (sketch @ sketch_sum - 0.5 * np.sum(sketch**2, axis=2)))
+    return np.asarray(
+        tables.loss + tables.scale * (contract("ufs,s->uf", sketch, sketch_sum) - 0.5 * np.sum(sketch**2, axis=2))
+    )
 
 
 def _sharpen(
@@ -122,7 +136,7 @@ def _sharpen(
         return relaxed.bound
     linear = _linearise(tables, relaxed.sketch_sum)
     answer = solve_separable(problem, linear, replace(params, relative_gap_tolerance=SHARPEN_GAP))
-    return answer.lower_bound - 0.5 * tables.scale * float(relaxed.sketch_sum @ relaxed.sketch_sum)
+    return answer.lower_bound - 0.5 * tables.scale * dot(relaxed.sketch_sum, relaxed.sketch_sum)
 
 
 def _search(
@@ -130,11 +144,11 @@ def _search(
     params: SolveParams,
     tables: QuadraticTables,
     relaxed: QuadraticBound,
-    diagonal: IntArray,
+    first: IntArray,
     deadline: float | None,
 ) -> SearchState:
-    """Returns the best local optimum over all starts, no worse than the diagonal under any sketch."""
-    best = improve(tables, diagonal, relaxed.price, deadline)
+    """Returns the best local optimum over all starts, no worse than the first under any sketch."""
+    best = improve(tables, first, relaxed.price, deadline)
     rough = replace(params, relative_gap_tolerance=JUMP_GAP, node_limit=200_000)
     starts = [start for start in params.starts if is_feasible(problem, start)]
     rounded = solve_separable(problem, _linearise(tables, relaxed.sketch_sum), rough).choice

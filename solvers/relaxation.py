@@ -27,6 +27,7 @@ from solvers.convex_hull import build_hull, relax
 from solvers.dual import evaluate_dual
 from solvers.linear_program import minimise_fractions
 from solvers.problem import FloatArray
+from solvers.products import contract, dot
 
 MAX_ITERATIONS = 400
 PAIRWISE_STEPS = 60
@@ -94,15 +95,17 @@ def bound_quadratic(
     sketch_sum = best.sketch_sum
     points = _Points(np.zeros(0), np.zeros((0, flat.shape[1])), np.zeros((0, 0)), np.zeros(0))
     for _ in range(MAX_ITERATIONS):
-        linear = own + scale * (flat @ sketch_sum).reshape(own.shape)
+        linear = own + scale * contract("is,s->i", flat, sketch_sum).reshape(own.shape)
         least = minimise_linear(linear, cost, limit)
-        bound = least.bound - 0.5 * scale * float(sketch_sum @ sketch_sum)
+        bound = least.bound - 0.5 * scale * dot(sketch_sum, sketch_sum)
         if bound > best.bound:
             best = QuadraticBound(bound=bound, sketch_sum=sketch_sum, price=least.price)
-        _add_point(points, float(np.sum(finite_own * least.fractions)), least.fractions.ravel() @ flat)
+        _add_point(
+            points, float(np.sum(finite_own * least.fractions)), contract("i,is->s", least.fractions.ravel(), flat)
+        )
         _balance(points, scale)
-        sketch_sum = points.weight @ points.vectors
-        objective = float(points.weight @ points.linear) + 0.5 * scale * float(sketch_sum @ sketch_sum)
+        sketch_sum = contract("k,ks->s", points.weight, points.vectors)
+        objective = dot(points.weight, points.linear) + 0.5 * scale * dot(sketch_sum, sketch_sum)
         converged = objective - best.bound <= RELATIVE_TOLERANCE * abs(objective)
         if converged or (deadline is not None and time.perf_counter() > deadline):
             break
@@ -146,7 +149,7 @@ def _add_point(points: _Points, linear: float, vector: FloatArray) -> None:
     """Adds a point with weight 0 (1 when it is the first), after dropping the points without weight."""
     kept = np.flatnonzero(points.weight > WEIGHT_FLOOR)
     vectors = np.vstack([points.vectors[kept], vector])
-    inner = vectors @ vector
+    inner = contract("ks,s->k", vectors, vector)
     gram = np.empty((inner.size, inner.size))
     gram[:-1, :-1] = points.gram[np.ix_(kept, kept)]
     gram[-1], gram[:, -1] = inner, inner
@@ -158,7 +161,7 @@ def _add_point(points: _Points, linear: float, vector: FloatArray) -> None:
 
 def _balance(points: _Points, scale: float) -> None:
     """Shifts weight from the worst point to the best, pair by pair, as far as the objective falls."""
-    gradient = points.linear + scale * (points.gram @ points.weight)
+    gradient = points.linear + scale * contract("kl,l->k", points.gram, points.weight)
     for _ in range(PAIRWISE_STEPS):
         best = int(gradient.argmin())
         worst = int(np.where(points.weight > 0, gradient, -np.inf).argmax())

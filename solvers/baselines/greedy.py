@@ -18,6 +18,7 @@ from solvers.dual_bound import answer_with_dual_bound, find_dual_bound
 from solvers.knapsack import check_separable
 from solvers.params import SolveParams
 from solvers.problem import AllocationProblem, FloatArray, IntArray
+from solvers.products import price_candidates
 from solvers.result import Answer, SolveResult
 
 MAX_ROUNDS = 8
@@ -53,7 +54,7 @@ def build_greedy_choice(problem: AllocationProblem) -> IntArray | None:
             break
         _give_up_loss(problem, choice, use, np.where(exceeded, share, 0.0))
     if not is_feasible(problem, choice):
-        choice = np.where(problem.allowed, np.tensordot(share, problem.masked_cost, axes=1), np.inf).argmin(axis=1)
+        choice = np.where(problem.allowed, price_candidates(share, problem.masked_cost), np.inf).argmin(axis=1)
     if not is_feasible(problem, choice):
         return None
     filled = _fill(problem, choice, share)
@@ -62,7 +63,7 @@ def build_greedy_choice(problem: AllocationProblem) -> IntArray | None:
 
 def _give_up_loss(problem: AllocationProblem, choice: IntArray, use: FloatArray, share: FloatArray) -> None:
     """Changes choice and use, in place, until the limits of the priced resources hold or no move is left."""
-    priced = np.tensordot(share, problem.masked_cost, axes=1)
+    priced = price_candidates(share, problem.masked_cost)
     loss, cost = problem.masked_loss, problem.masked_cost
     rows = np.arange(choice.size)
     watched = share > 0
@@ -98,7 +99,7 @@ def _fill(problem: AllocationProblem, choice: IntArray, share: FloatArray) -> In
     step = cost - cost[:, rows, filled][:, :, None]
     fits = np.all(step <= np.maximum(slack, 0.0)[:, None, None], axis=0) & (change < 0)
     unit, formats = np.nonzero(fits)
-    priced = np.maximum(np.tensordot(share, step, axes=1)[unit, formats], 1e-300)
+    priced = np.maximum(price_candidates(share, step)[unit, formats], 1e-300)
     for i in np.argsort(change[unit, formats] / priced, kind="stable"):
         u, f = unit[i], formats[i]
         used = cost[:, u, f] - cost[:, u, filled[u]]

@@ -18,6 +18,7 @@ from solvers.dual_bound import answer_with_dual_bound, find_dual_bound
 from solvers.knapsack import check_separable
 from solvers.params import SolveParams
 from solvers.problem import AllocationProblem, FloatArray, IntArray
+from solvers.products import price_candidates
 from solvers.result import Answer, SolveResult
 
 FRACTION_TOLERANCE = 1e-9
@@ -77,7 +78,7 @@ def search_rank_threshold(problem: AllocationProblem, params: SolveParams) -> An
     best, best_loss = None, np.inf
     # A unit without the low or high format takes its cheapest, or its best.
     share = 1.0 / np.maximum(problem.most_use, 1e-300)
-    priced = np.where(problem.allowed, np.tensordot(share, problem.masked_cost, axes=1), np.inf)
+    priced = np.where(problem.allowed, price_candidates(share, problem.masked_cost), np.inf)
     spare_low, spare_high = priced.argmin(axis=1), problem.masked_loss.argmin(axis=1)
     pairs = [*itertools.permutations(range(problem.n_formats), 2), *((f, f) for f in range(problem.n_formats))]
     for low, high in pairs:

@@ -1,63 +1,18 @@
-"""The rules that people know: feasible, truthful about their bound, and equal to their published examples."""
+"""The rules that people know: equal to their published examples, and what each is good and bad at."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
 
-from solvers import SolveParams, Termination, check_result, compute_dual_bound, solve
+from solvers import SolveParams, Termination, check_result, solve
 from solvers.baselines.block_budgets import solve_block_budgets, weigh_expert_errors
 from solvers.baselines.rank_threshold import assign_by_quantiles, assign_by_rank
 from solvers.baselines.ratio_sweep import solve_ratio_sweep, sweep_ratios
-from solvers.problem import AllocationProblem
-from tests.solvers.cases import CASES, Case, build_problem, make_random_problem
+from tests.solvers.cases import build_problem, make_random_problem
 from tests.solvers.test_contract import assert_equal_results
-from tests.solvers.test_properties import SLOW, TOLERANCE, problems
 
 BASELINES = ("greedy", "annealing", "budget_grid", "rank_threshold")
-PAIRS = [
-    (solver, case)
-    for solver in BASELINES
-    for case in CASES
-    if case.problem.is_separable and (solver != "budget_grid" or len(case.problem.binding) <= 1)
-]
-PAIR_IDS = [f"{solver}-{case.name}" for solver, case in PAIRS]
-
-
-def assert_truthful(problem: AllocationProblem, solver: str) -> None:
-    oracle = solve(problem, solver="exhaustive")
-    result = solve(problem, solver=solver)
-    assert check_result(problem, result) == []
-    allowance = TOLERANCE * max(1.0, abs(oracle.objective)) if oracle.choice is not None else 0.0
-    if oracle.choice is None:
-        assert result.termination in (Termination.INFEASIBLE, Termination.NO_SOLUTION_FOUND)
-        return
-    assert result.termination is not Termination.INFEASIBLE
-    assert result.lower_bound <= oracle.objective + allowance
-    assert result.objective >= oracle.objective - allowance
-    if result.choice is not None:
-        assert compute_dual_bound(problem, result.shadow_price) <= result.lower_bound + allowance
-
-
-@pytest.mark.parametrize(("solver", "case"), PAIRS, ids=PAIR_IDS)
-def test_cases_are_answered_truthfully_and_the_same_again(solver: str, case: Case) -> None:
-    assert_truthful(case.problem, solver)
-    first, second = (solve(case.problem, solver=solver, params=SolveParams(seed=3)) for _ in range(2))
-    if first.choice is not None:
-        assert_equal_results(first, second)
-
-
-@pytest.mark.parametrize(
-    ("solver", "n_resources"), [(s, r) for s in BASELINES for r in (1, 2) if r == 1 or s != "budget_grid"]
-)
-def test_random_problems_are_answered_truthfully(solver: str, n_resources: int) -> None:
-    @SLOW
-    @given(problem=problems(n_resources=n_resources))
-    def check(problem: AllocationProblem) -> None:
-        assert_truthful(problem, solver)
-
-    check()
 
 
 @pytest.mark.parametrize("solver", BASELINES)
@@ -180,15 +135,7 @@ def test_expert_errors_are_weighed_as_published() -> None:
     np.testing.assert_allclose(loss, [[4 / 32, 1 / 32], [16 * 0.75**2.5, 9 * 0.75**2.5]], rtol=1e-15)
 
 
-@pytest.mark.parametrize("solver", BASELINES)
-def test_baselines_refuse_interactions(solver: str) -> None:
-    with pytest.raises(ValueError, match=f"{solver} must be given a problem without interactions"):
-        solve(make_random_problem(n_units=3, n_formats=2, n_sketch=2), solver=solver)
-
-
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="budget_grid must be given at most one limit"):
-        solve(make_random_problem(n_units=6, n_formats=3, n_resources=2), solver="budget_grid")
     with pytest.raises(ValueError, match="n_low must be from 0 to 3 units: got n_low=4"):
         assign_by_rank(np.zeros(3), n_low=4, low=0, high=1)
     with pytest.raises(ValueError, match="fractions must be at least 0 and sum to 1"):
