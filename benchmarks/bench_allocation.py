@@ -1,7 +1,7 @@
 """Held-out KL of plans by every metric at the bytes of uniform formats, on SmolLM2-135M. Writes allocation.md.
 
-Round-to-nearest, group 64; the linear layers are allocated, the tied embedding stays at 8 bits in every row, so that
-all rows of a column have equal bytes. Calibration, selection and evaluation text are the demonstration's.
+Round-to-nearest, group 64; all rows of a column have equal bytes. First the linear layers alone are allocated, then the
+tied embedding as well. Calibration, selection and evaluation text are the demonstration's.
 """
 
 import sys
@@ -30,6 +30,9 @@ from sensitivity.measure import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERR
 from sensitivity.profile import SensitivityProfile
 from solvers import solve
 
+Columns = dict[float, dict[str, Assignment]]
+Scores = dict[str, np.ndarray]
+
 EMBEDDING_FORMAT = "int8_g64"
 WIDTHS = (3.0, 3.5, 4.0, 4.5, 5.0)
 ROWS = {
@@ -49,20 +52,30 @@ def main() -> None:
     store = Store()
     model = Model(str(prepare_demo_model(store.root)))
     with shown_progress() as progress:
-        profile = pin_embedding(measure(model, request=demo_request(store), store=store, progress=progress))
+        profile = measure(model, request=demo_request(store), store=store, progress=progress)
+        pinned = pin_embedding(profile)
         tables = build_cost_tables(profile)
-        columns = {width: make_column(profile, tables, width) for width in WIDTHS}
-        assignments = {f"{width} {row}": a for width, column in columns.items() for row, a in column.items()}
-        formats = {name: a.formats_by_weight(profile.candidates) for name, a in assignments.items()}
+        columns = {width: make_column(pinned, tables, width) for width in WIDTHS}
+        free = {width: make_free_column(profile, tables, column) for width, column in columns.items()}
 
-        def score(tokens: np.ndarray) -> dict[str, np.ndarray]:
+        def score(tokens: np.ndarray, columns: Columns) -> Scores:
+            named = {f"{width:g} {row}": a for width, column in columns.items() for row, a in column.items()}
+            formats = {name: a.formats_by_weight(profile.candidates) for name, a in named.items()}
             scores = score_cached(
                 profile, formats, tokens, load_model=lambda: model.reference.model, store=store, progress=progress
             )
             return {name: s.kl for name, s in scores.items()}
 
-        evaluated, selected = score(profile.evaluation_tokens), score(profile.selection_tokens)
-    text = render(profile, tables, columns, evaluated, selected)
+        sections = [
+            render_table(
+                title, part, score(profile.evaluation_tokens, part), score(profile.selection_tokens, part), profile
+            )
+            for title, part in (
+                (f"The linear layers are allocated, the tied embedding stays {EMBEDDING_FORMAT}", columns),
+                ("The embedding is a unit like any other; bytes as above", free),
+            )
+        ]
+    text = "\n".join([*introduction(profile), *sections])
     (Path(__file__).parent / "allocation.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
@@ -98,6 +111,19 @@ def make_column(profile: SensitivityProfile, tables: dict[str, CostTable], width
     return column
 
 
+def make_free_column(
+    profile: SensitivityProfile, tables: dict[str, CostTable], pinned: dict[str, Assignment]
+) -> dict[str, Assignment]:
+    """Returns the assignments of all units at the bytes that a column with a pinned embedding may use."""
+    limit = max(use_of(a.choice, tables)[MEMORY] for a in pinned.values())
+    budget = Budget(memory_bytes=limit)
+    column = {"uniform": pinned["uniform"]} if "uniform" in pinned else {}
+    for metric in (WEIGHT_ERROR, OUTPUT_ERROR, FISHER, SINGLE_UNIT_KL, COMBINED):
+        column[metric] = find_assignment(profile, budget, tables, metric=metric)
+    column["logit_shrunk"] = find_interacting_assignment(profile, budget, tables, metric=COMBINED)[0]
+    return column
+
+
 def solve_raw(
     profile: SensitivityProfile, budget: Budget, tables: dict[str, CostTable], metric: str, sketch: np.ndarray
 ) -> Assignment:
@@ -109,46 +135,45 @@ def solve_raw(
     return Assignment(name=f"{metric} raw", kind="plan", metric=metric, choice=result.choice, result=result)
 
 
-def render(
-    profile: SensitivityProfile,
-    tables: dict[str, CostTable],
-    columns: dict[float, dict[str, Assignment]],
-    evaluated: dict[str, np.ndarray],
-    selected: dict[str, np.ndarray],
-) -> str:
-    """Returns the page: the table, the ratios of the plans that selection text would ship, predictions."""
-    lines = [
+def introduction(profile: SensitivityProfile) -> list[str]:
+    """Returns what all tables of the page have in common."""
+    return [
         "# Held-out KL at equal bytes, SmolLM2-135M",
         "",
         f"Made by `python benchmarks/bench_allocation.py`. Machine: {describe_machine()}.",
         "",
         "KL divergence to the reference in nats per token, with half its 95 % interval, on "
         f"{profile.evaluation_tokens.size} tokens of the Python language reference, which nothing else saw. "
-        "Calibration and selection text: entries of the Jargon File, no entry in both. "
-        "Round-to-nearest, asymmetric, group 64; widths 2, 3, 4, 5, 6, 8 and bf16 for the linear layers, "
-        f"{EMBEDDING_FORMAT} for the tied embedding in every row.",
+        "Calibration and selection text: entries of the Jargon File, no entry in both. Round-to-nearest, asymmetric, "
+        "group 64; widths 2, 3, 4, 5, 6, 8 and bf16. A column's bytes are those of the linear layers at that uniform "
+        f"width (half widths: midway) and the embedding at {EMBEDDING_FORMAT}.",
         "",
+    ]
+
+
+def render_table(title: str, columns: Columns, evaluated: Scores, selected: Scores, profile: SensitivityProfile) -> str:
+    """Returns one table, and below it the plans that selection text would ship, with their ratios."""
+    rows = [row for row in ROWS if any(row in column for column in columns.values())]
+    lines = [f"## {title}", ""]
+    lines += [
         "| metric | " + " | ".join(f"{width:g} bits" for width in columns) + " |",
         "|---|" + "---|" * len(columns),
     ]
-    for row, title in ROWS.items():
-        cells = [_cell(evaluated, f"{width} {row}") for width in columns]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    lines += ["", "What selection text would ship in each column, and what it scores on evaluation text:", ""]
+    for row in rows:
+        lines.append(f"| {ROWS[row]} | " + " | ".join(_cell(evaluated, f"{w:g} {row}") for w in columns) + " |")
+    lines += ["", "What selection text would ship, and what it scores on evaluation text:", ""]
     lines += [
-        "| width | shipped | KL | × uniform | × weight error | predicted KL | factor on cross terms |",
+        "| width | shipped | KL | × uniform | × weight error | predicted KL | cross terms × |",
         "|---|" + "---|" * 6,
     ]
+    loss = profile.losses[COMBINED].loss
     for width, column in columns.items():
-        best = min(column, key=lambda row, w=width: float(selected[f"{w} {row}"].mean()))  # type: ignore[misc]
-        kl = float(evaluated[f"{width} {best}"].mean())
-        uniform = _ratio(kl, evaluated.get(f"{width} uniform"))
-        weight_error = _ratio(kl, evaluated[f"{width} {WEIGHT_ERROR}"])
-        predicted = profile.losses[COMBINED].loss[np.arange(len(column[best].choice)), column[best].choice].sum()
+        best = min(column, key=lambda row, w=width: float(selected[f"{w:g} {row}"].mean()))  # type: ignore[misc]
+        kl = float(evaluated[f"{width:g} {best}"].mean())
+        ratios = [_ratio(kl, evaluated.get(f"{width:g} {row}")) for row in ("uniform", WEIGHT_ERROR)]
+        predicted = loss[np.arange(len(loss)), column[best].choice].sum()
         factor = column["logit_shrunk"].name.rpartition(" ")[2]
-        lines.append(
-            f"| {width:g} | {ROWS[best]} | {kl:.4f} | {uniform} | {weight_error} | {predicted:.4f} | {factor} |"
-        )
+        lines.append(f"| {width:g} | {ROWS[best]} | {kl:.4f} | {' | '.join(ratios)} | {predicted:.4f} | {factor} |")
     return "\n".join(lines) + "\n"
 
 
