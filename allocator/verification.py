@@ -106,8 +106,9 @@ def describe_choice(best: Assignment, assignments: Sequence[Assignment], scores:
     ratio = f" ({kl / rival_kl:.2f} times)" if rival_kl > 0 else ""
     certainty = "the interval excludes no gain" if low > 0 else "the interval includes no gain"
     return (
-        f"On selection text '{best.name}' measured KL {kl:.4g} nats per token against {rival_kl:.4g} of '{rival.name}', "
-        f"the best uniform format in the budget{ratio}; gain {rival_kl - kl:.4g}, 95 % {low:.4g} to {high:.4g}: {certainty}."
+        f"On selection text '{best.name}' measured KL {kl:.4g} nats per token against {rival_kl:.4g} of "
+        f"'{rival.name}', the best uniform format in the budget{ratio}; gain {rival_kl - kl:.4g}, "
+        f"95 % {low:.4g} to {high:.4g}: {certainty}."
     )
 
 
