@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from allocator.pipeline import Applied, apply, evaluate, frontier, load, measure, plan, report
     from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan, load_plan, save_plan
     from allocator.store import Store
-    from sensitivity.measure import MeasureConfig
+    from sensitivity.measure_config import MeasureConfig
     from sensitivity.profile import SensitivityProfile, load_profile, save_profile
 
 _HOME = {

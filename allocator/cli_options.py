@@ -31,6 +31,12 @@ def measure_options(command: Command) -> Command:
         click.option("--sequence-tokens", type=int, help="Tokens of each calibration sequence."),
         click.option("--logit-sequences", type=int, help="Sequences of the single-unit KL."),
         click.option("--logit-tokens", type=int, help="Tokens of each of these."),
+        click.option(
+            "--logit-passes",
+            metavar="N|all",
+            help="Most pairs of unit and format whose single-unit KL is measured (default: 512); the others are "
+            "completed. Cross terms need all.",
+        ),
         click.option("--held-out-sequences", type=int, help="Sequences for selection, and as many for evaluation."),
         click.option("--held-out-tokens", type=int, help="Tokens of each of these."),
         click.option("--seed", type=int, help="Seed of labels and sampled text."),
@@ -75,7 +81,7 @@ def make_budget(
 def make_request(options: dict[str, Any]) -> "MeasureRequest":
     from allocator.measuring import MeasureRequest
     from runtime.formats import DEFAULT_FORMATS, find_formats
-    from sensitivity.measure import MeasureConfig
+    from sensitivity.measure_config import MeasureConfig
 
     amounts = {
         "metrics": _names(options["metrics"]),
@@ -88,6 +94,9 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         "evaluation_sequence_tokens": options["held_out_tokens"],
         "seed": options["seed"],
     }
+    set_amounts = {name: value for name, value in amounts.items() if value is not None}
+    if options["logit_passes"] is not None:
+        set_amounts["logit_passes"] = _parse_passes(options["logit_passes"])
     formats = _names(options["formats"]) or DEFAULT_FORMATS
     embedding_formats = _names(options["embedding_formats"])
     find_formats([*formats])
@@ -97,8 +106,18 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         formats=formats,
         embedding_formats=embedding_formats,
         pins=_make_pins(options["pins"]),
-        config=MeasureConfig(**{name: value for name, value in amounts.items() if value is not None}),
+        config=MeasureConfig(**set_amounts),
     )
+
+
+def _parse_passes(text: str) -> int | None:
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        msg = f"--logit-passes must be a whole number or 'all': got '{text}'."
+        raise ValueError(msg) from error
 
 
 def _make_pins(texts: Sequence[str]) -> dict[str, str]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from allocator.assignments import Assignment, list_uniform, use_of
 from allocator.budget import MEMORY, Budget, InfeasibleBudget
-from allocator.evaluation import SequenceScores
 from allocator.planning import find_assignment, find_interacting_assignment, find_least_loss, make_plan
 from allocator.plans import Plan
 from allocator.problems import resolve_limits
@@ -19,7 +18,8 @@ from allocator.reachable import MAX_KL
 from allocator.store import Store
 from allocator.verification import choose_best, describe_choice, make_evaluation, score_cached
 from runtime.costs import CostTable
-from sensitivity.measure import FISHER, SINGLE_UNIT_KL
+from sensitivity.evaluation import SequenceScores
+from sensitivity.measure_config import FISHER, SINGLE_UNIT_KL
 from sensitivity.profile import NATS, SensitivityProfile
 
 _ROUNDS = 4
@@ -78,8 +78,18 @@ class Competition:
     load_model: Callable[[], Any]
     provenance: Mapping[str, str]
 
-    def run(self, best: Assignment, rivals: Sequence[Assignment]) -> Plan:
+    def run(
+        self,
+        best: Assignment,
+        rivals: Sequence[Assignment],
+        refine: Callable[[Assignment], Assignment] | None = None,
+    ) -> Plan:
         """Returns the plan of the best measured assignment.
+
+        Args:
+            best: The best predicted assignment.
+            rivals: What is measured beside it.
+            refine: Improves the best measured assignment, which the result is then measured against.
 
         Raises:
             InfeasibleBudget: If nothing keeps a ceiling on KL as measured.
@@ -96,6 +106,10 @@ class Competition:
             winner = choose_best(assignments, scores, self.tables[MEMORY], self.budget)
         if winner is None:
             raise self._unreachable(best.metric, assignments, scores)
+        if refine is not None:
+            assignments = _distinct([*assignments, refine(winner)])
+            scores = self._score(assignments)
+            winner = choose_best(assignments, scores, self.tables[MEMORY], self.budget) or winner
         made = make_plan(self.profile, winner, self.budget, self.tables, self.provenance)
         return replace(
             made,

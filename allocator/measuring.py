@@ -1,7 +1,9 @@
 """From a request to a profile: the units, the text for each purpose, and the store around the measurement."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from allocator.progress import Progress
 from allocator.store import Store
@@ -16,7 +18,8 @@ from sensitivity.calibration import (
     split_documents,
     tokenize_documents,
 )
-from sensitivity.measure import MeasureConfig, MeasurementText, measure_profile, measurement_fingerprint
+from sensitivity.measure import measure_profile, measurement_fingerprint
+from sensitivity.measure_config import MeasureConfig, MeasurementText
 from sensitivity.profile import SensitivityProfile
 
 CALIBRATION, SELECTION, EVALUATION = "calibration", "selection", "evaluation"
@@ -75,7 +78,8 @@ def prepare_text(reference: ReferenceModel, request: MeasureRequest) -> Measurem
     config = request.config
     sources = _read_sources(request)
     wanted = {
-        CALIBRATION: (config.fisher_sequences, config.sequence_tokens),
+        # Those of the fit lie evenly between those of the sketch, which it must not see.
+        CALIBRATION: (config.fisher_sequences + config.fit_sequences, config.sequence_tokens),
         "logit": (config.logit_sequences, config.logit_sequence_tokens),
         SELECTION: (config.selection_sequences, config.evaluation_sequence_tokens),
         EVALUATION: (config.evaluation_sequences, config.evaluation_sequence_tokens),
@@ -100,9 +104,19 @@ def prepare_text(reference: ReferenceModel, request: MeasureRequest) -> Measurem
             parts[name] = tokenize_documents(
                 sources[source], reference.tokenizer, sequences=sequences, sequence_tokens=tokens, source=source
             )
+    fisher, fit = _set_apart(parts[CALIBRATION], config.fit_sequences)
     return MeasurementText(
-        fisher=parts[CALIBRATION], logit=parts["logit"], selection=parts[SELECTION], evaluation=parts[EVALUATION]
+        fisher=fisher, logit=parts["logit"], selection=parts[SELECTION], evaluation=parts[EVALUATION], fit=fit
     )
+
+
+def _set_apart(text: TokenSequences, count: int) -> tuple[TokenSequences, TokenSequences]:
+    """Returns a text without ``count`` of its sequences, spread evenly over it, and these."""
+    total = len(text.tokens)
+    apart = (torch.arange(count) * total + total // 2) // count
+    rest = torch.ones(total, dtype=torch.bool)
+    rest[apart] = False
+    return replace(text, tokens=text.tokens[rest]), replace(text, tokens=text.tokens[apart])
 
 
 def _read_sources(request: MeasureRequest) -> dict[str, list[str]]:

@@ -20,13 +20,13 @@ from allocator.planning import default_metric, find_assignment, make_plan
 from allocator.plans import Evaluation, Plan, check_same_model, check_same_profile
 from allocator.problems import build_cost_tables, build_problem
 from allocator.progress import Progress, silent
+from allocator.refinement import Refinement
 from allocator.store import Store
 from allocator.timings import find_latency
 from allocator.verification import REFERENCE, make_evaluation, score_cached
 from runtime.costs import CostTable
-from runtime.loading import ReferenceModel
 from runtime.packed_model import check_packed_place, load_packed, save_packed_
-from sensitivity.calibration import read_documents, tokenize_documents
+from sensitivity.calibration import read_sequences
 from sensitivity.profile import SensitivityProfile
 from solvers import SolveResult, solve_frontier
 
@@ -59,6 +59,7 @@ def plan(
     *,
     verify: bool = True,
     metric: str | None = None,
+    refine: int = 0,
     profile: SensitivityProfile | None = None,
     store: Store | None = None,
     progress: Progress = silent,
@@ -67,13 +68,15 @@ def plan(
 
     Without ``verify`` this is one exact solve of the cached profile: milliseconds. With it, plans by several
     metrics, one with cross terms, and every uniform format that fits are measured on text that nothing else saw,
-    and the best of them is returned, a uniform one included.
+    and the best of them is returned, a uniform one included. With ``refine`` that best one is then improved around
+    itself (``allocator.refinement``): minutes, worth them where plans lose much.
 
     Args:
         model: A model, or its profile. Of a model the latest profile is taken, or measured with the defaults.
         budget: The budget.
         verify: Whether to measure. A profile alone can be verified only from scores in the store.
         metric: Metric to plan with; None for the best one held (and its rivals, when verifying).
+        refine: The most rounds of refinement; they need ``verify``.
         profile: Profile to use instead of the model's latest.
         store: Where profiles and scores are kept.
         progress: Called with (stage, done, total).
@@ -81,8 +84,11 @@ def plan(
     Raises:
         InfeasibleBudget: If nothing keeps the budget.
         ArtefactMismatch: If the profile was measured on another model.
-        ValueError: If the metric is not in the profile.
+        ValueError: If the metric is not in the profile, or refinement is asked for that cannot be.
     """
+    if refine and not verify:
+        msg = f"refinement measures: got refine={refine} without verification. Verify, or leave refine out."
+        raise ValueError(msg)
     store = store or Store()
     model = model if isinstance(model, SensitivityProfile) else open_model(model)
     if profile is not None and isinstance(model, Model):
@@ -94,16 +100,18 @@ def plan(
     best = find_assignment(profile, budget, tables, metric=chosen)
     if not verify:
         return make_plan(profile, best, budget, tables, provenance())
-    competition = Competition(
-        profile=profile,
-        budget=budget,
-        tables=tables,
-        store=store,
-        progress=progress,
-        load_model=partial(_load_model, model),
-        provenance=provenance(),
-    )
-    return competition.run(best, list_rivals(profile, budget, tables, best, only_metric=metric is not None))
+    shared: dict[str, Any] = {
+        "profile": profile,
+        "budget": budget,
+        "tables": tables,
+        "store": store,
+        "progress": progress,
+        "load_model": partial(_load_model, model),
+    }
+    refinement = Refinement(**shared, rounds=refine) if refine else None
+    rivals = list_rivals(profile, budget, tables, best, only_metric=metric is not None)
+    competition = Competition(**shared, provenance=provenance())
+    return competition.run(best, rivals, refinement.run if refinement else None)
 
 
 def frontier(
@@ -160,7 +168,8 @@ def evaluate(
     profile = profile_of_plan(plan, model, store, progress, own=text is None)
     tokens = profile.evaluation_tokens
     if text is not None:
-        tokens = _read_tokens(model.reference, text, sequences, sequence_tokens)
+        taken = read_sequences(text, model.reference.tokenizer, sequences=sequences, sequence_tokens=sequence_tokens)
+        tokens = taken.tokens.numpy()
     tables = build_cost_tables(profile)
     planned = assignment_of_plan(profile, plan)
     fitting = [
@@ -282,18 +291,3 @@ def _frontier_point(profile: SensitivityProfile, result: SolveResult, memory: Co
         "lower_bound": result.lower_bound,
         "shadow_price_per_mib": float(result.shadow_price[0]) * 2**20,
     }
-
-
-def _read_tokens(reference: ReferenceModel, text: str, sequences: int | None, sequence_tokens: int) -> np.ndarray:
-    if sequences is not None and sequences < 2:
-        msg = f"sequences must be at least 2 (an interval needs two samples): got {sequences}. Raise it."
-        raise ValueError(msg)
-    documents = read_documents(text)
-    count = sequences
-    if count is None:
-        total = sum(len(reference.tokenizer(d, add_special_tokens=False).input_ids) for d in documents)
-        count = max(2, min(32, total // sequence_tokens))
-    taken = tokenize_documents(
-        documents, reference.tokenizer, sequences=count, sequence_tokens=sequence_tokens, source=text
-    )
-    return taken.tokens.numpy()

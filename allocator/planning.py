@@ -16,7 +16,7 @@ from allocator.problems import build_problem, resolve_limits
 from allocator.reachable import MAX_KL, find_least_values
 from runtime.costs import CostTable
 from sensitivity.combination import COMBINED
-from sensitivity.measure import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
+from sensitivity.measure_config import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
 from sensitivity.profile import NATS, SensitivityProfile
 from solvers import AllocationProblem, SolveResult, solve, solve_least_cost
 from solvers.least_cost import LOSS
@@ -101,7 +101,8 @@ def find_interacting_assignment(
     """
     if profile.logit_gram is None:
         msg = (
-            f"cross terms must have been measured: the profile holds none. Measure with the metric '{SINGLE_UNIT_KL}'."
+            f"cross terms must have been measured: the profile holds none. Measure with the metric '{SINGLE_UNIT_KL}' "
+            "on every pair (logit_passes=None, --logit-passes all)."
         )
         raise ValueError(msg)
     loss = profile.table(metric).loss
@@ -157,6 +158,7 @@ def make_plan(
     use = use_of(assignment.choice, {name: tables[name] for name in dict.fromkeys([MEMORY, *limits])})
     additive, with_interactions = predicted_kl(profile, assignment)
     memory_bytes = round(use[MEMORY])
+    fit = profile.prediction_fits.get(predicting_metric(profile, assignment.metric))
     return Plan(
         name=assignment.name,
         metric=assignment.metric,
@@ -165,6 +167,8 @@ def make_plan(
         budget=budget.describe(),
         predicted_kl=additive,
         predicted_kl_with_interactions=with_interactions,
+        corrected_kl=None if fit is None else fit.correct(additive),
+        correction_error=None if fit is None else fit.error_factor,
         **_proof(assignment, budget, additive, use[MEMORY], tables[MEMORY].fixed),
         use=use,
         limits=limits,

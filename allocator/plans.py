@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.files import write_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Of the 8 KiB that runtime/checkpoint.py sets aside for all metadata besides the formats.
 _HEADER_BYTES = 6 * 1024
 _SHORTENED_CHARACTERS = (1000, 300, 100, 30, 10)
@@ -83,6 +83,9 @@ class Plan:
         budget: The budget, as text.
         predicted_kl: Sum of the units' losses in nats per token; NaN where no metric predicts them.
         predicted_kl_with_interactions: The same with the cross terms, or None when they were not measured.
+        corrected_kl: KL to expect, nats per token: the prediction corrected by measured plans (power law); None where
+            none were measured.
+        correction_error: Two of three plans measure within this factor of their corrected prediction; None likewise.
         objective: What was minimised: nats per token (the metric's own unit where that is another), or, under a
             ceiling on the loss, bytes of the weight file.
         lower_bound: No assignment has a smaller objective.
@@ -108,6 +111,8 @@ class Plan:
     budget: str
     predicted_kl: float
     predicted_kl_with_interactions: float | None
+    corrected_kl: float | None
+    correction_error: float | None
     objective: float
     lower_bound: float
     relative_gap: float

@@ -133,6 +133,14 @@ def _notes(profile: SensitivityProfile, plan: Plan, evaluations: Sequence[Evalua
         else f"Additivity: the units' losses sum to {plan.predicted_kl:.4g} and the finished plan{ratio} {seen}",
         f"Losses are those of the metric '{plan.metric}'; the profile's best is '{default_metric(profile)}'.",
     ]
+    if plan.corrected_kl is not None and plan.correction_error is not None:
+        notes.append(
+            f"Calibration of the prediction: corrected by whole plans measured on calibration text it is "
+            f"{plan.corrected_kl:.4g}; two of three such plans measured within a factor of {plan.correction_error:.3g} "
+            f"of it. Here measured over corrected is {shipped.kl / plan.corrected_kl:.3g}."
+            if plan.corrected_kl > 0
+            else "Calibration of the prediction: nothing is lost."
+        )
     if plan.predicted_kl_with_interactions is not None:
         notes.append(f"With measured cross terms the prediction is {plan.predicted_kl_with_interactions:.4g}.")
     return tuple(notes)

@@ -11,11 +11,11 @@ import torch
 
 from allocator.assignments import Assignment, bits_per_weight, pick
 from allocator.budget import Budget
-from allocator.evaluation import SequenceScores, mean_interval, score_assignments
 from allocator.planning import predicted_kl
 from allocator.plans import Evaluation
 from allocator.store import Store
 from runtime.costs import CostTable
+from sensitivity.evaluation import SequenceScores, mean_interval, score_assignments
 from sensitivity.profile import SensitivityProfile, fingerprint_of
 
 Progress = Callable[[str, int, int], None]

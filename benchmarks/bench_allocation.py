@@ -16,7 +16,6 @@ from allocator.assignments import Assignment, list_uniform, use_of
 from allocator.budget import MEMORY, Budget
 from allocator.demo import demo_request
 from allocator.demo_model import prepare_demo_model
-from allocator.evaluation import mean_interval
 from allocator.interactions import sketch_from_gram
 from allocator.pipeline import measure
 from allocator.planning import find_assignment, find_interacting_assignment
@@ -26,7 +25,8 @@ from allocator.store import Store
 from allocator.verification import score_cached
 from runtime.costs import CostTable
 from sensitivity.combination import COMBINED
-from sensitivity.measure import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
+from sensitivity.evaluation import mean_interval
+from sensitivity.measure_config import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
 from sensitivity.profile import SensitivityProfile
 from solvers import solve
 
@@ -52,7 +52,10 @@ def main() -> None:
     store = Store()
     model = Model(str(prepare_demo_model(store.root)))
     with shown_progress() as progress:
-        profile = measure(model, request=demo_request(store), store=store, progress=progress)
+        request = demo_request(store)
+        # The rows with cross terms need the logit sketch of every pair.
+        request = replace(request, config=replace(request.config, logit_passes=None))
+        profile = measure(model, request=request, store=store, progress=progress)
         pinned = pin_embedding(profile)
         tables = build_cost_tables(profile)
         columns = {width: make_column(pinned, tables, width) for width in WIDTHS}

@@ -1,4 +1,4 @@
-"""Time and memory of ``measure``: linear in sequences, not in units x formats. Writes measure.md."""
+"""Time and memory of ``measure``, varied in sequences, formats and units. Writes measure.md."""
 
 import argparse
 import json
@@ -6,18 +6,29 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from machine import describe_machine
 
 from allocator.demo_model import prepare_demo_model
 from allocator.store import Store
 
-CASES = (
-    ("sequences", {"sequences": 4, "formats": 7, "layers": 30}),
-    ("sequences", {"sequences": 8, "formats": 7, "layers": 30}),
-    ("sequences", {"sequences": 16, "formats": 7, "layers": 30}),
-    ("formats", {"sequences": 8, "formats": 14, "layers": 30}),
-    ("units", {"sequences": 8, "formats": 7, "layers": 15}),
+BASE = {"path": "streamed", "sequences": 16, "tokens": 128, "formats": 7, "layers": 30}
+# The same with some of it varied. "whole": a backward pass of the whole model for each sequence; "streamed": layer by
+# layer; "stored": layer by layer, with the weights read from disk when they are used.
+VARIED: tuple[dict[str, int | str], ...] = (
+    {},
+    {"sequences": 8},
+    {"sequences": 32},
+    {"formats": 14},
+    {"layers": 15},
+    {"tokens": 32},
+    {"tokens": 32, "formats": 14},
+    {"path": "stored"},
+    {"path": "whole"},
+    {"path": "whole", "formats": 14},
+    {"path": "whole", "layers": 15},
+    {"path": "whole", "tokens": 32},
 )
 MENU = [f"int{bits}_g{group}" for group in (64, 32) for bits in (2, 3, 4, 5, 6, 8)] + ["bf16", "fp16"]
 SEVEN = [*MENU[:6], "bf16"]
@@ -30,51 +41,74 @@ def main() -> None:
     if case is not None:
         print(json.dumps(run_case(json.loads(case))))
         return
-    rows = [(kind, case, run_apart(case)) for kind, case in CASES]
+    rows = [({**BASE, **varied}, run_apart({**BASE, **varied})) for varied in VARIED]
     full = run_apart({"measure": True})
     text = render(rows, full)
     (Path(__file__).parent / "measure.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
 
-def run_apart(case: dict[str, object]) -> dict[str, float]:
+def run_apart(case: dict[str, Any]) -> dict[str, float]:
     """Returns the figures of a case run in a process of its own, so that its peak memory is its own."""
     command = [sys.executable, __file__, "--case", json.dumps(case)]
     figures: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return figures
 
 
-def run_case(case: dict[str, object]) -> dict[str, float]:
-    """Returns seconds of the case, peak resident bytes and the model's own float32 bytes."""
+def run_case(case: dict[str, Any]) -> dict[str, float]:
+    """Returns wall and processor seconds of the case, peak resident bytes and the model's own float32 bytes."""
     import resource
+
+    path = prepare_demo_model(Store().root)
+    started = time.perf_counter(), time.process_time()
+    if case.get("measure"):
+        parameters = measure_whole(str(path))
+    else:
+        parameters, started = measure_fisher(path, case)
+    return {
+        "seconds": time.perf_counter() - started[0],
+        "cpu_seconds": time.process_time() - started[1],
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "model_bytes": 4 * parameters,
+    }
+
+
+def measure_fisher(path: Path, case: dict[str, Any]) -> tuple[int, tuple[float, float]]:
+    """Measures a Fisher sketch; returns the model's parameters and the wall and processor time when it began."""
+    import tempfile
 
     import torch
 
     from runtime.candidates import list_candidates
     from runtime.loading import load_reference
     from runtime.units import find_units
-    from sensitivity.fisher_sketch import measure_fisher_sketch
+    from sensitivity.fisher_sketch import measure_fisher_sketch, measure_streamed_fisher_sketch
+    from sensitivity.stored_weights import StoredWeights, build_empty_model
 
-    path = str(prepare_demo_model(Store().root))
-    if case.get("measure"):
-        started = time.perf_counter()
-        parameters = measure_whole(path)
-    else:
-        reference = load_reference(path)
-        parameters = sum(p.numel() for p in reference.model.parameters())
-        formats = SEVEN if case["formats"] == 7 else MENU
-        units = [u for u in find_units(reference.model) if (u.layer_index or 0) < int(str(case["layers"]))]
-        candidates = list_candidates(units, formats)
-        tokens = torch.randint(
-            0, 40_000, (int(str(case["sequences"])), 128), generator=torch.Generator().manual_seed(0)
-        )
-        next(iter(measure_fisher_sketch(reference.model, candidates, tokens[:1], seed=0)))
-        started = time.perf_counter()
-        for _ in measure_fisher_sketch(reference.model, candidates, tokens, seed=0):
+    stored = case["path"] == "stored"
+    model = build_empty_model(path) if stored else load_reference(str(path)).model
+    units = [u for u in find_units(model) if (u.layer_index or 0) < case["layers"]]
+    candidates = list_candidates(units, SEVEN if case["formats"] == 7 else MENU)
+    shape = (case["sequences"], case["tokens"])
+    tokens = torch.randint(0, 40_000, shape, generator=torch.Generator().manual_seed(0))
+    if not stored:
+        model(tokens[:1])
+    started = time.perf_counter(), time.process_time()
+    if case["path"] == "whole":
+        for _ in measure_fisher_sketch(model, candidates, tokens, seed=0):
             pass
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "peak_bytes": peak, "model_bytes": 4 * parameters}
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            measure_streamed_fisher_sketch(
+                model,
+                candidates,
+                tokens,
+                seed=0,
+                directory=Path(scratch),
+                progress=lambda *_: None,
+                residency=StoredWeights(model, path) if stored else None,
+            )
+    return sum(p.numel() for p in model.parameters()), started
 
 
 def measure_whole(path: str) -> int:
@@ -84,7 +118,7 @@ def measure_whole(path: str) -> int:
     from allocator.artefacts import Model
     from allocator.demo import demo_request
     from allocator.pipeline import measure
-    from sensitivity.measure import MeasureConfig
+    from sensitivity.measure_config import MeasureConfig
 
     model = Model(path)
     with tempfile.TemporaryDirectory() as scratch:
@@ -95,25 +129,29 @@ def measure_whole(path: str) -> int:
     return sum(p.numel() for p in model.reference.model.parameters())
 
 
-def render(rows: list[tuple[str, dict[str, int], dict[str, float]]], full: dict[str, float]) -> str:
+def render(rows: list[tuple[dict[str, Any], dict[str, float]]], full: dict[str, float]) -> str:
     """Returns the page: each case as a ratio to its base, and the peak against the bound."""
-    base = next(figures for _, case, figures in rows if case == {"sequences": 8, "formats": 7, "layers": 30})
     bound = 3 * full["model_bytes"] + 2**30
     lines = [
         "# What a measurement costs, SmolLM2-135M",
         "",
         f"Made by `python benchmarks/bench_measure.py`. Machine: {describe_machine()}.",
         "",
-        "Fisher sketch, sequences of 128 tokens; each case in a process of its own; ratios to the base of "
-        "8 sequences, 7 formats, 30 layers (211 units).",
+        "Fisher sketch; each case in a process of its own. Whole: a backward pass of the whole model per sequence. "
+        "Streamed: layer by layer, every candidate rendered once. Stored: streamed, with weights read from disk when "
+        "they are used. Ratios of processor time to the same path and length with 16 sequences, 7 formats, 30 layers "
+        "(211 units).",
         "",
-        "| varied | sequences | formats | layers | s | × base | peak GiB |",
-        "|---|---|---|---|---|---|---|",
+        "| path | sequences | tokens each | formats | layers | s | processor s | × base | peak GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for kind, case, figures in rows:
+    for case, figures in rows:
+        base_case = {**BASE, "path": case["path"], "tokens": case["tokens"]}
+        base = next(f for c, f in rows if c == base_case)
         lines.append(
-            f"| {kind} | {case['sequences']} | {case['formats']} | {case['layers']} | {figures['seconds']:.1f} | "
-            f"{figures['seconds'] / base['seconds']:.2f} | {figures['peak_bytes'] / 2**30:.2f} |"
+            f"| {case['path']} | {case['sequences']} | {case['tokens']} | {case['formats']} | {case['layers']} | "
+            f"{figures['seconds']:.1f} | {figures['cpu_seconds']:.1f} | "
+            f"{figures['cpu_seconds'] / base['cpu_seconds']:.2f} | {figures['peak_bytes'] / 2**30:.2f} |"
         )
     lines += [
         "",

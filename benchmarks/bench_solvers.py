@@ -18,11 +18,16 @@ from pathlib import Path
 
 import numpy as np
 from machine import describe_machine
-from solver_runs import Measurement, make_instance, run, run_ours
+from solver_runs import Measurement, run, run_ours
 
-from solvers import AllocationProblem, SolveParams, compute_objective, solve, solve_frontier
+from solvers import AllocationProblem, SolveParams, compute_objective, make_instance, solve, solve_frontier
 
-INSTANCES = {"tiny": (24, 4), "dense": (224, 6), "experts": (44_544, 6), "large": (350_000, 8)}
+INSTANCES = {
+    "tiny": {"n_units": 24, "n_formats": 4},
+    "dense": {"n_units": 224, "n_formats": 6},
+    "experts": {"n_units": 44_544, "n_formats": 6},
+    "large": {"n_units": 350_000, "n_formats": 8},
+}
 SECTIONS = ("one_budget", "three_budgets", "quadratic", "frontier", "growth")
 GAPS = (1e-4, 1e-6)
 GLANCE_S = 1.0
@@ -77,7 +82,7 @@ def bench_one_budget(options: argparse.Namespace) -> list[str]:
     """Returns the table of all solvers on one budget."""
     lines = ["| instance | solver | to 1e-4 | to 1e-6 | gap at 1 s |", "|---|---|---|---|---|"]
     for name in options.instances:
-        problem = make_instance(*INSTANCES[name], seed=options.seed)
+        problem = make_instance(**INSTANCES[name], seed=options.seed)
         _, bound = run_ours(problem, GAPS[-1], options.time_limit)
         ours = {gap: run_ours_repeatedly(problem, gap, options) for gap in GAPS}
         for backend in options.backends:
@@ -91,7 +96,7 @@ def bench_three_budgets(options: argparse.Namespace) -> list[str]:
     """Returns the table of our solver on three budgets, to a gap of 1e-4."""
     lines = ["| instance | seconds | gap |", "|---|---|---|"]
     for name in sorted(set(options.instances) - {"large"}):
-        problem = make_instance(*INSTANCES[name], n_resources=3, seed=options.seed)
+        problem = make_instance(**INSTANCES[name], n_resources=3, seed=options.seed)
         measured, _ = run_ours(problem, 1e-4, options.time_limit)
         label = f"{name}, {problem.n_units:,} x {problem.n_formats}"
         lines.append(f"| {label} | {format_run(measured, 1e-4, measured)} | {measured.gap:.1e} |")
@@ -103,7 +108,7 @@ def bench_quadratic(options: argparse.Namespace) -> list[str]:
     """Returns the table of the quadratic solver: seconds, gap, and its gain over the diagonal optimum."""
     lines = ["| U x F, S | seconds | gap | objective over that of the diagonal optimum |", "|---|---|---|---|"]
     for n_units in options.quadratic_units:
-        problem = make_instance(n_units, 6, seed=options.seed, n_sketch=128)
+        problem = make_instance(n_units=n_units, n_formats=6, seed=options.seed, n_sketch=128)
         diagonal = solve(replace(problem, sketch=None)).choice
         result = solve(problem, params=SolveParams(time_limit_s=options.time_limit))
         ratio = np.nan if diagonal is None else result.objective / compute_objective(problem, diagonal)
@@ -116,7 +121,7 @@ def bench_frontier(options: argparse.Namespace) -> list[str]:
     """Returns the table of 100-point frontiers, each point certified."""
     lines = ["| instance | points | seconds | largest gap |", "|---|---|---|---|"]
     for name in sorted(set(options.instances) - {"large"}):
-        problem = make_instance(*INSTANCES[name], seed=options.seed)
+        problem = make_instance(**INSTANCES[name], seed=options.seed)
         started = time.perf_counter()
         results = solve_frontier(problem, n_points=100, params=SolveParams(relative_gap_tolerance=1e-6))
         seconds = time.perf_counter() - started
@@ -131,7 +136,7 @@ def bench_growth(options: argparse.Namespace) -> list[str]:
     lines = ["| U x 6 | seconds to 1e-6 | microseconds / (U log2 U) |", "|---|---|---|"]
     n_units = 1000
     while n_units <= options.most_growth_units:
-        problem = make_instance(n_units, 6, seed=options.seed)
+        problem = make_instance(n_units=n_units, n_formats=6, seed=options.seed)
         runs = [run_ours(problem, 1e-6, options.time_limit)[0].seconds for _ in range(options.repeats)]
         seconds = statistics.median(runs)
         lines.append(f"| {n_units:,} | {seconds:.4g} | {1e6 * seconds / (n_units * np.log2(n_units)):.3g} |")

@@ -1,4 +1,4 @@
-"""Instances by seed, and one timed run of our solver, scipy's HiGHS or PuLP's CBC on them.
+"""One timed run of our solver, scipy's HiGHS or PuLP's CBC on an instance.
 
 Every choice is recomputed (`solvers.check`); gaps are (objective - bound) / objective. Times include handing the
 program to the backend, its limit does not. CBC's bound is not handed out by PuLP, so an unfinished run of it is
@@ -44,34 +44,6 @@ class Measurement:
     def reached(self, gap: float) -> bool:
         """Returns whether the solver ended by itself at a gap asked for."""
         return self.gap is not None and not self.hit_limit and self.gap <= gap * (1 + 1e-6)
-
-
-def make_instance(
-    n_units: int, n_formats: int, *, n_resources: int = 1, seed: int, n_sketch: int = 0
-) -> AllocationProblem:
-    """Returns an instance shaped like a model's, at half of the range of every resource."""
-    rng = np.random.default_rng(seed)
-    bits = np.linspace(2, 8, n_formats)
-    weights = rng.integers(2**18, 2**24, n_units)[:, None]
-    factor = rng.uniform(0.5, 1.5, (n_resources, n_units, 1)) * rng.uniform(
-        0.95, 1.1, (n_resources, n_units, n_formats)
-    )
-    cost = np.floor(weights * bits / 8 * factor)
-    loss = 0.1 * rng.lognormal(0, 1.5, (n_units, 1)) * 4.0**-bits * rng.lognormal(0, 0.5, (n_units, n_formats))
-    sketch = None
-    if n_sketch:
-        # A direction common to all units makes the errors add up, as they do in models.
-        direction = 0.3 * rng.normal(size=(n_sketch, 1, 1)) + rng.normal(size=(n_sketch, n_units, 1))
-        direction = direction + 0.5 * rng.normal(size=(n_sketch, n_units, n_formats))
-        sketch = direction / np.linalg.norm(direction, axis=0) * np.sqrt(2 * loss)
-    return AllocationProblem(
-        loss=loss,
-        cost=cost,
-        limit=np.floor(0.5 * (cost.min(axis=2) + cost.max(axis=2)).sum(axis=1)),
-        allowed=np.ones(loss.shape, dtype=bool),
-        resources=tuple(f"resource{r}" for r in range(n_resources)),
-        sketch=sketch,
-    )
 
 
 def run_ours(problem: AllocationProblem, gap: float, time_limit_s: float) -> tuple[Measurement, float]:

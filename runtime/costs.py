@@ -2,11 +2,17 @@
 
 ``memory_bytes`` is the size of the finished weight file, exactly: codes, scales, zero points and padding of every
 unit (``Format.storage_bytes``), and as ``fixed`` everything no format changes: norms, biases, routers, and the
-file's header. ``read_bytes`` is what one generated token reads of it: embeddings one row, experts by the share of
-them that a token visits, tied heads in full.
+file's header. ``read_bytes`` is what one decoding step reads of it, in expectation: a row of the embedding for each
+token of the batch, everything that all tokens share once, and an expert when at least one token takes it. With f the
+share of tokens that take the expert and b tokens in the batch,
+
+    P(expert is read) = 1 - (1 - f)^b,
+
+as if the tokens of a batch were routed independently. Tokens of one text are not: they agree more than that, so the
+formula is too high for batches of like texts. A batch of one needs no such assumption.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,17 +68,36 @@ def memory_cost(candidates: Candidates, fixed_bytes: int) -> CostTable:
     )
 
 
-def read_cost(candidates: Candidates, fixed_bytes: int, *, expert_share: float = 1.0) -> CostTable:
-    """Returns the bytes each candidate makes one generated token read.
+def read_cost(
+    candidates: Candidates,
+    fixed_bytes: int,
+    *,
+    expert_share: float = 1.0,
+    expert_frequency: Mapping[tuple[int, int], float] | None = None,
+    batch_tokens: int = 1,
+) -> CostTable:
+    """Returns the bytes each candidate makes one decoding step read, in expectation.
 
     Args:
         candidates: Units and formats.
         fixed_bytes: Bytes of the unquantized rest.
-        expert_share: Experts a token visits / experts of a layer.
+        expert_share: Experts a token visits / experts of a layer; every expert's frequency where none is measured.
+        expert_frequency: (layer index, expert index) -> share of tokens that take the expert; None when not measured.
+        batch_tokens: Sequences decoded together, b; 1 gives the bytes read per token.
+
+    Raises:
+        ValueError: If ``batch_tokens`` is not positive, a frequency is not a share, or an expert has none.
     """
+    if batch_tokens < 1:
+        msg = f"batch_tokens must be at least 1: got batch_tokens={batch_tokens}. Give the sequences decoded together."
+        raise ValueError(msg)
 
     def read_bytes(unit: Unit, format_: Format) -> float:
-        return sum(_read_share(weight, expert_share) * format_.storage_bytes(weight.shape) for weight in unit.weights)
+        return sum(
+            _read_share(weight, _frequency(unit, weight, expert_share, expert_frequency), batch_tokens)
+            * format_.storage_bytes(weight.shape)
+            for weight in unit.weights
+        )
 
     return CostTable(
         resource="read_bytes",
@@ -83,11 +108,30 @@ def read_cost(candidates: Candidates, fixed_bytes: int, *, expert_share: float =
     )
 
 
-def _read_share(weight: Weight, expert_share: float) -> float:
-    if weight.kind == "expert":
+def _frequency(
+    unit: Unit, weight: Weight, expert_share: float, expert_frequency: Mapping[tuple[int, int], float] | None
+) -> float:
+    if weight.kind != "expert":
+        return 1.0
+    if expert_frequency is None:
         return expert_share
+    key = (-1 if unit.layer_index is None else unit.layer_index, weight.expert_index or 0)
+    frequency = expert_frequency.get(key)
+    if frequency is None or not 0.0 <= frequency <= 1.0:
+        msg = (
+            f"expert_frequency must hold a share from 0 to 1 for every expert: got {frequency} for "
+            f"'{weight.name}'. Measure the routing of this model."
+        )
+        raise ValueError(msg)
+    return frequency
+
+
+def _read_share(weight: Weight, frequency: float, batch_tokens: int) -> float:
+    if weight.kind == "expert":
+        # No power where none is needed: at one token the share is the frequency to the last bit.
+        return frequency if batch_tokens == 1 else 1.0 - (1.0 - frequency) ** batch_tokens
     if weight.kind == "embedding" and not weight.aliases:
-        return 1.0 / weight.shape[0]
+        return min(batch_tokens / weight.shape[0], 1.0)
     return 1.0
 
 

@@ -130,6 +130,24 @@ def tokenize_documents(
     return TokenSequences(tokens=tokens, source=source)
 
 
+def read_sequences(
+    source: str, tokenizer: Any, *, sequences: int | None, sequence_tokens: int, most_sequences: int = 32
+) -> TokenSequences:
+    """Returns sequences of a text source, as many as are asked for, or as it holds up to ``most_sequences``.
+
+    Raises:
+        ValueError: If the text is missing or too short, or fewer than 2 sequences are asked for.
+    """
+    if sequences is not None and sequences < 2:
+        msg = f"sequences must be at least 2 (an interval needs two samples): got {sequences}. Raise it."
+        raise ValueError(msg)
+    documents = read_documents(source)
+    if sequences is None:
+        total = sum(len(tokenizer(document, add_special_tokens=False).input_ids) for document in documents)
+        sequences = max(2, min(most_sequences, total // sequence_tokens))
+    return tokenize_documents(documents, tokenizer, sequences=sequences, sequence_tokens=sequence_tokens, source=source)
+
+
 def sample_sequences(
     model: Any, tokenizer: Any, *, sequences: int, sequence_tokens: int, seed: int, batch: int = 16
 ) -> TokenSequences:

@@ -16,6 +16,8 @@ estimating curvature.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,10 @@ from torch import Tensor, nn
 from runtime.candidates import Candidates
 from runtime.quantizers import render
 from runtime.units import Weight
+from sensitivity.error_contraction import ErrorContraction
+from sensitivity.gradient_scope import only_gradients_of
+from sensitivity.gradient_stream import GradientStream, Loss
+from sensitivity.layerwise_model import Residency
 
 
 def measure_fisher_sketch(
@@ -45,13 +51,73 @@ def measure_fisher_sketch(
         first: Index of the first sequence to measure (earlier ones are measured already).
     """
     contraction = _Contraction(model, candidates, quantizer)
-    try:
+    score = SampledScore(seed)
+    with contraction.hooked(model):
         for s in range(first, tokens.shape[0]):
             contraction.sketch.fill(0.0)
-            _backward_sampled_score(model, tokens[s : s + 1], seed=(seed * 1_000_003 + s) % 2**63)
+            with torch.enable_grad():
+                logits = model(tokens[s : s + 1], use_cache=False).logits[0].float()
+                torch.autograd.backward(score(logits, s))
             yield (contraction.sketch / np.sqrt(tokens.shape[1])).astype(np.float32)
-    finally:
-        contraction.close()
+
+
+def measure_streamed_fisher_sketch(
+    model: Any,
+    candidates: Candidates,
+    tokens: Tensor,
+    *,
+    seed: int,
+    directory: Path,
+    progress: Callable[[int, int], None],
+    quantizer: str = "rtn",
+    loss: Loss | None = None,
+    base: Callable[[Weight], Tensor] | None = None,
+    residency: Residency | None = None,
+    kept_bytes: int = 5 * 2**27,
+) -> NDArray[np.float32]:
+    """Returns the sketch [S, U, F] of all sequences, measured one layer of the model at a time.
+
+    The same numbers as ``measure_fisher_sketch`` gives, to the rounding of float32; a candidate is rendered once
+    instead of once for each sequence.
+
+    Args:
+        model: The reference model in float32; on the meta device where ``residency`` brings the weights in.
+        candidates: Units and formats; entries of pairs not allowed are zero.
+        tokens: [S, T] int64.
+        seed: Seed of the labels; the labels of a sequence depend on the seed and its index alone.
+        directory: Where the files of this measurement are, and of no other; one process at a time works in it. What
+            an interrupted measurement has finished is used.
+        progress: Called with (steps done, steps in all), before the first step and after every step.
+        quantizer: Name in ``QUANTIZERS``.
+        loss: Another loss than ``SampledScore``, whose gradients are contracted instead.
+        base: Values of a weight that candidates are rendered from, where the model holds others.
+        residency: Brings the weights into memory.
+        kept_bytes: Bound on the bytes of rendered errors (four fifths) and gradients kept at once; those of one layer
+            and sequence always are.
+
+    Raises:
+        NotLayerwise: If the layers of the model cannot be run one by one.
+    """
+    weights = [weight for unit in candidates.units for weight in unit.weights]
+    stream = GradientStream(
+        model,
+        tokens,
+        weights,
+        loss=loss or SampledScore(seed),
+        directory=directory,
+        residency=residency,
+        gradient_bytes=kept_bytes // 5,
+    )
+    contraction = ErrorContraction(
+        candidates, len(tokens), quantizer=quantizer, base=base, error_bytes=kept_bytes - kept_bytes // 5
+    )
+    products = stream.run({"errors": contraction}, progress)["errors"]
+    sketch: NDArray[np.float64] = np.zeros((len(tokens), *candidates.allowed.shape))
+    for u, unit in enumerate(candidates.units):
+        for weight in unit.weights:
+            sketch[:, u] += products[weight.name].numpy()
+    sketch /= np.sqrt(tokens.shape[1])
+    return sketch.astype(np.float32)
 
 
 def fisher_loss(sketch: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -64,13 +130,26 @@ def fisher_loss(sketch: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArr
     return squares.mean(axis=0), squares.std(axis=0, ddof=1) / np.sqrt(len(sketch))
 
 
-def _backward_sampled_score(model: nn.Module, tokens: Tensor, *, seed: int) -> None:
-    with torch.enable_grad():
-        logits = model(tokens, use_cache=False).logits[0].float()
-        generator = torch.Generator().manual_seed(seed)
-        labels = torch.multinomial(torch.softmax(logits.detach(), dim=-1), 1, generator=generator)[:, 0]
-        # Minus the log-likelihood: the sign of a score changes neither its square nor its cross terms.
-        torch.autograd.backward(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+class SampledScore:
+    """Minus the log-likelihood of labels drawn from the model, summed over the positions of a sequence.
+
+    The sign of a score changes neither its square nor its cross terms. Labels that were drawn once are kept.
+
+    Args:
+        seed: Seed; the labels of a sequence depend on it and the sequence's index alone.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._labels: dict[int, Tensor] = {}
+
+    def __call__(self, logits: Tensor, index: int) -> Tensor:
+        """Returns the score of a sequence from its logits [T, V] in float32."""
+        if index not in self._labels:
+            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + index) % 2**63)
+            p = torch.softmax(logits.detach(), dim=-1)
+            self._labels[index] = torch.multinomial(p, 1, generator=generator)[:, 0]
+        return nn.functional.cross_entropy(logits, self._labels[index], reduction="sum")
 
 
 class _Contraction:
@@ -84,29 +163,23 @@ class _Contraction:
         for u, unit in enumerate(candidates.units):
             for weight in unit.weights:
                 rows_by_parameter.setdefault(weight.parameter, []).append((u, weight))
-        self._parameters = {model.get_parameter(name): rows for name, rows in rows_by_parameter.items()}
-        self._took_gradient = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        for parameter in self._took_gradient:
-            parameter.requires_grad_(parameter in self._parameters)
-        # An embedding withholds the gradient of its padding token, but reads that row like any other.
-        self._padding = {module: module.padding_idx for module in model.modules() if type(module) is nn.Embedding}
-        for module in self._padding:
-            module.padding_idx = None
-        self._handles = []
-        for parameter, rows in self._parameters.items():
-            parameter.grad = None
-            hook: Any = parameter.register_post_accumulate_grad_hook  # untyped in torch
-            self._handles.append(hook(self._contract_rows(rows)))
+        self._rows = {model.get_parameter(name): rows for name, rows in rows_by_parameter.items()}
 
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for parameter, took_gradient in self._took_gradient.items():
-            parameter.requires_grad_(took_gradient)
-        for parameter in self._parameters:
-            parameter.grad = None
-        for module, padding_idx in self._padding.items():
-            module.padding_idx = padding_idx
+    @contextmanager
+    def hooked(self, model: nn.Module) -> Iterator[None]:
+        handles = []
+        try:
+            with only_gradients_of(model, self._rows):
+                for parameter, rows in self._rows.items():
+                    parameter.grad = None
+                    hook: Any = parameter.register_post_accumulate_grad_hook  # untyped in torch
+                    handles.append(hook(self._contract_rows(rows)))
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in self._rows:
+                parameter.grad = None
 
     def _contract_rows(self, rows: list[tuple[int, Weight]]) -> Callable[[Tensor], None]:
         @torch.no_grad()

@@ -1,114 +1,57 @@
 """Measure a profile, one small finished piece at a time, so that an interrupt loses at most one piece.
 
-Each sequence of the Fisher sketch and each unit of the logit sketch is written to its own file as soon as it is
+Each layer of the Fisher sketch and each unit of the logit sketch is written to its own file as soon as it is
 measured; a second run takes up what is there. The pieces of one directory belong to one fingerprint (weights, text,
-formats, settings, code version), so a piece can never be of another measurement.
+formats, settings, code version), so a piece can never be of another measurement. A profile taken up equals one made
+in one go in everything but ``measured_in_s`` of its provenance, the seconds of the last run.
+
+Every stage costs a number of passes of the model that is set beforehand and does not grow with units times formats:
+the sequences of the Fisher sketch, and ``logit_passes`` of the single-unit KL, whose other pairs are completed.
 """
 
+import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from runtime.candidates import Candidates
 from runtime.checkpoint import fixed_bytes, reference_bytes, rest_bytes
-from runtime.files import atomic_path
 from runtime.loading import ReferenceModel
-from runtime.quantizers import QUANTIZERS
-from sensitivity.calibration import TokenSequences
 from sensitivity.combination import COMBINED, combine
-from sensitivity.fisher_sketch import fisher_loss, measure_fisher_sketch
-from sensitivity.logit_sketch import LogitSketch, gram_of
+from sensitivity.completion import complete
+from sensitivity.decoder_layers import NotLayerwise
+from sensitivity.estimator_input import EstimatorInput
+from sensitivity.estimators import Estimator, find_estimator
+from sensitivity.fisher_sketch import fisher_loss, measure_fisher_sketch, measure_streamed_fisher_sketch
+from sensitivity.fitted_plans import fit_profile
+from sensitivity.logit_pieces import measure_single_unit_kl
+from sensitivity.measure_config import (
+    FISHER,
+    OUTPUT_ERROR,
+    SINGLE_UNIT_KL,
+    WEIGHT_ERROR,
+    MeasureConfig,
+    MeasurementText,
+)
 from sensitivity.output_error import measure_output_error
+from sensitivity.pair_design import choose_pairs
+from sensitivity.pieces import Piece, read_or_measure
 from sensitivity.profile import NATS, LossTable, SensitivityProfile, fingerprint_of
 from sensitivity.weight_error import measure_weight_error
 
 # Raised whenever a change makes the same inputs give other numbers.
-MEASUREMENT_VERSION = 1
+MEASUREMENT_VERSION = 3
 
-WEIGHT_ERROR = "weight_error"
-OUTPUT_ERROR = "output_error"
-FISHER = "fisher"
-SINGLE_UNIT_KL = "single_unit_kl"
-METRICS = (WEIGHT_ERROR, OUTPUT_ERROR, FISHER, SINGLE_UNIT_KL)
 _OUTPUT_SEQUENCES = 16  # of those of the Fisher sketch; the output error is an average, not a sample
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureConfig:
-    """What is measured, and on how much text.
-
-    Args:
-        metrics: Names in ``METRICS``.
-        fisher_sequences: Sequences of the Fisher sketch.
-        sequence_tokens: Tokens of each of these.
-        logit_sequences: Sequences of the logit sketch, run in one batch; even, as its halves are compared.
-        logit_sequence_tokens: Tokens of each of these.
-        top_tokens: Most likely tokens of a position that the logit sketch keeps.
-        selection_sequences: Sequences that choose between plans.
-        evaluation_sequences: Sequences of the final evaluation.
-        evaluation_sequence_tokens: Tokens of each selection and evaluation sequence.
-        quantizer: Rule that renders the candidates.
-        seed: Seed of labels and sampled text.
-
-    Raises:
-        ValueError: If a count is not positive, or a name is unknown.
-    """
-
-    metrics: tuple[str, ...] = METRICS
-    fisher_sequences: int = 96
-    sequence_tokens: int = 128
-    logit_sequences: int = 4
-    logit_sequence_tokens: int = 32
-    top_tokens: int = 256
-    selection_sequences: int = 8
-    evaluation_sequences: int = 10
-    evaluation_sequence_tokens: int = 256
-    quantizer: str = "rtn"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if isinstance(value, int) and name != "seed" and value < 2:
-                msg = f"{name} must be at least 2 (a standard error needs two samples): got {value}. Raise it."
-                raise ValueError(msg)
-        if self.logit_sequences % 2:
-            msg = f"logit_sequences must be even (two halves are compared): got {self.logit_sequences}. Add one."
-            raise ValueError(msg)
-        unknown = [metric for metric in self.metrics if metric not in METRICS]
-        if unknown or not self.metrics:
-            msg = f"metrics must be among {', '.join(METRICS)}: got {list(self.metrics)}. Correct the names."
-            raise ValueError(msg)
-        if self.quantizer not in QUANTIZERS:
-            msg = f"quantizer must be among {', '.join(QUANTIZERS)}: got '{self.quantizer}'. Correct the name."
-            raise ValueError(msg)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasurementText:
-    """The text of one measurement; no document serves two purposes.
-
-    Args:
-        fisher: Sequences of the Fisher sketch and of the input statistics.
-        logit: Sequences of the logit sketch.
-        selection: Sequences that choose between plans.
-        evaluation: Sequences of the final evaluation.
-    """
-
-    fisher: TokenSequences
-    logit: TokenSequences
-    selection: TokenSequences
-    evaluation: TokenSequences
 
 
 def measurement_fingerprint(
@@ -122,7 +65,7 @@ def measurement_fingerprint(
             "units": [[w.name for w in unit.weights] for unit in candidates.units],
             "formats": [f.name for f in candidates.formats],
             "allowed": candidates.allowed.astype(int).tolist(),
-            "text": [part.fingerprint for part in (text.fisher, text.logit, text.selection, text.evaluation)],
+            "text": [part.fingerprint for part in (text.fisher, text.logit, text.selection, text.evaluation, text.fit)],
             "config": asdict(config),
         }
     )
@@ -149,17 +92,9 @@ def measure_profile(
     """
     started = time.monotonic()
     losses: dict[str, LossTable] = {}
-    errors = {
-        WEIGHT_ERROR: partial(measure_weight_error, reference.model, candidates),
-        OUTPUT_ERROR: partial(
-            measure_output_error, reference.model, candidates, text.fisher.tokens[:_OUTPUT_SEQUENCES]
-        ),
-    }
-    for metric, measure in errors.items():
+    for metric in (WEIGHT_ERROR, OUTPUT_ERROR):
         if metric in config.metrics:
-            progress(metric, 0, 1)
-            losses[metric] = _error_table(measure, config, pieces / f"{metric}.safetensors")
-            progress(metric, 1, 1)
+            losses[metric] = _measure_error(metric, reference, candidates, text.fisher.tokens, config, pieces, progress)
     sketch = gram = None
     if FISHER in config.metrics:
         sketch = _measure_fisher(reference, candidates, text.fisher.tokens, config, pieces / FISHER, progress)
@@ -167,13 +102,29 @@ def measure_profile(
         losses[FISHER] = LossTable(loss=loss, std_error=std_error, unit_of_measure=NATS)
     if SINGLE_UNIT_KL in config.metrics:
         losses[SINGLE_UNIT_KL], gram = _measure_logit(
-            reference, candidates, text.logit.tokens, config, pieces / "logit", progress
+            reference, candidates, text.logit.tokens, config, pieces, progress, losses=losses
         )
     if FISHER in losses and SINGLE_UNIT_KL in losses:
         losses[COMBINED] = combine(losses[FISHER], losses[SINGLE_UNIT_KL], candidates.allowed)
+    losses |= _measure_others(reference, candidates, text.fisher.tokens, config, pieces, progress, known=losses)
+    fits = {}
+    if config.fit_plans is not None:
+        fits = fit_profile(
+            reference.model,
+            candidates,
+            losses,
+            text.fit.tokens,
+            count=config.fit_plans,
+            quantizer=config.quantizer,
+            seed=config.seed,
+            pieces=pieces / "fit",
+            progress=partial(progress, "prediction_fit"),
+        )
     return SensitivityProfile(
         candidates=candidates,
         losses=losses,
+        prediction_fits=fits,
+        calibration_tokens=text.fisher.tokens.numpy(),
         fisher_sketch=sketch,
         logit_gram=gram,
         selection_tokens=text.selection.tokens.numpy(),
@@ -186,8 +137,24 @@ def measure_profile(
     )
 
 
-def _error_table(measure: Callable[..., NDArray[np.float64]], config: MeasureConfig, path: Path) -> LossTable:
-    error = _piece(path, lambda: {"error": measure(quantizer=config.quantizer)})["error"]
+def _measure_error(
+    metric: str,
+    reference: ReferenceModel,
+    candidates: Candidates,
+    tokens: Tensor,
+    config: MeasureConfig,
+    pieces: Path,
+    progress: Progress,
+) -> LossTable:
+    def measure() -> Piece:
+        if metric == WEIGHT_ERROR:
+            return {"error": measure_weight_error(reference.model, candidates, quantizer=config.quantizer)}
+        few = tokens[:_OUTPUT_SEQUENCES]
+        return {"error": measure_output_error(reference.model, candidates, few, quantizer=config.quantizer)}
+
+    progress(metric, 0, 1)
+    error = read_or_measure(pieces / f"{metric}.safetensors", measure)["error"]
+    progress(metric, 1, 1)
     return LossTable(loss=error, std_error=np.zeros_like(error), unit_of_measure="squared error")
 
 
@@ -199,7 +166,35 @@ def _measure_fisher(
     pieces: Path,
     progress: Progress,
 ) -> NDArray[np.float32]:
-    def measure(s: int) -> dict[str, NDArray[Any]]:
+    def stream() -> Piece:
+        sketch = measure_streamed_fisher_sketch(
+            reference.model,
+            candidates,
+            tokens,
+            seed=config.seed,
+            directory=pieces / "stream",
+            progress=partial(progress, FISHER),
+            quantizer=config.quantizer,
+        )
+        return {"sketch": sketch}
+
+    try:
+        sketch = read_or_measure(pieces / "sketch.safetensors", stream)["sketch"]
+    except NotLayerwise:
+        return _measure_whole_fisher(reference, candidates, tokens, config, pieces, progress)
+    shutil.rmtree(pieces / "stream", ignore_errors=True)
+    return sketch
+
+
+def _measure_whole_fisher(
+    reference: ReferenceModel,
+    candidates: Candidates,
+    tokens: Tensor,
+    config: MeasureConfig,
+    pieces: Path,
+    progress: Progress,
+) -> NDArray[np.float32]:
+    def measure(s: int) -> Piece:
         [sketch] = measure_fisher_sketch(
             reference.model, candidates, tokens[: s + 1], seed=config.seed, quantizer=config.quantizer, first=s
         )
@@ -209,9 +204,46 @@ def _measure_fisher(
     progress(FISHER, 0, total)
     sketches = []
     for s in range(total):
-        sketches.append(_piece(pieces / f"{s:05d}.safetensors", partial(measure, s))["sketch"])
+        sketches.append(read_or_measure(pieces / f"{s:05d}.safetensors", partial(measure, s))["sketch"])
         progress(FISHER, s + 1, total)
     return np.stack(sketches)
+
+
+def _measure_others(
+    reference: ReferenceModel,
+    candidates: Candidates,
+    tokens: Tensor,
+    config: MeasureConfig,
+    pieces: Path,
+    progress: Progress,
+    *,
+    known: Mapping[str, LossTable],
+) -> dict[str, LossTable]:
+    """Returns the tables of the further estimators that were asked for."""
+    given = EstimatorInput(
+        model=reference.model,
+        candidates=candidates,
+        tokens=tokens[:_OUTPUT_SEQUENCES],
+        quantizer=config.quantizer,
+        seed=config.seed,
+    )
+    tables = {}
+    for metric in config.metrics:
+        if metric in known:
+            continue
+        estimator = find_estimator(metric)
+
+        def measure(estimator: Estimator = estimator) -> Piece:
+            table = estimator.estimate(given)
+            return {"loss": table.loss, "std_error": table.std_error}
+
+        progress(metric, 0, 1)
+        piece = read_or_measure(pieces / f"{metric}.safetensors", measure)
+        progress(metric, 1, 1)
+        tables[metric] = LossTable(
+            loss=piece["loss"], std_error=piece["std_error"], unit_of_measure=estimator.unit_of_measure
+        )
+    return tables
 
 
 def _measure_logit(
@@ -221,55 +253,33 @@ def _measure_logit(
     config: MeasureConfig,
     pieces: Path,
     progress: Progress,
-) -> tuple[LossTable, NDArray[np.float32]]:
-    measurer: LogitSketch | None = None
-
-    def measure(u: int) -> dict[str, NDArray[Any]]:
-        nonlocal measurer
-        # Not before it is needed: it runs the model.
-        measurer = measurer or LogitSketch(
-            reference.model, candidates, tokens, top_tokens=config.top_tokens, quantizer=config.quantizer
-        )
-        effect = measurer.measure(u)
-        return {"kl": effect.kl, "sketch": effect.sketch}
-
-    total = len(candidates.units)
-    progress(SINGLE_UNIT_KL, 0, total)
-    kl, sketches = [], []
-    for u in range(total):
-        piece = _piece(pieces / f"{u:05d}.safetensors", partial(measure, u))
-        kl.append(piece["kl"].astype(np.float64))
-        sketches.append(piece["sketch"])
-        progress(SINGLE_UNIT_KL, u + 1, total)
-    # Positions of one sequence are not independent: no sequence is in both halves, and the error is that of the
-    # sequences' means.
-    half = tokens.shape[0] // 2 * tokens.shape[1]
-    halves = (np.concatenate([sketch[:, part] for sketch in sketches]) for part in (slice(half), slice(half, None)))
-    gram = np.stack([gram_of(sketch) for sketch in halves]).astype(np.float32)
-    per_position = np.stack(kl)
-    by_sequence = per_position.reshape(*per_position.shape[:2], tokens.shape[0], -1).mean(axis=-1)
-    std_error = by_sequence.std(axis=-1, ddof=1) / np.sqrt(tokens.shape[0])
-    return LossTable(loss=per_position.mean(axis=-1), std_error=std_error, unit_of_measure=NATS), gram
-
-
-def _piece(path: Path, measure: Callable[[], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    piece = _read_piece(path)
-    if piece is None:
-        piece = measure()
-        _write_piece(path, piece)
-    return piece
-
-
-def _read_piece(path: Path) -> dict[str, NDArray[Any]] | None:
-    try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError):
-        return None
-
-
-def _write_piece(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    with atomic_path(path) as temporary:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+    *,
+    losses: Mapping[str, LossTable],
+) -> tuple[LossTable, NDArray[np.float32] | None]:
+    pairs = lossy = candidates.allowed
+    if config.logit_passes is not None and int(pairs.sum()) > config.logit_passes:
+        if WEIGHT_ERROR not in losses:
+            error = _measure_error(WEIGHT_ERROR, reference, candidates, tokens, config, pieces, progress)
+            losses = {**losses, WEIGHT_ERROR: error}
+        # Not above zero: what is no number must not pass for lossless.
+        lossy = candidates.allowed & (losses[WEIGHT_ERROR].loss != 0.0)
+        pairs = choose_pairs(candidates.units, lossy, config.logit_passes, seed=config.seed)
+    table, gram = measure_single_unit_kl(
+        reference.model,
+        candidates,
+        tokens,
+        pairs=pairs,
+        cross_terms=pairs.sum() == lossy.sum(),
+        top_tokens=config.top_tokens,
+        quantizer=config.quantizer,
+        pieces=pieces / "logit",
+        progress=partial(progress, SINGLE_UNIT_KL),
+    )
+    if gram is None:
+        # The nearest to the loss first.
+        references = [losses[m].loss for m in (FISHER, OUTPUT_ERROR, WEIGHT_ERROR) if m in losses]
+        table = complete(table, pairs, references=references, candidates=candidates, lossy=lossy)
+    return table, gram
 
 
 def _expert_share(config: Any) -> float:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from runtime.candidates import Candidates
-from runtime.quantizers import render
 from runtime.units import Weight, list_weights, read_weight
+from sensitivity.weight_error import list_differences
 
 _Address = tuple[int, int]
 
@@ -37,7 +37,7 @@ class InputSecondMoments(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._names = {_address(read_weight(model, w)): name for name, w in list_weights(model).items()}
+        self._names = {_address(read_weight(model, w)): name for name, w in list_weights(model, routers=True).items()}
         self.linear: dict[str, Tensor] = {}
         self.embedding: dict[str, Tensor] = {}
         # The input read last with its version, its product, and its readers: all weights that read one tensor in a
@@ -97,15 +97,38 @@ def measure_output_error(
         tokens: [S, T] int64.
         quantizer: Name in ``QUANTIZERS``.
     """
-    with _eager_experts(model), torch.no_grad(), InputSecondMoments(model) as moments:
+    moments = InputSecondMoments(model)
+    run_under(moments, model, tokens)
+    return weigh_output_error(model, candidates, moments, token_count=tokens.numel(), quantizer=quantizer)
+
+
+def run_under(mode: TorchFunctionMode, model: Any, tokens: Tensor) -> None:
+    """Runs the model on tokens [S, T], sequence by sequence, with its products seen by a mode."""
+    with _eager_experts(model), torch.no_grad(), mode:
         for sequence in tokens:
             model(sequence.unsqueeze(0), use_cache=False)
+
+
+def weigh_output_error(
+    model: nn.Module,
+    candidates: Candidates,
+    moments: InputSecondMoments,
+    *,
+    token_count: int,
+    quantizer: str = "rtn",
+) -> NDArray[np.float64]:
+    """Returns the Hessian-weighted output error [U, F], per token, from second moments collected before.
+
+    Args:
+        model: The reference model in float32.
+        candidates: Units and formats.
+        moments: Sums over the tokens.
+        token_count: Number of these tokens.
+        quantizer: Name in ``QUANTIZERS``.
+    """
     error = np.zeros(candidates.allowed.shape)
-    for u, f in zip(*np.nonzero(candidates.allowed), strict=True):
-        for weight in candidates.units[u].weights:
-            values = read_weight(model, weight)
-            difference = render(values, candidates.formats[f], quantizer) - values
-            error[u, f] += _weighted(difference, weight, moments) / tokens.numel()
+    for d in list_differences(model, candidates, quantizer=quantizer):
+        error[d.unit_index, d.format_index] += _weighted(d.difference, d.weight, moments) / token_count
     return error
 
 

@@ -20,8 +20,9 @@ from runtime.candidates import Candidates
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.formats import find_formats
 from runtime.units import Unit, Weight
+from sensitivity.prediction_fit import PredictionFit
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NATS = "nats/token"
 
 
@@ -33,11 +34,14 @@ class LossTable:
         loss: [U, F] float64; zero where the pair is not allowed.
         std_error: [U, F] float64 of the same unit, zero where the metric is not a sample.
         unit_of_measure: ``nats/token`` for predictions of KL, otherwise the metric's own.
+        measured: [U, F] bool, False where the loss of an allowed pair was not measured but completed from others;
+            None where every one was measured.
     """
 
     loss: NDArray[np.float64]
     std_error: NDArray[np.float64]
     unit_of_measure: str
+    measured: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,9 @@ class SensitivityProfile:
         losses: Metric -> table.
         fisher_sketch: [S, U, F] float32, or None when not measured.
         logit_gram: [2, U * F, U * F] float32 inner products of the logit sketches on two halves of the positions,
-            or None.
+            or None where not every pair was measured.
+        prediction_fits: Metric -> correction of its predictions, where plans were measured to fit it to.
+        calibration_tokens: [S, T] int64 that the sketch was taken on.
         selection_tokens: [S, T] int64 that choose between plans; neither calibration nor evaluation.
         evaluation_tokens: [S, T] int64 that nothing but the final evaluation sees.
         fixed_bytes: Bytes of the packed file that no choice changes.
@@ -63,6 +69,8 @@ class SensitivityProfile:
     losses: Mapping[str, LossTable]
     fisher_sketch: NDArray[np.float32] | None
     logit_gram: NDArray[np.float32] | None
+    prediction_fits: Mapping[str, PredictionFit]
+    calibration_tokens: NDArray[np.int64]
     selection_tokens: NDArray[np.int64]
     evaluation_tokens: NDArray[np.int64]
     fixed_bytes: int
@@ -100,12 +108,15 @@ def save_profile(profile: SensitivityProfile, directory: Path) -> None:
     check_profile_place(directory)
     arrays: dict[str, NDArray[Any]] = {
         "allowed": profile.candidates.allowed,
+        "calibration_tokens": profile.calibration_tokens,
         "selection_tokens": profile.selection_tokens,
         "evaluation_tokens": profile.evaluation_tokens,
     }
     for name, table in profile.losses.items():
         arrays[f"loss.{name}"] = table.loss
         arrays[f"std_error.{name}"] = table.std_error
+        if table.measured is not None:
+            arrays[f"measured.{name}"] = table.measured
     if profile.fisher_sketch is not None:
         arrays["fisher_sketch"] = profile.fisher_sketch
     if profile.logit_gram is not None:
@@ -116,6 +127,7 @@ def save_profile(profile: SensitivityProfile, directory: Path) -> None:
         "formats": [f.name for f in profile.candidates.formats],
         "reasons": [[u, f, reason] for (u, f), reason in profile.candidates.reasons.items()],
         "metrics": {name: table.unit_of_measure for name, table in profile.losses.items()},
+        "prediction_fits": {metric: dataclasses.asdict(fit) for metric, fit in profile.prediction_fits.items()},
         "fixed_bytes": profile.fixed_bytes,
         "rest_bytes": profile.rest_bytes,
         "reference_bytes": profile.reference_bytes,
@@ -186,12 +198,16 @@ def _profile(document: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Se
     )
     losses = {
         name: LossTable(
-            loss=arrays[f"loss.{name}"], std_error=arrays[f"std_error.{name}"], unit_of_measure=unit_of_measure
+            loss=arrays[f"loss.{name}"],
+            std_error=arrays[f"std_error.{name}"],
+            unit_of_measure=unit_of_measure,
+            measured=arrays.get(f"measured.{name}"),
         )
         for name, unit_of_measure in document["metrics"].items()
     }
     shape = (len(candidates.units), len(candidates.formats))
-    for table in (candidates.allowed, *(table.loss for table in losses.values())):
+    masks = (table.measured for table in losses.values() if table.measured is not None)
+    for table in (candidates.allowed, *(table.loss for table in losses.values()), *masks):
         if table.shape != shape:
             msg = f"tables must be [U, F]: got {table.shape} for {shape[0]} units and {shape[1]} formats"
             raise ValueError(msg)
@@ -200,6 +216,8 @@ def _profile(document: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Se
         losses=losses,
         fisher_sketch=arrays.get("fisher_sketch"),
         logit_gram=arrays.get("logit_gram"),
+        prediction_fits={metric: PredictionFit(**fit) for metric, fit in document["prediction_fits"].items()},
+        calibration_tokens=arrays["calibration_tokens"],
         selection_tokens=arrays["selection_tokens"],
         evaluation_tokens=arrays["evaluation_tokens"],
         fixed_bytes=document["fixed_bytes"],

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allocator.measuring import MeasureRequest
-from sensitivity.measure import MeasureConfig
+from sensitivity.measure_config import MeasureConfig
 from sensitivity.profile import LossTable, SensitivityProfile
 
 FORMATS = ("int2_g64", "int3_g64", "int4_g64", "int8_g64", "bf16")
@@ -17,6 +17,8 @@ CONFIG = MeasureConfig(
     sequence_tokens=16,
     logit_sequences=4,
     logit_sequence_tokens=12,
+    fit_plans=6,
+    fit_sequences=2,
     selection_sequences=4,
     evaluation_sequences=4,
     evaluation_sequence_tokens=24,

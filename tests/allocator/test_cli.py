@@ -158,6 +158,8 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "embedding format": (["measure", "MODEL", "--embedding-formats", "int4_g7x"], "got 'int4_g7x'"),
     "metric": (["measure", "MODEL", "--metrics", "taste"], "metrics must be among"),
     "count": (["measure", "MODEL", "--sequences", "1"], "fisher_sequences must be at least 2"),
+    "passes": (["measure", "MODEL", "--logit-passes", "most"], "must be a whole number or 'all': got 'most'"),
+    "few passes": (["measure", "MODEL", "--logit-passes", "1"], "logit_passes must be at least 2"),
     "pin": (["measure", "MODEL", "--pin", "q_proj"], "a pin must be REGEX=FORMAT: got 'q_proj'"),
     "points": (["frontier", "MODEL", "--points", "1"], "points"),
     "demo budget": (["demo", "--memory", "x"], "a size must be"),

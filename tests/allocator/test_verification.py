@@ -12,11 +12,11 @@ import allocator
 from allocator.artefacts import Model
 from allocator.assignments import Assignment, list_uniform
 from allocator.budget import Budget, InfeasibleBudget
-from allocator.evaluation import SequenceScores, mean_interval
 from allocator.problems import build_cost_tables
 from allocator.store import Store
 from allocator.verification import choose_best, describe_choice, make_evaluation, score_cached
 from runtime.costs import CostTable
+from sensitivity.evaluation import SequenceScores, mean_interval
 from sensitivity.profile import LossTable, SensitivityProfile
 
 

@@ -1,5 +1,7 @@
 """Costs against real tensors and against numbers worked out by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -69,3 +71,59 @@ def test_reads_of_experts_are_the_share_that_a_token_visits() -> None:
     assert cost_of(candidates, cost, "model.layers.0.self_attn.q_proj", "int2_g64") == 64 * 19
     everything = read_cost(candidates, 0).cost
     assert cost_of(candidates, everything, "model.layers.0.mlp.experts.gate_up_proj[3]", "int2_g64") == 256 * 19
+
+
+FREQUENCY = {(layer, e): share for layer in (0, 1) for e, share in enumerate((0.9, 0.6, 0.375, 0.125))}
+
+
+def test_reads_of_experts_by_their_frequency() -> None:
+    candidates = list_candidates(find_units(build_tiny_mixtral()), NAMES)
+    cost = read_cost(candidates, 0, expert_share=0.5, expert_frequency=FREQUENCY).cost
+    full = read_cost(candidates, 0).cost
+    for u, unit in enumerate(candidates.units):
+        share = FREQUENCY[unit.layer_index or 0, unit.expert_index or 0] if unit.kind == "expert" else 1.0
+        np.testing.assert_allclose(cost[u], share * full[u], rtol=1e-15)
+    # A stack reads each of its experts as often as that expert is taken.
+    stacks = list_candidates(find_units(build_tiny_mixtral(), experts="stack"), NAMES)
+    stacked = read_cost(stacks, 0, expert_frequency=FREQUENCY).cost
+    np.testing.assert_allclose(np.nansum(stacked, axis=0)[3], np.nansum(cost, axis=0)[3], rtol=1e-12)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 3, 16])
+def test_reads_of_a_batch_are_those_of_tokens_drawn_at_random(batch_tokens: int) -> None:
+    candidates = list_candidates(find_units(build_tiny_mixtral()), NAMES)
+    cost = read_cost(candidates, 0, expert_frequency=FREQUENCY, batch_tokens=batch_tokens).cost
+    bytes_of = memory_cost(candidates, 0).cost
+    steps = 20_000
+    for e in range(4):
+        # Each token takes two of the four experts; only how often it takes this one matters.
+        taken = np.random.default_rng(e).random((steps, batch_tokens)) < FREQUENCY[0, e]
+        read = taken.any(axis=1)
+        u = next(u for u, unit in enumerate(candidates.units) if (unit.layer_index, unit.expert_index) == (0, e))
+        # Five standard errors of a share.
+        assert cost[u, 0] / bytes_of[u, 0] == pytest.approx(read.mean(), abs=5 * 0.5 / steps**0.5)
+
+
+def test_a_batch_reads_dense_weights_once_and_a_row_for_each_token() -> None:
+    candidates = list_candidates(find_units(build_tiny_mixtral()), NAMES)
+    one, many = (read_cost(candidates, 7, expert_share=0.5, batch_tokens=b) for b in (1, 4))
+    for u, unit in enumerate(candidates.units):
+        factor = {"embedding": 4.0, "expert": (1 - 0.5**4) / 0.5}.get(unit.kind, 1.0)
+        np.testing.assert_allclose(many.cost[u], factor * one.cost[u], rtol=1e-12)
+    assert many.fixed == one.fixed == 7
+    everything = read_cost(candidates, 0, expert_share=0.5, batch_tokens=10_000).cost
+    np.testing.assert_allclose(everything, memory_cost(candidates, 0).cost, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_tokens": 0}, "batch_tokens must be at least 1: got batch_tokens=0"),
+        ({"expert_frequency": {}}, r"got None for 'model\.layers\.0\.mlp\.experts\.gate_up_proj\[0\]'"),
+        ({"expert_frequency": {**FREQUENCY, (0, 0): 1.5}}, "share from 0 to 1 for every expert: got 1.5"),
+    ],
+)
+def test_reads_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    candidates = list_candidates(find_units(build_tiny_mixtral()), NAMES)
+    with pytest.raises(ValueError, match=message):
+        read_cost(candidates, 0, **options)

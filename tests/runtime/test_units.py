@@ -7,10 +7,20 @@ from collections import Counter
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GptOssConfig, GptOssForCausalLM, Llama4TextConfig
+from transformers import DbrxConfig, GptOssConfig, GptOssForCausalLM, Llama4TextConfig
+from transformers.models.dbrx.modeling_dbrx import DbrxRouter
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-from runtime.units import Unit, count_weights, find_units, list_weights, read_weight
+from runtime.units import (
+    EXPERT_GRANULARITIES,
+    Unit,
+    count_weights,
+    find_units,
+    list_weights,
+    merge_experts,
+    read_weight,
+)
+from tests.mixtures import MIXTURES
 from tests.runtime.format_mixes import MODELS
 from tests.tiny_models import VOCABULARY_SIZE, build_tiny_llama, build_tiny_mixtral, build_tiny_qwen_moe
 
@@ -112,7 +122,7 @@ def test_fused_experts() -> None:
     by_projection = find_units(model, fuse=[r"\[\d+\]"])
     fused = find_unit(
         by_projection,
-        "model.layers.0.mlp.experts.down_proj[0]+down_proj[1]+down_proj[2]+down_proj[3]",
+        "model.layers.0.mlp.experts.down_proj[0-3]",
     )
     assert (fused.expert_index, fused.role, len(by_projection)) == (None, "down_proj", 2 + 2 * (4 + 2))
 
@@ -199,3 +209,92 @@ def test_experts_that_are_read_in_batches_only_are_left_out() -> None:
 def test_units_do_not_depend_on_values() -> None:
     model = build_tiny_mixtral()
     assert find_units(copy.deepcopy(model).to("meta")) == find_units(model)
+
+
+EXPERT_NAMES = {
+    "projection": [f"experts.{projection}_proj[{e}]" for e in range(4) for projection in ("gate_up", "down")],
+    "expert": [f"experts.gate_up_proj[{e}]+down_proj[{e}]" for e in range(4)],
+    "stack_projection": ["experts.gate_up_proj[0-3]", "experts.down_proj[0-3]"],
+    "stack": ["experts.gate_up_proj[0-3]+down_proj[0-3]"],
+}
+
+
+@pytest.mark.parametrize("experts", EXPERT_GRANULARITIES)
+def test_granularities_of_experts(experts: str) -> None:
+    model = build_tiny_qwen_moe()
+    shared = [f"mlp.shared_expert.{projection}_proj" for projection in ("gate", "up", "down")]
+    units = find_units(model, experts=experts)
+    expected = list_names([*ATTENTION, *(f"mlp.{name}" for name in EXPERT_NAMES[experts]), *shared])
+    assert sorted(unit.name for unit in units) == sorted(expected)
+    weights = [weight.name for unit in units for weight in unit.weights]
+    assert sorted(weights) == sorted(list_weights(model))
+    for unit in units:
+        if unit.kind == "expert":
+            indices = {weight.expert_index for weight in unit.weights}
+            assert unit.expert_index == (indices.pop() if len(indices) == 1 else None)
+            assert unit.layer_index in (0, 1)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_familys_experts_are_units(name: str) -> None:
+    model = MIXTURES[name].build()
+    experts = [unit for unit in find_units(model, experts="expert") if unit.kind == "expert"]
+    mixtures = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+    count = model.model.layers[-1].mlp.experts.num_experts
+    assert [(unit.layer_index, unit.expert_index) for unit in experts] == [
+        (layer, e) for layer in mixtures for e in range(count)
+    ]
+    assert {tuple(weight.parameter.rpartition(".")[2] for weight in unit.weights) for unit in experts} == {
+        ("gate_up_proj", "down_proj")
+    }
+    stacks = find_units(model, experts="stack")
+    assert [len(unit.weights) for unit in stacks if unit.kind == "expert"] == [2 * count] * len(mixtures)
+    # Shared experts are ordinary projections, three for each mixture.
+    shared = [unit for unit in stacks if "shared_expert" in unit.name]
+    assert len(shared) == (3 * len(mixtures) if name.startswith(("qwen2", "deepseek")) else 0)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_routers_take_formats_when_asked(name: str) -> None:
+    model = MIXTURES[name].build()
+    units, without = find_units(model, routers=True), find_units(model)
+    routers = [unit for unit in units if unit.kind == "router"]
+    assert tuple(unit for unit in units if unit.kind != "router") == without
+    layers = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "gate")]
+    gates = ["gate", "shared_expert_gate"] if name == "qwen2" else ["gate"]
+    assert sorted(unit.name for unit in routers) == sorted(
+        f"model.layers.{layer}.mlp.{gate}" for layer in layers for gate in gates
+    )
+    for unit in routers:
+        assert read_weight(model, unit.weights[0]).shape == unit.weights[0].shape
+        assert unit.weights[0].name in list_weights(model, routers=True)
+        assert unit.weights[0].name not in list_weights(model)
+
+
+def test_routers_with_a_matrix_inside_them_are_routers() -> None:
+    config = DbrxConfig(ffn_config={"hidden_size": 32, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2})
+    block = nn.ModuleDict({"router": DbrxRouter(config.ffn_config), "proj": nn.Linear(4, 4)})
+    assert list(list_weights(block)) == ["proj.weight"]
+    assert list(list_weights(block, routers=True)) == ["router.layer.weight", "proj.weight"]
+
+
+@pytest.mark.parametrize("experts", EXPERT_GRANULARITIES)
+def test_units_merge_without_their_model(experts: str) -> None:
+    model = build_tiny_qwen_moe()
+    fuse = [r"self_attn\.(q|k|v)_proj"]
+    fine = find_units(model, fuse=fuse)
+    assert merge_experts(fine, experts) == find_units(model, fuse=fuse, experts=experts)
+    stacks = find_units(model, experts="stack")
+    assert merge_experts(stacks, experts) == stacks
+
+
+def test_fusions_join_with_granularities() -> None:
+    units = find_units(build_tiny_mixtral(), experts="stack_projection", fuse=[r"(gate_up|down)_proj\[0\]"])
+    assert [len(unit.weights) for unit in units if unit.kind == "expert"] == [8, 8]
+
+
+def test_unknown_granularity_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of projection, expert, stack_projection, stack: got 'layer'"):
+        find_units(build_tiny_mixtral(), experts="layer")
+    with pytest.raises(ValueError, match="got 'layer'"):
+        merge_experts(find_units(build_tiny_mixtral()), "layer")

@@ -15,7 +15,8 @@ from runtime.candidates import Candidates, list_candidates
 from runtime.loading import ReferenceModel, load_reference
 from runtime.units import find_units
 from sensitivity.calibration import TokenSequences, tokenize_documents
-from sensitivity.measure import MeasureConfig, MeasurementText, Progress, measure_profile
+from sensitivity.measure import Progress, measure_profile
+from sensitivity.measure_config import MeasureConfig, MeasurementText
 from sensitivity.profile import SensitivityProfile
 from tests.tiny_models import sample_text
 
@@ -58,6 +59,7 @@ def make_measurement(model_directory: Path, config: MeasureConfig) -> Measuremen
             logit=cut(5000, config.logit_sequences, config.logit_sequence_tokens),
             selection=cut(10_000, config.selection_sequences, config.evaluation_sequence_tokens),
             evaluation=cut(15_000, config.evaluation_sequences, config.evaluation_sequence_tokens),
+            fit=cut(2500, config.fit_sequences, config.sequence_tokens),
         ),
         config=config,
     )
@@ -70,6 +72,8 @@ def make_config(fisher_sequences: int = 4) -> MeasureConfig:
         logit_sequences=4,
         logit_sequence_tokens=8,
         top_tokens=16,
+        fit_plans=5,
+        fit_sequences=2,
         selection_sequences=2,
         evaluation_sequences=3,
         evaluation_sequence_tokens=10,

@@ -1,5 +1,7 @@
 """The geometric mean of two tables and its standard error."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from sensitivity.combination import combine
@@ -45,3 +47,16 @@ def test_zero_and_negative_losses_and_forbidden_pairs_are_zero_without_error() -
         combined = combine(a, b, np.array([[True, True, True, False]]))
     np.testing.assert_allclose(combined.loss, [[0.0, 0.0, 0.5, 0.0]], rtol=1e-15)
     np.testing.assert_allclose(combined.std_error, [[0.0, 0.0, 0.05 * 2**0.5, 0.0]], rtol=1e-15)
+
+
+def test_completed_losses_err_with_what_they_were_completed_from() -> None:
+    allowed, measured = np.ones((1, 2), dtype=bool), np.array([[True, False]])
+    a, b = make_table(0.2, 0.02, (1, 2)), replace(make_table(0.4, 0.08, (1, 2)), measured=measured)
+    for combined in (combine(a, b, allowed), combine(b, a, allowed)):
+        # Relative errors of 0.1 and 0.2: independent they add in squares, together as they are.
+        loss = 0.08**0.5
+        np.testing.assert_allclose(combined.std_error, [[loss * 0.5 * 0.05**0.5, loss * 0.15]], rtol=1e-12)
+        np.testing.assert_array_equal(combined.measured, measured)
+    both = combine(replace(a, measured=~measured), b, allowed)
+    assert both.measured is not None and not both.measured.any()
+    assert combine(a, a, allowed).measured is None

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from runtime.candidates import Candidates, list_candidates
 from runtime.quantizers import render
 from runtime.units import find_units, read_weight
 from sensitivity.fisher_sketch import fisher_loss, measure_fisher_sketch
+from tests.sensitivity.exact_gradients import compute_gradients, contract, draw_labels, make_score
 from tests.sensitivity.float64_models import make_float64
 from tests.tiny_models import VOCABULARY_SIZE, build_tiny_llama, build_tiny_mixtral
 
@@ -25,45 +26,12 @@ def make_candidates(model: PreTrainedModel, formats: tuple[str, ...] = FORMATS) 
     return list_candidates(find_units(model), formats)
 
 
-def draw_labels(logits: Tensor, index: int, seed: int = SEED) -> Tensor:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    return torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator)[:, 0]
-
-
-def compute_gradients(model: PreTrainedModel, tokens: Tensor, index: int) -> dict[str, Tensor]:
-    """Returns the gradient of minus the log-likelihood of the sampled labels, of every parameter."""
-    model = copy.deepcopy(model).requires_grad_(True)
-    logits = model(tokens[index : index + 1], use_cache=False).logits[0]
-    labels = draw_labels(logits.detach(), index)
-    loss = -torch.log_softmax(logits, dim=-1)[torch.arange(len(labels)), labels].sum()
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-
-
-def contract(model: PreTrainedModel, candidates: Candidates, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns <gradient, error> [U, F] in float64, and the bound on what float32 makes of it."""
-    product = torch.zeros(candidates.allowed.shape, dtype=torch.float64)
-    bound = torch.zeros_like(product)
-    for u, f in np.argwhere(candidates.allowed):
-        for weight in candidates.units[u].weights:
-            values = read_weight(model, weight)
-            gradient = gradients[weight.parameter]
-            if weight.expert_index is not None:
-                gradient = gradient[weight.expert_index]
-            terms = (render(values, candidates.formats[f]) - values).double() * gradient.double()
-            product[u, f] += terms.sum()
-            # Rounding errors of a sum of n terms add up like a random walk, sqrt(n) eps of the sum of magnitudes;
-            # the gradients themselves come from another order of the same sums. Four deviations.
-            bound[u, f] += 4 * terms.numel() ** 0.5 * torch.finfo(torch.float32).eps * terms.abs().sum()
-    return product, bound
-
-
 def test_sketch_is_the_gradient_times_the_error(model: PreTrainedModel) -> None:
     candidates = make_candidates(model)
     sketches = list(measure_fisher_sketch(model, candidates, TOKENS, seed=SEED))
     assert len(sketches) == len(TOKENS)
     for s, sketch in enumerate(sketches):
-        product, bound = contract(model, candidates, compute_gradients(model, TOKENS, s))
+        product, bound = contract(model, candidates, compute_gradients(model, TOKENS, s, make_score(SEED)))
         root = TOKENS.shape[1] ** 0.5
         assert sketch.dtype == np.float32
         assert np.all(np.abs(sketch - product.numpy() / root) <= bound.numpy() / root + 1e-7 * np.abs(sketch))
@@ -100,7 +68,7 @@ def test_padding_token_counts_like_any_other() -> None:
     tokens = torch.tensor([[1, 7, 1, 9]])
     assert model.config.pad_token_id == 1
     [sketch] = measure_fisher_sketch(model, candidates, tokens, seed=SEED)
-    labels = draw_labels(model(tokens).logits[0], 0)
+    labels = draw_labels(model(tokens).logits[0], 0, SEED)
     values = model.model.embed_tokens.weight.data.clone()
     error = (render(values, candidates.formats[0]) - values).double()
     exact = make_float64(model)
@@ -114,6 +82,33 @@ def test_padding_token_counts_like_any_other() -> None:
     # hundred terms of the model and of the inner product. Without the padding token's row, half of it is missing.
     assert sketch[embedding, 0] == pytest.approx(slope / 2, rel=200 * torch.finfo(torch.float32).eps)
     assert model.model.embed_tokens.padding_idx == 1
+
+
+def build_scaled_model(padding: int | None) -> Gemma2ForCausalLM:
+    config = Gemma2Config(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        pad_token_id=padding,
+    )
+    return Gemma2ForCausalLM(config).eval().requires_grad_(False)
+
+
+def test_padding_token_of_a_scaled_embedding_counts_like_any_other() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        without, padded = build_scaled_model(None), build_scaled_model(7)
+    padded.load_state_dict(without.state_dict())
+    assert padded.model.embed_tokens.padding_idx == 7
+    tokens = torch.tensor([[7, 4, 7, 9]])
+    [expected] = measure_fisher_sketch(without, make_candidates(without, ("int4_g32",)), tokens, seed=SEED)
+    [sketch] = measure_fisher_sketch(padded, make_candidates(padded, ("int4_g32",)), tokens, seed=SEED)
+    np.testing.assert_array_equal(sketch, expected)
+    assert padded.model.embed_tokens.padding_idx == 7
 
 
 def build_one_layer_model(vocabulary: int) -> LlamaForCausalLM:
@@ -163,7 +158,7 @@ def test_expectation_over_all_labels_is_the_exact_fisher_and_the_kl_of_small_err
     # One token has one label, and all labels occur: the expectation is a sum over the vocabulary.
     by_label: dict[int, np.ndarray] = {}
     for s, sketch in enumerate(measure_fisher_sketch(model, candidates, tokens, seed=SEED)):
-        by_label[int(draw_labels(logits, s))] = sketch
+        by_label[int(draw_labels(logits, s, SEED))] = sketch
     assert sorted(by_label) == list(range(vocabulary))
     expectation = sum(0.5 * p[y] * sketch.astype(np.float64) ** 2 for y, sketch in by_label.items())
     for u, unit in enumerate(candidates.units):

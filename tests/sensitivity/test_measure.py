@@ -15,15 +15,8 @@ from sensitivity.calibration import TokenSequences
 from sensitivity.combination import COMBINED, combine
 from sensitivity.fisher_sketch import fisher_loss, measure_fisher_sketch
 from sensitivity.logit_sketch import LogitSketch, gram_of
-from sensitivity.measure import (
-    FISHER,
-    METRICS,
-    OUTPUT_ERROR,
-    SINGLE_UNIT_KL,
-    WEIGHT_ERROR,
-    MeasureConfig,
-    measurement_fingerprint,
-)
+from sensitivity.measure import measurement_fingerprint
+from sensitivity.measure_config import FISHER, METRICS, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR, MeasureConfig
 from sensitivity.output_error import measure_output_error
 from sensitivity.profile import NATS, SensitivityProfile, load_profile, save_profile
 from sensitivity.weight_error import measure_weight_error
@@ -201,6 +194,8 @@ CHANGES: dict[str, Callable[[Measurement], Measurement]] = {
     "evaluation_text": change_text("evaluation"),
     "seed": change_config(seed=1),
     "top_tokens": change_config(top_tokens=17),
+    "logit_passes": change_config(logit_passes=17),
+    "all_logit_passes": change_config(logit_passes=None),
     "metrics": change_config(metrics=(FISHER,)),
 }
 

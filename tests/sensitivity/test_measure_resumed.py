@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -112,6 +113,25 @@ def test_finished_measurement_is_not_measured_again(
         parameter.fill_(float("nan"))
     without_weights = replace(measurement, reference=replace(measurement.reference, model=model))
     assert_taken_up(without_weights, whole, tmp_path)
+
+
+@pytest.mark.parametrize("calls", [9, 10, 12, 17])
+def test_completed_measurement_interrupted_is_taken_up(measurement: Measurement, tmp_path: Path, calls: int) -> None:
+    few = replace(measurement, config=replace(measurement.config, logit_passes=13))
+    whole = few.run(tmp_path / "whole", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        few.run(tmp_path / "taken_up", Interrupt(calls))
+    finished = find_pieces(tmp_path / "taken_up")
+    make_old(finished)
+    profile = few.run(tmp_path / "taken_up", lambda *_: None)
+    assert find_new_pieces(tmp_path / "taken_up") == find_pieces(tmp_path / "taken_up") - finished
+    assert {p.name for p in finished} < {p.name for p in find_pieces(tmp_path / "whole")}
+    for name, table in whole.losses.items():
+        for part in ("loss", "std_error", "measured"):
+            np.testing.assert_array_equal(getattr(profile.table(name), part), getattr(table, part))
+    # All that is not compared is how long the last run took.
+    assert profile.provenance.keys() == whole.provenance.keys()
+    assert {n for n, v in profile.provenance.items() if v != whole.provenance[n]} <= {"measured_in_s"}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99], ids=str)

@@ -1,8 +1,5 @@
 """The output error against products with the inputs that hooks see, and the sharing of sums on small networks."""
 
-import copy
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -13,45 +10,12 @@ from runtime.candidates import list_candidates
 from runtime.quantizers import render
 from runtime.units import Weight, find_units, read_weight
 from sensitivity.output_error import InputSecondMoments, measure_output_error
+from tests.sensitivity.captured_inputs import capture_inputs
 from tests.tiny_models import VOCABULARY_SIZE, build_tiny_llama, build_tiny_mixtral
 
 FORMATS = ("int2_g64", "int4_g32_sym", "bf16")
 TOKENS = torch.randint(0, VOCABULARY_SIZE, (3, 12), generator=torch.Generator().manual_seed(0))
 EPS = torch.finfo(torch.float32).eps
-
-
-def capture_inputs(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
-    """Returns the float64 inputs [rows, in_features] of every weight, seen by hooks on modules."""
-    model = copy.deepcopy(model)
-    inputs: dict[str, list[Tensor]] = {}
-
-    def keep(name: str, rows: Tensor) -> None:
-        inputs.setdefault(name, []).append(rows.reshape(-1, rows.shape[-1]).double())
-
-    def hook_linear(name: str) -> Callable[..., None]:
-        return lambda module, args: keep(name, args[0])
-
-    def hook_experts(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
-            hidden, chosen, _ = args
-            for expert in range(module.gate_up_proj.shape[0]):
-                routed = hidden.reshape(-1, hidden.shape[-1])[(chosen == expert).any(dim=-1)]
-                gate, up = (routed.double() @ module.gate_up_proj[expert].double().T).chunk(2, dim=-1)
-                keep(f"{name}.gate_up_proj[{expert}]", routed)
-                keep(f"{name}.down_proj[{expert}]", nn.functional.silu(gate) * up)
-
-        return hook
-
-    head = model.get_output_embeddings()
-    tied = head.weight is model.get_input_embeddings().weight
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            key = "model.embed_tokens.weight" if tied and module is head else f"{name}.weight"
-            module.register_forward_pre_hook(hook_linear(key))
-        elif name.endswith("experts"):
-            module.register_forward_pre_hook(hook_experts(name))
-    model(tokens)
-    return {name: torch.cat(parts) for name, parts in inputs.items()}
 
 
 def exact_error(difference: Tensor, weight: Weight, inputs: dict[str, Tensor]) -> Tensor:
@@ -95,6 +59,15 @@ def test_expert_that_no_token_visits_has_no_error() -> None:
     for u, unit in enumerate(candidates.units):
         if unit.kind == "expert":
             assert error[u].any() == (unit.name in visited)
+
+
+def test_routers_have_an_error_where_they_are_units() -> None:
+    model = build_tiny_mixtral().requires_grad_(False)
+    candidates = list_candidates(find_units(model, routers=True), FORMATS)
+    error = measure_output_error(model, candidates, TOKENS)
+    routers = [u for u, unit in enumerate(candidates.units) if unit.kind == "router"]
+    assert len(routers) == 2
+    assert (error[routers] > 0).all()
 
 
 def test_fused_units_sum_their_weights() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -34,17 +35,22 @@ def make_profile(*, tied: bool = False, sketches: bool = True) -> SensitivityPro
     shape = candidates.allowed.shape
     generator = np.random.default_rng(0)
 
-    def make_table(unit_of_measure: str) -> LossTable:
+    def make_table(unit_of_measure: str, measured: NDArray[np.bool_] | None = None) -> LossTable:
         return LossTable(
             loss=generator.exponential(size=shape) * candidates.allowed,
             std_error=generator.exponential(size=shape) * candidates.allowed,
             unit_of_measure=unit_of_measure,
+            measured=measured,
         )
 
     size = shape[0] * shape[1]
     return SensitivityProfile(
         candidates=candidates,
-        losses={"fisher": make_table(NATS), "weight_error": make_table("squared error")},
+        losses={
+            "fisher": make_table(NATS),
+            "single_unit_kl": make_table(NATS, generator.random(shape) < 0.5),
+            "weight_error": make_table("squared error"),
+        },
         fisher_sketch=generator.normal(size=(3, *shape)).astype(np.float32) if sketches else None,
         # Transposed: safetensors would write such an array in the order of its memory.
         logit_gram=generator.normal(size=(size, size, 2)).astype(np.float32).T if sketches else None,
@@ -91,7 +97,9 @@ def test_table_is_found_by_its_metric() -> None:
     profile = make_profile()
     assert profile.table("fisher") is profile.losses["fisher"]
     assert profile.fingerprint == "f" * 64
-    with pytest.raises(ValueError, match="got 'combined', held are fisher, weight_error. Measure again"):
+    with pytest.raises(
+        ValueError, match="got 'combined', held are fisher, single_unit_kl, weight_error. Measure again"
+    ):
         profile.table("combined")
 
 
@@ -170,11 +178,22 @@ VERSION = f"must have schema_version={SCHEMA_VERSION}: got "
         (edit_arrays(lambda arrays: arrays.pop("allowed")), DAMAGED + ".*KeyError: 'allowed'"),
         (edit_arrays(lambda arrays: arrays.pop("std_error.fisher")), DAMAGED + ".*std_error.fisher"),
         (edit_arrays(lambda arrays: arrays.update({"loss.fisher": np.zeros((1, 1))})), DAMAGED + r".*got \(1, 1\) for"),
+        (
+            edit_arrays(lambda arrays: arrays.update({"measured.single_unit_kl": np.zeros((1, 2), dtype=bool)})),
+            DAMAGED + r".*got \(1, 2\) for",
+        ),
     ],
     ids=[
         *("no_document", "no_arrays", "no_text", "half_a_document", "empty_document", "half_the_arrays", "no_bytes"),
         *("list", "no_version", "newer", "no_units", "a_unit_less", "foreign_unit", "metrics_are_a_list"),
-        *("metric_without_table", "unknown_format", "no_mask", "no_std_error", "table_of_another_model"),
+        *(
+            "metric_without_table",
+            "unknown_format",
+            "no_mask",
+            "no_std_error",
+            "table_of_another_model",
+            "mask_of_another_model",
+        ),
     ],
 )
 def test_damaged_profile_is_refused(tmp_path: Path, edit: Callable[[Path], None], message: str) -> None:

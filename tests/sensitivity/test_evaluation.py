@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from allocator.evaluation import mean_interval, score_assignments
 from runtime.apply import simulated_formats
 from runtime.units import list_weights
+from sensitivity.evaluation import mean_interval, score_assignments
 from tests.tiny_models import build_tiny_llama
 
 

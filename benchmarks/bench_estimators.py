@@ -1,0 +1,272 @@
+"""Every estimator against the measured single-unit KL, on SmolLM2-135M. Writes estimators.md.
+
+Each estimator is timed alone, with its own pass over the text and its own rendering of the candidates. The tables
+[U, F] are kept in the store (``estimators/<profile>.npz``), so that plans can be made from them without measuring
+again: ``load_tables``. ``render`` takes further columns by estimator.
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from machine import describe_machine
+from scipy.stats import pearsonr, spearmanr
+
+from allocator.artefacts import Model
+from allocator.demo import demo_request
+from allocator.demo_model import prepare_demo_model
+from allocator.measuring import prepare_text
+from allocator.pipeline import measure
+from allocator.progress import shown_progress
+from allocator.store import Store
+from runtime.files import atomic_path
+from sensitivity.conversion import fit_conversion
+from sensitivity.cross_validation import judge
+from sensitivity.estimator_input import EstimatorInput
+from sensitivity.estimators import ESTIMATORS
+from sensitivity.measure_config import FISHER, SINGLE_UNIT_KL
+from sensitivity.predictor import Features, build_features, fit_predictor, predict_loss
+from sensitivity.profile import NATS, LossTable, SensitivityProfile
+
+SEQUENCES = 16
+FEW_UNITS = (20, 40, 80)
+DRAWS = 5
+DATA_FREE, ONE_PASS = "predictor_data_free", "predictor_one_pass"
+PREDICTOR_TABLES = {
+    DATA_FREE: ("noise_to_signal", "weight_error", "crest_factor"),
+    ONE_PASS: ("noise_to_signal", "weight_error", "crest_factor", "output_error", "column_loss"),
+}
+PREDICTOR_SCORES = {
+    DATA_FREE: ("kurtosis", "z_distribution"),
+    ONE_PASS: ("kurtosis", "z_distribution", "layer_influence", "outlier_ratio", "mean_variance"),
+}
+NEEDS = {
+    **{name: estimator.inputs for name, estimator in ESTIMATORS.items()},
+    FISHER: "gradients",
+    DATA_FREE: "measured units + weights",
+    ONE_PASS: "measured units + forward",
+}
+
+
+def main() -> None:
+    store = Store()
+    model = Model(str(prepare_demo_model(store.root)))
+    request = demo_request(store)
+    # A completed loss says nothing of what estimators find.
+    request = replace(request, config=replace(request.config, logit_passes=None))
+    with shown_progress() as progress:
+        profile = measure(model, request=request, store=store, progress=progress)
+    tokens = prepare_text(model.reference, request).fisher.tokens[:SEQUENCES]
+
+    def given() -> EstimatorInput:
+        return EstimatorInput(model=model.reference.model, candidates=profile.candidates, tokens=tokens)
+
+    tables, seconds = {}, {}
+    for name, estimator in ESTIMATORS.items():
+        started = time.process_time()
+        tables[name] = estimator.estimate(given())
+        seconds[name] = time.process_time() - started
+        sys.stderr.write(f"{name}: {seconds[name]:.1f} s\n")
+    features = {name: make_features(profile, tables, given(), name) for name in PREDICTOR_TABLES}
+    tables |= {name: predict_table(profile, features[name]) for name in features}
+    tables[FISHER] = profile.table(FISHER)
+    save_tables(tables_path(store, profile), tables)
+    text = render(profile, tables, seconds, tokens.shape) + render_few_units(profile, features)
+    (Path(__file__).parent / "estimators.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+
+
+def make_features(
+    profile: SensitivityProfile, tables: Mapping[str, LossTable], given: EstimatorInput, name: str
+) -> Features:
+    """Returns the features of a predictor."""
+    scores = {}
+    for criterion in PREDICTOR_SCORES[name]:
+        score = ESTIMATORS[criterion].score
+        assert score is not None
+        scores[criterion] = score(given)
+    return build_features(profile.candidates, {c: tables[c].loss for c in PREDICTOR_TABLES[name]}, scores)
+
+
+def predict_table(profile: SensitivityProfile, features: Features) -> LossTable:
+    """Returns the losses that predictors fitted to the other units give each unit."""
+    predictor = fit_predictor(features, profile.table(SINGLE_UNIT_KL))
+    std_error = predictor.predicted * predictor.error.log_deviation
+    return LossTable(loss=predictor.predicted, std_error=std_error, unit_of_measure=NATS)
+
+
+def render_few_units(profile: SensitivityProfile, features: Mapping[str, Features]) -> str:
+    """Returns the table of predictors that were fitted to a few measured units, judged on all others."""
+    lines = [
+        "",
+        "## A few units measured, the others predicted",
+        "",
+        "ρ, R² and the factor that half of the pairs are within, on the units that were not measured; medians over "
+        f"{DRAWS} draws of the measured ones.",
+        "",
+        "| predictor | " + " | ".join(f"{n} of {len(profile.candidates.units)} units" for n in FEW_UNITS) + " |",
+        "|---|" + "---|" * len(FEW_UNITS),
+    ]
+    for name, known in features.items():
+        cells = []
+        for count in FEW_UNITS:
+            draws = [judge_few_units(profile, known, count, seed) for seed in range(DRAWS)]
+            rank, r2, factor = np.median(draws, axis=0)
+            cells.append(f"{rank:.3f}, {r2:.3f}, {factor:.2f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def judge_few_units(profile: SensitivityProfile, features: Features, count: int, seed: int) -> tuple[float, ...]:
+    """Returns rank correlation, R2 and median factor on the units that the predictor was not fitted to."""
+    measured = profile.table(SINGLE_UNIT_KL)
+    seen = np.zeros((len(measured.loss), 1), dtype=bool)
+    seen[np.random.default_rng(seed).permutation(len(seen))[:count]] = True
+    predictor = fit_predictor(features, replace(measured, loss=np.where(seen, measured.loss, 0.0)))
+    rest = ~seen & features.lossy & (measured.loss > 0.0)
+    log_loss, log_predicted = (np.log(t.loss[rest]) for t in (measured, predict_loss(predictor, features)))
+    error = judge(log_loss, log_predicted, folds=1)
+    return float(spearmanr(log_loss, log_predicted).statistic), error.r2, error.median_factor
+
+
+def describe_halves(profile: SensitivityProfile) -> str:
+    """Returns how well the measured KL of two halves of the text agree: what is left to be found."""
+    assert profile.logit_gram is not None
+    first, second = (np.diagonal(gram).reshape(profile.candidates.allowed.shape) for gram in profile.logit_gram)
+    lossy = (first > 0.0) & (second > 0.0)
+    by_format = [
+        f"{f.name.partition('_')[0]} {spearmanr(first[rows, i], second[rows, i]).statistic:.3f}"
+        for i, f in enumerate(profile.candidates.formats)
+        if (rows := lossy[:, i]).any()
+    ]
+    overall = spearmanr(first[lossy], second[lossy]).statistic
+    return (
+        "For comparison, the measured KL of one half of its sequences against that of the other half, to second order: "
+        f"ρ {overall:.3f} over all pairs; within a format {', '.join(by_format)}."
+    )
+
+
+def tables_path(store: Store, profile: SensitivityProfile) -> Path:
+    """Returns where the tables of a profile are kept."""
+    return store.root / "estimators" / f"{profile.fingerprint}.npz"
+
+
+def save_tables(path: Path, tables: Mapping[str, LossTable]) -> None:
+    """Writes the tables to one file."""
+    arrays = {}
+    for name, table in tables.items():
+        arrays[f"loss.{name}"], arrays[f"std_error.{name}"] = table.loss, table.std_error
+        arrays[f"unit_of_measure.{name}"] = np.array(table.unit_of_measure)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def load_tables(path: Path) -> dict[str, LossTable]:
+    """Returns the tables that ``save_tables`` wrote."""
+    with np.load(path) as arrays:
+        names = [key.removeprefix("loss.") for key in arrays if key.startswith("loss.")]
+        return {
+            name: LossTable(
+                loss=arrays[f"loss.{name}"],
+                std_error=arrays[f"std_error.{name}"],
+                unit_of_measure=str(arrays[f"unit_of_measure.{name}"]),
+            )
+            for name in names
+        }
+
+
+def render(
+    profile: SensitivityProfile,
+    tables: Mapping[str, LossTable],
+    seconds: Mapping[str, float],
+    text_shape: tuple[int, ...],
+    further: Mapping[str, Mapping[str, str]] | None = None,
+) -> str:
+    """Returns the page.
+
+    Args:
+        profile: Holds the measured single-unit KL.
+        tables: By estimator.
+        seconds: By estimator.
+        text_shape: Sequences and tokens of the text.
+        further: Title of a further column -> estimator -> cell.
+    """
+    measured = profile.table(SINGLE_UNIT_KL)
+    columns: dict[str, Mapping[str, str]] = {
+        "needs": NEEDS,
+        "CPU s": {name: f"{value:.1f}" for name, value in seconds.items()},
+        **correlation_columns(profile, tables),
+        **conversion_columns(tables, measured),
+        **(further or {}),
+    }
+    lines = [
+        "# Estimators against the measured single-unit KL, SmolLM2-135M",
+        "",
+        f"Made by `python benchmarks/bench_estimators.py`. Machine: {describe_machine()}.",
+        "",
+        f"{len(profile.candidates.units)} units, round-to-nearest, group 64; estimators on {text_shape[0]} sequences "
+        f"of {text_shape[1]} tokens, each timed alone in processor time. The measured KL is of other windows of the "
+        f"same documents; its median standard error is {median_relative_error(profile):.0%}. ρ: Spearman's rank "
+        "correlation with it; r: Pearson's, of logarithms; over all pairs with an error, and within one format. The "
+        "last three columns: log-log fit to the measured KL (`sensitivity/conversion.py`), its slope, its R² and the "
+        "factor that half of the pairs are within, in five-fold cross-validation by unit.",
+        "",
+        "| estimator | " + " | ".join(columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    lines += [f"| {name} | " + " | ".join(c.get(name, "–") for c in columns.values()) + " |" for name in tables]
+    lines += [
+        "",
+        f"{DATA_FREE}, {ONE_PASS}: ridge regression (`sensitivity/predictor.py`) on "
+        + "; ".join(f"{', '.join((*PREDICTOR_TABLES[n], *PREDICTOR_SCORES[n]))}" for n in PREDICTOR_TABLES)
+        + "; each unit predicted from the other folds' units.",
+        "",
+        describe_halves(profile),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def correlation_columns(profile: SensitivityProfile, tables: Mapping[str, LossTable]) -> dict[str, Mapping[str, str]]:
+    """Returns correlations over all pairs and within each format, by column and estimator."""
+    measured = profile.table(SINGLE_UNIT_KL).loss
+    lossy = profile.candidates.allowed & (measured > 0.0)
+    places: dict[str, tuple[slice, slice | int]] = {"all": (slice(None), slice(None))}
+    places |= {
+        f.name.partition("_")[0]: (slice(None), i)
+        for i, f in enumerate(profile.candidates.formats)
+        if lossy[:, i].any()
+    }
+    columns: dict[str, Mapping[str, str]] = {}
+    for title, place in places.items():
+        pairs = {
+            name: (np.log(table.loss[place][rows]), np.log(measured[place][rows]))
+            for name, table in tables.items()
+            for rows in [lossy[place] & (table.loss[place] > 0.0)]
+        }
+        columns[f"ρ {title}"] = {name: f"{spearmanr(*pair).statistic:.3f}" for name, pair in pairs.items()}
+        columns[f"r {title}"] = {name: f"{pearsonr(*pair).statistic:.3f}" for name, pair in pairs.items()}
+    return columns
+
+
+def conversion_columns(tables: Mapping[str, LossTable], measured: LossTable) -> dict[str, Mapping[str, str]]:
+    """Returns slope and cross-validated error of the conversion to nats, by column and estimator."""
+    fitted = {name: fit_conversion(table.loss, measured) for name, table in tables.items()}
+    return {
+        "slope": {name: f"{c.slope:.2f}" for name, c in fitted.items()},
+        "R²": {name: f"{c.error.r2:.3f}" for name, c in fitted.items()},
+        "× within": {name: f"{c.error.median_factor:.2f}" for name, c in fitted.items()},
+    }
+
+
+def median_relative_error(profile: SensitivityProfile) -> float:
+    """Returns the median of standard error over measured KL."""
+    table = profile.table(SINGLE_UNIT_KL)
+    lossy = table.loss > 0.0
+    return float(np.median(table.std_error[lossy] / table.loss[lossy]))
+
+
+if __name__ == "__main__":
+    main()
