@@ -32,6 +32,7 @@ class Budget:
         bits_per_weight: Most stored bits of the units (scales and zero points included) / their weights.
         max_kl: Most loss in nats per token; memory is then what is minimised.
         limits: Resource -> most use, besides the goal.
+        batch: Sequences decoded together. What a step reads of a mixture of experts grows with it.
 
     Raises:
         ValueError: Unless exactly one goal is given, all numbers are positive and finite, and all resources are known.
@@ -41,6 +42,7 @@ class Budget:
     bits_per_weight: float | None = None
     max_kl: float | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
+    batch: int = 1
 
     def __post_init__(self) -> None:
         goals = {
@@ -58,6 +60,9 @@ class Budget:
             if not 0 < value < math.inf:
                 msg = f"a budget must be positive and finite: got {name}={value}. Correct it."
                 raise ValueError(msg)
+        if self.batch < 1:
+            msg = f"a batch must be at least 1 sequence: got batch={self.batch}. Correct it."
+            raise ValueError(msg)
         unknown = [name for name in self.limits if name not in RESOURCES]
         if unknown:
             msg = f"limits must be of known resources: got {unknown}. Known resources: {', '.join(RESOURCES)}."
@@ -71,7 +76,8 @@ class Budget:
             parts = [f"bits per weight <= {self.bits_per_weight:g}"]
         else:
             parts = [f"KL <= {self.max_kl:g} nats per token"]
-        return ", ".join([*parts, *(f"{name} <= {limit:g}" for name, limit in self.limits.items())])
+        parts += [f"{name} <= {limit:g}" for name, limit in self.limits.items()]
+        return ", ".join(parts if self.batch == 1 else [*parts, f"batch {self.batch}"])
 
 
 class InfeasibleBudget(Exception):

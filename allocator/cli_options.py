@@ -37,6 +37,13 @@ def measure_options(command: Command) -> Command:
             help="Most pairs of unit and format whose single-unit KL is measured (default: 512); the others are "
             "completed. Cross terms need all.",
         ),
+        click.option(
+            "--fit-plans",
+            metavar="N|none",
+            help="Whole plans measured on calibration text to correct the predictions (default: 12); none to leave "
+            "predictions as they are.",
+        ),
+        click.option("--fit-sequences", type=int, help="Sequences these are measured on, none of the Fisher sketch's."),
         click.option("--held-out-sequences", type=int, help="Sequences for selection, and as many for evaluation."),
         click.option("--held-out-tokens", type=int, help="Tokens of each of these."),
         click.option("--seed", type=int, help="Seed of labels and sampled text."),
@@ -89,14 +96,16 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         "sequence_tokens": options["sequence_tokens"],
         "logit_sequences": options["logit_sequences"],
         "logit_sequence_tokens": options["logit_tokens"],
+        "fit_sequences": options["fit_sequences"],
         "selection_sequences": options["held_out_sequences"],
         "evaluation_sequences": options["held_out_sequences"],
         "evaluation_sequence_tokens": options["held_out_tokens"],
         "seed": options["seed"],
     }
     set_amounts = {name: value for name, value in amounts.items() if value is not None}
-    if options["logit_passes"] is not None:
-        set_amounts["logit_passes"] = _parse_passes(options["logit_passes"])
+    for name, word in (("logit_passes", "all"), ("fit_plans", "none")):
+        if options[name] is not None:
+            set_amounts[name] = _parse_count(options[name], name, word)
     formats = _names(options["formats"]) or DEFAULT_FORMATS
     embedding_formats = _names(options["embedding_formats"])
     find_formats([*formats])
@@ -110,13 +119,14 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     )
 
 
-def _parse_passes(text: str) -> int | None:
-    if text == "all":
+def _parse_count(text: str, name: str, word: str) -> int | None:
+    """Returns a whole number, or None for the word."""
+    if text == word:
         return None
     try:
         return int(text)
     except ValueError as error:
-        msg = f"--logit-passes must be a whole number or 'all': got '{text}'."
+        msg = f"--{name.replace('_', '-')} must be a whole number or '{word}': got '{text}'."
         raise ValueError(msg) from error
 
 

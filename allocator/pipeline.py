@@ -95,7 +95,7 @@ def plan(
         check_same_profile(profile.provenance["model_fingerprint"], model.fingerprint, model.source)
     profile = profile or find_profile(model, store=store, progress=progress)
     latency = find_latency(profile, store, progress) if LATENCY in budget.limits else None
-    tables = build_cost_tables(profile, latency)
+    tables = build_cost_tables(profile, latency, batch_tokens=budget.batch)
     chosen = metric or default_metric(profile)
     best = find_assignment(profile, budget, tables, metric=chosen)
     if not verify:

@@ -16,13 +16,14 @@ from allocator.problems import build_problem, resolve_limits
 from allocator.reachable import MAX_KL, find_least_values
 from runtime.costs import CostTable
 from sensitivity.combination import COMBINED
+from sensitivity.expert_tables import FISHER_SHRUNK
 from sensitivity.measure_config import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
 from sensitivity.profile import NATS, SensitivityProfile
 from solvers import AllocationProblem, SolveResult, solve, solve_least_cost
 from solvers.least_cost import LOSS
 
 # The first of these that a profile holds predicts and plans when nothing else is asked for.
-METRIC_PREFERENCE = (COMBINED, SINGLE_UNIT_KL, FISHER, OUTPUT_ERROR, WEIGHT_ERROR)
+METRIC_PREFERENCE = (FISHER_SHRUNK, COMBINED, SINGLE_UNIT_KL, FISHER, OUTPUT_ERROR, WEIGHT_ERROR)
 INTERACTIONS = "interactions"
 UNIFORM_RULE = "uniform rule"
 

@@ -12,16 +12,25 @@ from sensitivity.profile import SensitivityProfile
 from solvers import AllocationProblem
 
 
-def build_cost_tables(profile: SensitivityProfile, latency: CostTable | None = None) -> dict[str, CostTable]:
+def build_cost_tables(
+    profile: SensitivityProfile, latency: CostTable | None = None, *, batch_tokens: int = 1
+) -> dict[str, CostTable]:
     """Returns the cost table of every resource that can be priced, by resource.
 
     Args:
         profile: The profile.
         latency: A measured latency table, or None when no latency is limited.
+        batch_tokens: Sequences decoded together, for the bytes that a step reads.
     """
     tables = [
         memory_cost(profile.candidates, profile.fixed_bytes),
-        read_cost(profile.candidates, profile.rest_bytes, expert_share=profile.expert_share),
+        read_cost(
+            profile.candidates,
+            profile.rest_bytes,
+            expert_share=profile.expert_share,
+            expert_frequency=None if profile.routing is None else profile.routing.frequency_by_expert(),
+            batch_tokens=batch_tokens,
+        ),
     ]
     if latency is not None:
         tables.append(latency)

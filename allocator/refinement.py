@@ -116,6 +116,7 @@ class Refinement:
             {
                 "version": SLOPE_VERSION,
                 "profile": self.profile.fingerprint,
+                "allowed": self.profile.candidates.allowed.astype(int).tolist(),
                 "choice": choice.tolist(),
                 "tokens": fingerprint_of({"tokens": tokens.tolist()}),
             }

@@ -20,7 +20,7 @@ from allocator.interactions import sketch_from_gram
 from allocator.pipeline import measure
 from allocator.planning import find_assignment, find_interacting_assignment
 from allocator.problems import build_cost_tables, build_problem, resolve_limits
-from allocator.progress import shown_progress
+from allocator.progress import Progress, shown_progress
 from allocator.store import Store
 from allocator.verification import score_cached
 from runtime.costs import CostTable
@@ -34,6 +34,7 @@ Columns = dict[float, dict[str, Assignment]]
 Scores = dict[str, np.ndarray]
 
 EMBEDDING_FORMAT = "int8_g64"
+STORED_BITS = (3.5, 4.25)
 WIDTHS = (3.0, 3.5, 4.0, 4.5, 5.0)
 ROWS = {
     "uniform": "uniform",
@@ -50,16 +51,13 @@ ROWS = {
 
 def main() -> None:
     store = Store()
-    model = Model(str(prepare_demo_model(store.root)))
     with shown_progress() as progress:
-        request = demo_request(store)
-        # The rows with cross terms need the logit sketch of every pair.
-        request = replace(request, config=replace(request.config, logit_passes=None))
-        profile = measure(model, request=request, store=store, progress=progress)
+        model, profile = measured_demo(store, progress)
         pinned = pin_embedding(profile)
         tables = build_cost_tables(profile)
         columns = {width: make_column(pinned, tables, width) for width in WIDTHS}
         free = {width: make_free_column(profile, tables, column) for width, column in columns.items()}
+        stored = {bits: make_metric_column(profile, tables, Budget(bits_per_weight=bits)) for bits in STORED_BITS}
 
         def score(tokens: np.ndarray, columns: Columns) -> Scores:
             named = {f"{width:g} {row}": a for width, column in columns.items() for row, a in column.items()}
@@ -76,11 +74,20 @@ def main() -> None:
             for title, part in (
                 (f"The linear layers are allocated, the tied embedding stays {EMBEDDING_FORMAT}", columns),
                 ("The embedding is a unit like any other; bytes as above", free),
+                ("As `--bits-per-weight` counts: stored bits of all units, scales and embedding included", stored),
             )
         ]
     text = "\n".join([*introduction(profile), *sections])
     (Path(__file__).parent / "allocation.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
+
+
+def measured_demo(store: Store, progress: Progress) -> tuple[Model, SensitivityProfile]:
+    """Returns the demonstration's model and its profile with every pair measured: cross terms need them all."""
+    model = Model(str(prepare_demo_model(store.root)))
+    request = demo_request(store)
+    request = replace(request, config=replace(request.config, logit_passes=None))
+    return model, measure(model, request=request, store=store, progress=progress)
 
 
 def pin_embedding(profile: SensitivityProfile) -> SensitivityProfile:
@@ -92,18 +99,29 @@ def pin_embedding(profile: SensitivityProfile) -> SensitivityProfile:
     return replace(profile, candidates=replace(profile.candidates, allowed=allowed))
 
 
+def width_budget(profile: SensitivityProfile, tables: dict[str, CostTable], width: float) -> Budget:
+    """Returns the bytes of uniform formats of a width, group 64; of a half width, midway."""
+    uniform = {a.name: a for a in list_uniform(profile.candidates, COMBINED)}
+    ends = [uniform[f"uniform int{int(end(width))}_g64"].choice for end in (np.floor, np.ceil)]
+    return Budget(memory_bytes=sum(use_of(choice, tables)[MEMORY] for choice in ends) / 2)
+
+
+def make_metric_column(
+    profile: SensitivityProfile, tables: dict[str, CostTable], budget: Budget
+) -> dict[str, Assignment]:
+    """Returns the additive plans of a budget by metric."""
+    metrics = (WEIGHT_ERROR, OUTPUT_ERROR, FISHER, SINGLE_UNIT_KL, COMBINED)
+    return {metric: find_assignment(profile, budget, tables, metric=metric) for metric in metrics}
+
+
 def make_column(profile: SensitivityProfile, tables: dict[str, CostTable], width: float) -> dict[str, Assignment]:
     """Returns the assignments of one byte budget by row; half widths lie midway and have no uniform format."""
-    uniform = {a.name: a for a in list_uniform(profile.candidates, COMBINED)}
-
-    def bytes_of(bits: int) -> float:
-        return use_of(uniform[f"uniform int{bits}_g64"].choice, tables)[MEMORY]
-
-    low, high = int(np.floor(width)), int(np.ceil(width))
-    budget = Budget(memory_bytes=(bytes_of(low) + bytes_of(high)) / 2)
-    column = {"uniform": uniform[f"uniform int{low}_g64"]} if low == high else {}
-    for metric in (WEIGHT_ERROR, OUTPUT_ERROR, FISHER, SINGLE_UNIT_KL, COMBINED):
-        column[metric] = find_assignment(profile, budget, tables, metric=metric)
+    budget = width_budget(profile, tables, width)
+    column = {}
+    if width == int(width):
+        uniform = {a.name: a for a in list_uniform(profile.candidates, COMBINED)}
+        column["uniform"] = uniform[f"uniform int{int(width)}_g64"]
+    column |= make_metric_column(profile, tables, budget)
     assert profile.fisher_sketch is not None
     assert profile.logit_gram is not None
     fisher = profile.fisher_sketch / np.sqrt(np.float32(len(profile.fisher_sketch)))
@@ -121,8 +139,7 @@ def make_free_column(
     limit = max(use_of(a.choice, tables)[MEMORY] for a in pinned.values())
     budget = Budget(memory_bytes=limit)
     column = {"uniform": pinned["uniform"]} if "uniform" in pinned else {}
-    for metric in (WEIGHT_ERROR, OUTPUT_ERROR, FISHER, SINGLE_UNIT_KL, COMBINED):
-        column[metric] = find_assignment(profile, budget, tables, metric=metric)
+    column |= make_metric_column(profile, tables, budget)
     column["logit_shrunk"] = find_interacting_assignment(profile, budget, tables, metric=COMBINED)[0]
     return column
 
@@ -175,7 +192,7 @@ def render_table(title: str, columns: Columns, evaluated: Scores, selected: Scor
         kl = float(evaluated[f"{width:g} {best}"].mean())
         ratios = [_ratio(kl, evaluated.get(f"{width:g} {row}")) for row in ("uniform", WEIGHT_ERROR)]
         predicted = loss[np.arange(len(loss)), column[best].choice].sum()
-        factor = column["logit_shrunk"].name.rpartition(" ")[2]
+        factor = column["logit_shrunk"].name.rpartition(" ")[2] if "logit_shrunk" in column else "–"
         lines.append(f"| {width:g} | {ROWS[best]} | {kl:.4f} | {' | '.join(ratios)} | {predicted:.4f} | {factor} |")
     return "\n".join(lines) + "\n"
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from allocator.artefacts import Model
 from allocator.demo import demo_request
 from allocator.demo_model import prepare_demo_model
-from allocator.evaluation import mean_interval
 from allocator.measuring import prepare_text
 from allocator.store import Store
 from runtime.formats import FORMATS, Format
@@ -27,6 +26,7 @@ from runtime.quantizers import InputStatistics, find_activation_scale, render
 from runtime.quantizers.automatic import AUTOMATIC, SINGLE_QUANTIZERS
 from runtime.quantizers.hqq import find_half_quadratic_grid
 from runtime.units import list_weights, read_weight
+from sensitivity.evaluation import mean_interval
 from sensitivity.output_error import InputSecondMoments, run_under
 
 LAYERS = (

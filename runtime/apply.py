@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from runtime.formats import Format, find_format
-from runtime.packed import PackedExperts, PackedWeight, QuantizedEmbedding, QuantizedLinear
+from runtime.packed import PackedExperts, PackedWeight, QuantizedEmbedding, QuantizedLinear, pack_in_place_
 from runtime.quantizers import quantize, render
 from runtime.units import EMBEDDING_SCALE, Weight, list_weights, read_weight
 
@@ -24,7 +24,7 @@ def check_formats_by_weight(model: nn.Module, formats_by_weight: FormatsByWeight
     Raises:
         ValueError: If a name is not a weight of the model, a format is unknown, or its groups do not divide a row.
     """
-    weights = list_weights(model)
+    weights = list_weights(model, routers=True)
     unknown = [name for name in formats_by_weight if name not in weights]
     if unknown:
         msg = (
@@ -135,6 +135,8 @@ def _install_module(model: nn.Module, module_name: str, packed: PackedWeight) ->
     if isinstance(module, nn.Embedding):
         scale = float(getattr(module, EMBEDDING_SCALE, 1.0))
         model.set_submodule(module_name, QuantizedEmbedding(packed, scale))
+    elif not isinstance(module, nn.Linear):
+        pack_in_place_(module, packed)
     else:
         bias = module.bias if isinstance(module.bias, nn.Parameter) else None
         model.set_submodule(module_name, QuantizedLinear(packed, bias))

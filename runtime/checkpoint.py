@@ -54,9 +54,9 @@ def exact_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def rest_bytes(model: nn.Module) -> int:
-    """Returns the bytes of everything in the reference model that takes no format."""
-    quantizable = {weight.parameter for weight in list_weights(model).values()}
+def rest_bytes(model: nn.Module, *, routers: bool = False) -> int:
+    """Returns the bytes of everything in the reference model that takes no format; routers may be asked to."""
+    quantizable = {weight.parameter for weight in list_weights(model, routers=routers).values()}
     return sum(
         tensor.numel() * exact_dtype(tensor).itemsize
         for name, tensor in _distinct_tensors(model).items()
@@ -69,9 +69,9 @@ def reference_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * exact_dtype(tensor).itemsize for tensor in _distinct_tensors(model).values())
 
 
-def header_reserve_bytes(model: nn.Module) -> int:
+def header_reserve_bytes(model: nn.Module, *, routers: bool = False) -> int:
     """Returns the bytes set aside for the header of the packed file of a reference model, length field included."""
-    weights = list_weights(model)
+    weights = list_weights(model, routers=routers)
     quantizable = {weight.parameter for weight in weights.values()}
     longest_suffix = len(".zero_point")
     total = _PROVENANCE_BYTES
@@ -83,9 +83,9 @@ def header_reserve_bytes(model: nn.Module) -> int:
     return -(-total // 8) * 8
 
 
-def fixed_bytes(model: nn.Module) -> int:
+def fixed_bytes(model: nn.Module, *, routers: bool = False) -> int:
     """Returns the bytes of a packed file that no choice of formats changes: the rest and the header reserve."""
-    return rest_bytes(model) + header_reserve_bytes(model)
+    return rest_bytes(model, routers=routers) + header_reserve_bytes(model, routers=routers)
 
 
 def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, str], *, header_bytes: int) -> int:

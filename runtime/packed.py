@@ -149,3 +149,21 @@ class PackedExperts(nn.Module):
     def __getitem__(self, index: int | Tensor) -> Tensor:
         dense: Tensor = self.get_submodule(str(int(index)))()
         return dense
+
+
+class _ReadsPackedWeight:
+    """Gives a module that reads ``self.weight`` in a forward of its own the packed matrix instead."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The float32 matrix [out_features, in_features]."""
+        dense: Tensor = self._modules["weight"]()  # type: ignore[attr-defined]
+        return dense
+
+
+def pack_in_place_(module: nn.Module, weight: PackedWeight) -> None:
+    """Puts a packed weight where a module with a forward of its own (a router) keeps its parameter ``weight``."""
+    del module._parameters["weight"]
+    # Not add_module: the name is the property's, under which the buffers are saved all the same.
+    module._modules["weight"] = weight
+    module.__class__ = type(type(module).__name__, (_ReadsPackedWeight, type(module)), {})

@@ -14,9 +14,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sensitivity.affinity import measure_affinity_error
 from sensitivity.column_loss import measure_column_loss, score_inverse_hessian
 from sensitivity.crest_factor import predict_grid_noise
 from sensitivity.estimator_input import EstimatorInput
+from sensitivity.gradient_errors import (
+    measure_absolute_slope,
+    measure_fisher_trace,
+    measure_hessian_trace,
+    measure_output_fisher,
+)
 from sensitivity.linearity import measure_linearity_coefficients
 from sensitivity.output_error import weigh_output_error
 from sensitivity.profile import NATS, LossTable
@@ -107,6 +114,12 @@ def _linearity(given: EstimatorInput) -> tuple[_Float, _Float]:
         given.model, given.candidates.units, tokens, seed=given.seed
     )
     return coefficients[:, None] * given.noise_to_signal, std_error[:, None] * given.noise_to_signal
+
+
+def _with_gradients(
+    measure: Callable[..., tuple[_Float, _Float]],
+) -> Callable[[EstimatorInput], tuple[_Float, _Float]]:
+    return lambda given: measure(given.model, given.candidates, given.text, seed=given.seed, quantizer=given.quantizer)
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -232,6 +245,50 @@ ESTIMATORS: dict[str, Estimator] = {
                 lambda given: score_max_variance(given.candidates.units, given.statistics),
                 lambda given: given.weight_error,
             ),
+        ),
+        Estimator(
+            name="affinity_error",
+            inputs="forward",
+            unit_of_measure="squared activation/token",
+            description="output error, each token of an expert weighted by its gate weight (MoEQuant)",
+            paper="Chen et al. 2025 (arXiv:2505.03804)",
+            function=_exact(
+                lambda given: measure_affinity_error(
+                    given.model, given.candidates, given.text, quantizer=given.quantizer
+                )
+            ),
+        ),
+        Estimator(
+            name="output_fisher",
+            inputs="gradients",
+            unit_of_measure=NATS,
+            description="diagonal Fisher information of the outputs, times squared output error (ModelOpt)",
+            paper="NVIDIA ModelOpt AutoQuantize",
+            function=_with_gradients(measure_output_fisher),
+        ),
+        Estimator(
+            name="absolute_slope",
+            inputs="gradients",
+            unit_of_measure="absolute nats/token",
+            description="sum of |gradient x error| of every weight (AutoRound)",
+            paper="Intel AutoRound AutoScheme",
+            function=_with_gradients(measure_absolute_slope),
+        ),
+        Estimator(
+            name="fisher_trace",
+            inputs="gradients",
+            unit_of_measure=NATS,
+            description="mean diagonal of the unit's Fisher information, times weight error (HAWQ, Gauss-Newton)",
+            paper="Yao et al. 2021 (arXiv:2011.10680)",
+            function=_with_gradients(measure_fisher_trace),
+        ),
+        Estimator(
+            name="hessian_trace",
+            inputs="gradients",
+            unit_of_measure=NATS,
+            description="mean diagonal of the unit's Hessian by Hutchinson's probes, times weight error (HAWQ-V3)",
+            paper="Yao et al. 2021 (arXiv:2011.10680)",
+            function=_with_gradients(measure_hessian_trace),
         ),
         Estimator(
             name="linearity",

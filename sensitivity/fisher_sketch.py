@@ -30,7 +30,7 @@ from runtime.quantizers import render
 from runtime.units import Weight
 from sensitivity.error_contraction import ErrorContraction
 from sensitivity.gradient_scope import only_gradients_of
-from sensitivity.gradient_stream import GradientStream, Loss
+from sensitivity.gradient_stream import DEFAULT_KEPT_BYTES, GradientStream, Loss
 from sensitivity.layerwise_model import Residency
 
 
@@ -73,7 +73,7 @@ def measure_streamed_fisher_sketch(
     loss: Loss | None = None,
     base: Callable[[Weight], Tensor] | None = None,
     residency: Residency | None = None,
-    kept_bytes: int = 5 * 2**27,
+    kept_bytes: int = DEFAULT_KEPT_BYTES,
 ) -> NDArray[np.float32]:
     """Returns the sketch [S, U, F] of all sequences, measured one layer of the model at a time.
 
@@ -92,8 +92,8 @@ def measure_streamed_fisher_sketch(
         loss: Another loss than ``SampledScore``, whose gradients are contracted instead.
         base: Values of a weight that candidates are rendered from, where the model holds others.
         residency: Brings the weights into memory.
-        kept_bytes: Bound on the bytes of rendered errors (four fifths) and gradients kept at once; those of one layer
-            and sequence always are.
+        kept_bytes: Bound on the bytes of rendered errors (four fifths at most) and gradients kept at once; the
+            gradients of one layer and sequence always are.
 
     Raises:
         NotLayerwise: If the layers of the model cannot be run one by one.
@@ -106,10 +106,10 @@ def measure_streamed_fisher_sketch(
         loss=loss or SampledScore(seed),
         directory=directory,
         residency=residency,
-        gradient_bytes=kept_bytes // 5,
+        kept_bytes=kept_bytes,
     )
     contraction = ErrorContraction(
-        candidates, len(tokens), quantizer=quantizer, base=base, error_bytes=kept_bytes - kept_bytes // 5
+        candidates, len(tokens), quantizer=quantizer, base=base, error_bytes=kept_bytes * 4 // 5
     )
     products = stream.run({"errors": contraction}, progress)["errors"]
     sketch: NDArray[np.float64] = np.zeros((len(tokens), *candidates.allowed.shape))

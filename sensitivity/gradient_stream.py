@@ -31,16 +31,16 @@ from sensitivity.stream_files import GRADIENT, HIDDEN, RESULT, Step, StreamFiles
 
 # (logits [T, V] in float32, sequence index) -> the scalar whose gradient is taken; always the same for the same input.
 Loss = Callable[[Tensor, int], Tensor]
-# More make the product with the errors no faster (measured with 1 to 8).
-_MOST_SEQUENCES = 4
-_DEFAULT_GRADIENT_BYTES = 2**28
+# More make a product with kept errors no faster, and errors that are rendered again hardly.
+_MOST_SEQUENCES = 8
+DEFAULT_KEPT_BYTES = 3 * 2**27
 
 
 class GradientAccumulator(Protocol):
     """What is made of the gradients. A block is a layer, or all that is outside of the layers."""
 
-    def begin(self, weights: Mapping[Weight, Tensor]) -> None:
-        """Starts a block, with the values [out_features, in_features] of its weights."""
+    def begin(self, weights: Mapping[Weight, Tensor]) -> int:
+        """Starts a block, with the values [out_features, in_features] of its weights; returns the bytes it keeps."""
 
     def add(self, weight: Weight, gradients: Tensor, first: int) -> None:
         """Takes the gradients [B, out_features, in_features] of the sequences ``first`` and on, each one once."""
@@ -59,7 +59,8 @@ class GradientStream:
         loss: The loss of a sequence.
         directory: Where the files of this pass are; one directory for one model, text, loss and set of accumulators.
         residency: Brings the weights into memory.
-        gradient_bytes: Bound on the gradients that are kept at once; those of one block and sequence always are.
+        kept_bytes: Bound on what accumulators keep for a block and its gradients for a few sequences together; the
+            gradients for one sequence are kept in any case.
 
     Raises:
         ValueError: If there is no weight.
@@ -75,14 +76,14 @@ class GradientStream:
         loss: Loss,
         directory: Path,
         residency: Residency | None = None,
-        gradient_bytes: int = _DEFAULT_GRADIENT_BYTES,
+        kept_bytes: int = DEFAULT_KEPT_BYTES,
     ) -> None:
         self._model = model
         self._tokens = tokens
         self._loss = loss
         self._files = StreamFiles(directory)
         self._residency = residency or InMemory()
-        self._gradient_bytes = gradient_bytes
+        self._kept_bytes = kept_bytes
         layers = find_layers(model, otherwise=WHOLE)
         self._blocks = _group_by_block(layers, weights)
         self._steps = StreamSteps(layer_count=len(layers.layers), blocks=frozenset(self._blocks))
@@ -104,8 +105,13 @@ class GradientStream:
         total = len(self._steps.list_steps())
         progress(total - len(pending), total)
         if pending:
-            with only_gradients_of(self._model, self._list_parameters(), sparse=True):
-                self._run_steps(pending, total, accumulators, progress)
+            try:
+                with only_gradients_of(self._model, self._list_parameters(), sparse=True):
+                    self._run_steps(pending, total, accumulators, progress)
+            except NotLayerwise:
+                # Nothing will take up what was begun.
+                self._delete_unneeded(())
+                raise
         kept: dict[str, dict[str, Tensor]] = {name: {} for name in accumulators}
         for block in sorted(self._blocks):
             for key, tensor in self._files.read(RESULT, block).items():
@@ -208,10 +214,9 @@ class GradientStream:
             weights_of.setdefault(weight.parameter, []).append(weight)
         parameters = [self._model.get_parameter(name) for name in weights_of]
         values = {weight: read_weight(self._model, weight) for weights in weights_of.values() for weight in weights}
-        for accumulator in accumulators.values():
-            accumulator.begin(values)
+        left_bytes = self._kept_bytes - sum(accumulator.begin(values) for accumulator in accumulators.values())
         one_sequence_bytes = 4 * sum(parameter.numel() for parameter in parameters)
-        batch = min(max(self._gradient_bytes // max(one_sequence_bytes, 1), 1), _MOST_SEQUENCES, len(self._tokens))
+        batch = min(max(left_bytes // max(one_sequence_bytes, 1), 1), _MOST_SEQUENCES, len(self._tokens))
         buffers = [torch.empty(batch, *parameter.shape) for parameter in parameters]
         for first in range(0, len(self._tokens), batch):
             count = min(batch, len(self._tokens) - first)

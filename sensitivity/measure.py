@@ -12,6 +12,7 @@ the sequences of the Fisher sketch, and ``logit_passes`` of the single-unit KL, 
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from sensitivity.completion import complete
 from sensitivity.decoder_layers import NotLayerwise
 from sensitivity.estimator_input import EstimatorInput
 from sensitivity.estimators import Estimator, find_estimator
+from sensitivity.expert_tables import FISHER_SHRUNK, find_routing, shrink_table
 from sensitivity.fisher_sketch import fisher_loss, measure_fisher_sketch, measure_streamed_fisher_sketch
 from sensitivity.fitted_plans import fit_profile
 from sensitivity.logit_pieces import measure_single_unit_kl
@@ -100,6 +102,11 @@ def measure_profile(
         sketch = _measure_fisher(reference, candidates, text.fisher.tokens, config, pieces / FISHER, progress)
         loss, std_error = fisher_loss(sketch)
         losses[FISHER] = LossTable(loss=loss, std_error=std_error, unit_of_measure=NATS)
+    routing = find_routing(
+        reference.model, candidates, text.fisher.tokens, path=pieces / "routing.safetensors", progress=progress
+    )
+    if routing is not None and FISHER in losses:
+        losses[FISHER_SHRUNK] = shrink_table(losses[FISHER], routing, candidates)
     if SINGLE_UNIT_KL in config.metrics:
         losses[SINGLE_UNIT_KL], gram = _measure_logit(
             reference, candidates, text.logit.tokens, config, pieces, progress, losses=losses
@@ -120,6 +127,7 @@ def measure_profile(
             pieces=pieces / "fit",
             progress=partial(progress, "prediction_fit"),
         )
+    routers = any(unit.kind == "router" for unit in candidates.units)
     return SensitivityProfile(
         candidates=candidates,
         losses=losses,
@@ -129,10 +137,11 @@ def measure_profile(
         logit_gram=gram,
         selection_tokens=text.selection.tokens.numpy(),
         evaluation_tokens=text.evaluation.tokens.numpy(),
-        fixed_bytes=fixed_bytes(reference.model),
-        rest_bytes=rest_bytes(reference.model),
+        fixed_bytes=fixed_bytes(reference.model, routers=routers),
+        rest_bytes=rest_bytes(reference.model, routers=routers),
         reference_bytes=reference_bytes(reference.model),
         expert_share=_expert_share(reference.model.config),
+        routing=routing,
         provenance=_provenance(reference, candidates, text, config, time.monotonic() - started),
     )
 
@@ -166,23 +175,27 @@ def _measure_fisher(
     pieces: Path,
     progress: Progress,
 ) -> NDArray[np.float32]:
-    def stream() -> Piece:
-        sketch = measure_streamed_fisher_sketch(
-            reference.model,
-            candidates,
-            tokens,
-            seed=config.seed,
-            directory=pieces / "stream",
-            progress=partial(progress, FISHER),
-            quantizer=config.quantizer,
-        )
-        return {"sketch": sketch}
+    stream, sequences = pieces / "stream", pieces / "sequences"
 
-    try:
-        sketch = read_or_measure(pieces / "sketch.safetensors", stream)["sketch"]
-    except NotLayerwise:
-        return _measure_whole_fisher(reference, candidates, tokens, config, pieces, progress)
-    shutil.rmtree(pieces / "stream", ignore_errors=True)
+    def measure() -> Piece:
+        # Sequences are there when an earlier run found that the model is not layer-wise.
+        if not sequences.exists():
+            with suppress(NotLayerwise):
+                sketch = measure_streamed_fisher_sketch(
+                    reference.model,
+                    candidates,
+                    tokens,
+                    seed=config.seed,
+                    directory=stream,
+                    progress=partial(progress, FISHER),
+                    quantizer=config.quantizer,
+                )
+                return {"sketch": sketch}
+        return {"sketch": _measure_whole_fisher(reference, candidates, tokens, config, sequences, progress)}
+
+    sketch = read_or_measure(pieces / "sketch.safetensors", measure)["sketch"]
+    for parts in (stream, sequences):
+        shutil.rmtree(parts, ignore_errors=True)
     return sketch
 
 

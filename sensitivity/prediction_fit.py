@@ -108,7 +108,7 @@ def draw_choices(
 
     Args:
         loss: [U, F] nats per token.
-        stored_bytes: [U, F].
+        stored_bytes: [U, F]; not a number, or any, where a pair is not allowed.
         allowed: [U, F] bool.
         weights: [U] number of weights.
         count: Plans to draw.
@@ -116,11 +116,13 @@ def draw_choices(
     """
     rng = np.random.default_rng(seed)
     targets = np.linspace(LEAST_BITS, MOST_BITS, count)
+    # A price is not a number where a pair is not allowed, and would be taken for the least.
+    priced = np.where(allowed, stored_bytes, np.inf)
     choices = []
     for i, bits in enumerate(targets):
         noise = rng.lognormal(sigma=_RANDOM_SPREAD, size=loss.shape)
         believed = np.where(allowed, np.maximum(loss, 0.0) * (noise if i % 2 else 1.0), np.inf)
-        choices.append(_choose_near(believed, stored_bytes, target=bits * weights.sum() / 8.0))
+        choices.append(_choose_near(believed, priced, target=bits * weights.sum() / 8.0))
     return np.array(choices, dtype=np.int64)
 
 

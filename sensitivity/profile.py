@@ -21,9 +21,11 @@ from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.formats import find_formats
 from runtime.units import Unit, Weight
 from sensitivity.prediction_fit import PredictionFit
+from sensitivity.routing import RoutingStatistics
 
 SCHEMA_VERSION = 2
 NATS = "nats/token"
+_ROUTING_ARRAYS = ("tokens", "visits", "gate_weight", "together")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class SensitivityProfile:
         rest_bytes: Bytes of the unquantized rest among these.
         reference_bytes: Bytes of the reference model.
         expert_share: Experts a token visits / experts of a layer; 1 without experts.
+        routing: How often each expert is taken on the calibration text, or None without experts.
         provenance: Names and fingerprints of what the profile was measured from.
     """
 
@@ -77,6 +80,7 @@ class SensitivityProfile:
     rest_bytes: int
     reference_bytes: int
     expert_share: float
+    routing: RoutingStatistics | None
     provenance: Mapping[str, str]
 
     def table(self, metric: str) -> LossTable:
@@ -121,6 +125,8 @@ def save_profile(profile: SensitivityProfile, directory: Path) -> None:
         arrays["fisher_sketch"] = profile.fisher_sketch
     if profile.logit_gram is not None:
         arrays["logit_gram"] = profile.logit_gram
+    if profile.routing is not None:
+        arrays |= {f"routing.{name}": getattr(profile.routing, name) for name in _ROUTING_ARRAYS}
     document = {
         "schema_version": SCHEMA_VERSION,
         "units": [dataclasses.asdict(unit) for unit in profile.candidates.units],
@@ -132,6 +138,7 @@ def save_profile(profile: SensitivityProfile, directory: Path) -> None:
         "rest_bytes": profile.rest_bytes,
         "reference_bytes": profile.reference_bytes,
         "expert_share": profile.expert_share,
+        "routing": profile.routing and {"layers": profile.routing.layers, "domains": profile.routing.domains},
         "provenance": dict(profile.provenance),
     }
     with atomic_directory(directory) as temporary:
@@ -224,7 +231,18 @@ def _profile(document: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Se
         rest_bytes=document["rest_bytes"],
         reference_bytes=document["reference_bytes"],
         expert_share=document["expert_share"],
+        routing=_routing(document["routing"], arrays),
         provenance=document["provenance"],
+    )
+
+
+def _routing(names: dict[str, Any] | None, arrays: Mapping[str, NDArray[Any]]) -> RoutingStatistics | None:
+    if names is None:
+        return None
+    return RoutingStatistics(
+        layers=tuple(names["layers"]),
+        domains=tuple(names["domains"]),
+        **{name: arrays[f"routing.{name}"] for name in _ROUTING_ARRAYS},
     )
 
 

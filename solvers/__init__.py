@@ -8,7 +8,8 @@
     result = solve_tied(problem, ties=((4, 6), (9, 11)))
     plans = solve_diverse(problem, n_plans=5, relative_excess=0.01, min_changes=10)
 
-Arrays in, arrays out: numpy and scipy; CBC and HiGHS through PuLP and Clarabel through CVXPY only when asked for.
+One limit or several are solved exactly by our own search (`knapsack`, `multi_knapsack`). Arrays in, arrays out: numpy
+and scipy; CBC and HiGHS through PuLP and Clarabel through CVXPY only when asked for.
 Rules that people know are in `solvers.baselines`, those that fit an AllocationProblem in SOLVERS too.
 """
 
@@ -40,6 +41,7 @@ from solvers.equal_loss import (
     round_to_levels,
 )
 from solvers.frontier import list_efficient, solve_frontier
+from solvers.instances import make_instance
 from solvers.least_cost import solve_least_cost
 from solvers.pairwise import PairwiseSketch, build_pairwise_matrix, project_pairwise
 from solvers.params import SolveParams, TrustRegion
@@ -80,6 +82,7 @@ __all__ = [
     "fix_units",
     "is_feasible",
     "list_efficient",
+    "make_instance",
     "measure_regret",
     "merge_choice",
     "merge_ties",

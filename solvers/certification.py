@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from solvers.check import compute_objective, compute_use, is_feasible, rounding_allowance
+from solvers.check import compute_objective, compute_use, keeps_limits, rounding_allowance
 from solvers.params import SolveParams
 from solvers.problem import AllocationProblem, FloatArray, IntArray
 from solvers.result import Answer, SolveResult, SolverFailure, Termination
@@ -54,10 +54,10 @@ def run_certified(problem: AllocationProblem, params: SolveParams, *, solver: st
 
 def certify(problem: AllocationProblem, params: SolveParams, answer: Answer, *, solver: str) -> SolveResult:
     """Returns the result of an answer, with objective, use, gap and termination recomputed (seconds is 0)."""
-    choice = _take_best(problem, params, answer, solver)
-    if choice is None:
+    best = _take_best(problem, params, answer, solver)
+    if best is None:
         return _report_nothing_found(problem, answer, solver)
-    objective = compute_objective(problem, choice)
+    choice, objective, use = best
     allowance = rounding_allowance(problem, choice)
     if not answer.lower_bound <= objective + allowance + BOUND_TOLERANCE * abs(objective):
         msg = f"{solver} claims lower_bound={answer.lower_bound}, above a feasible objective {objective}."
@@ -68,7 +68,7 @@ def certify(problem: AllocationProblem, params: SolveParams, answer: Answer, *, 
         choice=choice,
         objective=objective,
         lower_bound=lower_bound,
-        use=compute_use(problem, choice),
+        use=use,
         shadow_price=_price_or_nan(problem, answer.shadow_price),
         resources=problem.resources,
         termination=Termination.OPTIMAL if within else Termination.FEASIBLE,
@@ -78,27 +78,30 @@ def certify(problem: AllocationProblem, params: SolveParams, answer: Answer, *, 
         detail=answer.detail,
         least_use=problem.least_use,
         resource_at_fault=None,
+        sketch_sum=answer.sketch_sum,
     )
 
 
-def _take_best(problem: AllocationProblem, params: SolveParams, answer: Answer, solver: str) -> IntArray | None:
-    """Returns the best of the answer's choice and the feasible starts, None when there is none."""
-    choices = []
-    if answer.choice is not None:
-        choice = np.asarray(answer.choice, dtype=np.int64)
-        if not is_feasible(problem, choice):
-            use = compute_use(problem, choice)
+def _take_best(
+    problem: AllocationProblem, params: SolveParams, answer: Answer, solver: str
+) -> tuple[IntArray, float, FloatArray] | None:
+    """Returns the best of the answer's choice and the feasible starts with its objective and use, None without any."""
+    choices = [] if answer.choice is None else [answer.choice]
+    found = []
+    for i, candidate in enumerate([*choices, *params.starts]):
+        choice = np.asarray(candidate, dtype=np.int64)
+        use = compute_use(problem, choice)
+        if keeps_limits(problem, choice, use):
+            found.append((choice, compute_objective(problem, choice), use))
+        elif i < len(choices):
             msg = f"{solver} returned a choice that breaks a limit or a mask: use={use}."
             raise SolverFailure(msg)
-        choices.append(choice)
-    starts = [np.asarray(start, dtype=np.int64) for start in params.starts]
-    choices += [start for start in starts if is_feasible(problem, start)]
-    if not choices:
+    if not found:
         return None
     if answer.resource_at_fault is not None:
         msg = f"{solver} claims that no choice keeps every limit, but a start does."
         raise SolverFailure(msg)
-    return min(choices, key=lambda choice: compute_objective(problem, choice))
+    return min(found, key=lambda entry: entry[1])
 
 
 def _report_nothing_found(problem: AllocationProblem, answer: Answer, solver: str) -> SolveResult:
@@ -117,6 +120,7 @@ def _report_nothing_found(problem: AllocationProblem, answer: Answer, solver: st
         detail=answer.detail,
         least_use=problem.least_use,
         resource_at_fault=answer.resource_at_fault,
+        sketch_sum=answer.sketch_sum,
     )
 
 

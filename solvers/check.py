@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from solvers.problem import AllocationProblem, FloatArray, IntArray
-from solvers.products import dot, price_candidates
+from solvers.products import contract, dot, price_candidates
 from solvers.result import SolveResult, Termination
 
 ROUNDING = 1e-12
@@ -41,28 +41,42 @@ def compute_use(problem: AllocationProblem, choice: IntArray) -> FloatArray:
 
 def is_feasible(problem: AllocationProblem, choice: IntArray) -> bool:
     """Returns whether a choice [U] is allowed everywhere and keeps every limit."""
+    return keeps_limits(problem, choice, compute_use(problem, choice))
+
+
+def keeps_limits(problem: AllocationProblem, choice: IntArray, use: FloatArray) -> bool:
+    """Returns whether a choice [U] is allowed everywhere and its use [R] keeps every limit."""
     allowed = problem.allowed[np.arange(problem.n_units), choice].all()
-    return bool(allowed and np.all(compute_use(problem, choice) <= problem.ceiling))
+    return bool(allowed and np.all(use <= problem.ceiling))
 
 
-def compute_dual_bound(problem: AllocationProblem, price: FloatArray) -> float:
-    """Returns the Lagrangian lower bound of a separable problem at the given prices.
+def compute_dual_bound(problem: AllocationProblem, price: FloatArray, *, sketch_sum: FloatArray | None = None) -> float:
+    """Returns the Lagrangian lower bound of a problem at the given prices.
 
     sum_u min_f (loss[u, f] + price . cost[:, u, f]) - price . limit, valid for every price >= 0: anyone can
-    check a shadow price with it.
+    check a shadow price with it. With interactions the objective is linearised at a vector W first (`relaxation`),
+    which is a bound for every W: loss[u, f] then stands for loss[u, f] + rho (<W, sketch[:, u, f]> -
+    1/2 ||sketch[:, u, f]||^2), and rho/2 ||W||^2 is taken off.
 
     Args:
         price: nats per unit of each resource, at least 0, [R]; must be 0 where the limit is infinite.
+        sketch_sum: W, [S]; needed with interactions, where a result of the quadratic solver holds it.
 
     Raises:
-        ValueError: a problem with interactions.
+        ValueError: a problem with interactions, and no sketch_sum.
     """
-    if not problem.is_separable:
-        msg = "compute_dual_bound must be given a separable problem: got one with a sketch. Drop the sketch."
-        raise ValueError(msg)
+    loss, taken_off = problem.masked_loss, 0.0
+    if not problem.is_separable and problem.sketch is not None:
+        if sketch_sum is None:
+            msg = "sketch_sum must be given for a problem with interactions: got None. Pass the result's."
+            raise ValueError(msg)
+        sketch = np.where(problem.allowed, problem.sketch, 0.0).astype(np.float64)
+        along = contract("s,suf->uf", sketch_sum, sketch) - 0.5 * contract("suf,suf->uf", sketch, sketch)
+        loss = loss + problem.interaction_scale * along
+        taken_off = 0.5 * problem.interaction_scale * dot(sketch_sum, sketch_sum)
     priced = np.flatnonzero(price > 0)
-    reduced = problem.masked_loss + price_candidates(price[priced], problem.masked_cost[priced])
-    return math.fsum(reduced.min(axis=1).tolist()) - dot(price[priced], problem.ceiling[priced])
+    reduced = loss + price_candidates(price[priced], problem.masked_cost[priced])
+    return math.fsum(reduced.min(axis=1).tolist()) - dot(price[priced], problem.ceiling[priced]) - taken_off
 
 
 def rounding_allowance(problem: AllocationProblem, choice: IntArray) -> float:

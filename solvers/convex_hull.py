@@ -17,10 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from solvers.extremes import find_least
 from solvers.problem import FloatArray, IntArray
 
 EXACT_INTEGER = 2.0**53
 """Above this, float64 no longer holds every integer."""
+QUANTUM_UNITS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,22 +123,25 @@ def relax(hull: ConvexHull, limit: float) -> Relaxation:
 
 def find_cost_quantum(cost: FloatArray, loss: FloatArray) -> float:
     """Returns the greatest common divisor of cost differences within units; 0 unless integers."""
-    valid = np.isfinite(loss)
     if cost.max(initial=0.0) * cost.shape[0] >= EXACT_INTEGER or np.any(cost != np.floor(cost)):
         return 0.0
-    least = np.where(valid, cost, np.inf).min(axis=1, keepdims=True)
-    steps = np.where(valid, cost - least, 0.0).astype(np.int64).ravel()
-    # Most tables settle at their final divisor at once; look at a few before looking at all.
-    quantum = int(np.gcd.reduce(steps[:4096]))
-    if quantum > 1 or (quantum == 0 and steps.size > 4096):
-        quantum = int(np.gcd.reduce(steps))
+    # Most tables settle at their final divisor at once; look at a few units before looking at all.
+    quantum = _find_divisor(cost[:QUANTUM_UNITS], loss[:QUANTUM_UNITS])
+    if quantum != 1 and cost.shape[0] > QUANTUM_UNITS:
+        quantum = _find_divisor(cost, loss)
     return float(quantum)
+
+
+def _find_divisor(cost: FloatArray, loss: FloatArray) -> int:
+    valid = np.isfinite(loss)
+    least = find_least(np.where(valid, cost, np.inf))[:, None]
+    return int(np.gcd.reduce(np.where(valid, cost - least, 0.0).astype(np.int64).ravel()))
 
 
 def _find_cheapest(loss: FloatArray, cost: FloatArray) -> IntArray:
     """Returns the cheapest allowed format of every unit, ties broken by loss, [U]."""
     allowed_cost = np.where(np.isfinite(loss), cost, np.inf)
-    least = allowed_cost.min(axis=1, keepdims=True)
+    least = find_least(allowed_cost)[:, None]
     return np.asarray(np.where(allowed_cost == least, loss, np.inf).argmin(axis=1))
 
 
@@ -147,7 +152,7 @@ def _find_steepest(loss: FloatArray, cost: FloatArray, current: IntArray) -> tup
     loss_step = loss - loss[rows, current][:, None]
     slope = np.full(loss.shape, np.inf)
     np.divide(loss_step, cost_step, out=slope, where=(cost_step > 0) & (loss_step < 0))
-    steepest = slope.min(axis=1)
+    steepest = find_least(slope)
     # Of collinear points take the farthest: fewer steps, the same hull.
     farthest = np.where(slope == steepest[:, None], cost_step, -np.inf).argmax(axis=1)
     return farthest, steepest

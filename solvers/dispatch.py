@@ -13,6 +13,7 @@ from solvers.exhaustive import solve_exhaustive
 from solvers.knapsack import solve_knapsack
 from solvers.lagrangian import solve_lagrangian
 from solvers.milp import solve_milp
+from solvers.multi_knapsack import solve_multi_knapsack
 from solvers.params import SolveParams, TrustRegion
 from solvers.problem import AllocationProblem
 from solvers.pulp_backends import solve_cbc, solve_pulp_highs
@@ -22,6 +23,7 @@ from solvers.result import SolveResult
 SOLVERS: dict[str, Callable[[AllocationProblem, SolveParams], SolveResult]] = {
     "knapsack": solve_knapsack,
     "lagrangian": solve_lagrangian,
+    "multi_knapsack": solve_multi_knapsack,
     "milp": solve_milp,
     "cbc": solve_cbc,
     "pulp_highs": solve_pulp_highs,
@@ -33,7 +35,6 @@ SOLVERS: dict[str, Callable[[AllocationProblem, SolveParams], SolveResult]] = {
     "rank_threshold": solve_rank_threshold,
 }
 
-MAX_MILP_CANDIDATES = 3000
 CHANGED_UNITS = "changed_units"
 
 
@@ -70,10 +71,7 @@ def choose_solver(problem: AllocationProblem) -> tuple[str, str]:
         return "quadratic", "the objective has interactions"
     if len(problem.binding) <= 1:
         return "knapsack", f"separable, {len(problem.binding)} limits can bind"
-    n_candidates = int(problem.allowed.sum())
-    if n_candidates <= MAX_MILP_CANDIDATES:
-        return "milp", f"separable, {len(problem.binding)} limits can bind, {n_candidates} candidates"
-    return "lagrangian", f"separable, {len(problem.binding)} limits can bind, {n_candidates} candidates"
+    return "multi_knapsack", f"separable, {len(problem.binding)} limits can bind"
 
 
 def add_trust_region(problem: AllocationProblem, trust_region: TrustRegion) -> AllocationProblem:

@@ -37,7 +37,8 @@ def search_exhaustive(problem: AllocationProblem, params: SolveParams) -> Answer
     right = _list_choices(problem.allowed[split:])
     objective = _tabulate_objective(problem, left, right)
     feasible = np.ones(objective.shape, dtype=bool)
-    for r in problem.binding:
+    # All that can be exceeded, so that this stays independent of which limits others leave out.
+    for r in np.flatnonzero(problem.most_use > problem.target):
         feasible &= _tabulate_use(problem.cost[r], left, right) <= problem.target[r]
     best = int(np.where(feasible, objective, np.inf).argmin())
     if not feasible.any():

@@ -44,7 +44,9 @@ def solve_frontier(
     given = params.starts
     index = _find_resource(problem.resources, resource)
     limits = _list_limits(problem, index, limits, n_points)
-    others = [r for r in problem.binding if r != index]
+    # Which of the others matter must not depend on this limit, which changes.
+    unlimited = np.where(np.arange(problem.limit.size) == index, np.inf, problem.limit)
+    others = replace(problem, limit=unlimited).binding
     single = problem.is_separable and not others and params.trust_region is None
     hull = build_hull(problem.masked_loss, problem.masked_cost[index]) if single else None
     results: dict[int, SolveResult] = {}

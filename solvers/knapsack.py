@@ -13,13 +13,12 @@ practice.
 Limits: one limit that can bind, no interactions.
 """
 
-import time
-
 import numpy as np
 
 from solvers.certification import run_certified
-from solvers.convex_hull import ConvexHull, Relaxation, build_hull, relax
+from solvers.convex_hull import ConvexHull, Relaxation, relax
 from solvers.knapsack_core import CoreOutcome, build_core, search_core
+from solvers.near_hull import build_hull_near
 from solvers.params import SolveParams
 from solvers.problem import AllocationProblem, FloatArray, IntArray
 from solvers.result import Answer, SolveResult
@@ -38,8 +37,8 @@ def search_knapsack(problem: AllocationProblem, params: SolveParams) -> Answer:
     """Returns the answer of the knapsack solver; limits below the least use must have been ruled out."""
     check_one_budget(problem, "knapsack")
     resource = problem.binding[0] if problem.binding else 0
-    hull = build_hull(problem.masked_loss, problem.masked_cost[resource])
     limit = float(problem.target[resource])
+    hull = build_hull_near(problem.masked_loss, problem.masked_cost[resource], limit)
     choice, lower_bound, price, outcome = search_hull(hull, limit, params)
     shadow_price = np.zeros(len(problem.resources))
     shadow_price[resource] = price
@@ -54,7 +53,7 @@ def search_knapsack(problem: AllocationProblem, params: SolveParams) -> Answer:
 
 def search_hull(hull: ConvexHull, limit: float, params: SolveParams) -> tuple[IntArray, float, float, CoreOutcome]:
     """Returns choice [U], lower bound, shadow price and how the exact search ended, for one limit."""
-    deadline = None if params.time_limit_s is None else time.perf_counter() + params.time_limit_s
+    deadline = params.find_deadline()
     relaxed = relax(hull, limit)
     choice = relaxed.choice.copy()
     rounded_loss = float(np.sum(hull.loss[np.arange(choice.size), choice]))
@@ -107,7 +106,7 @@ def check_one_budget(problem: AllocationProblem, solver: str) -> None:
     check_separable(problem, solver)
     if len(problem.binding) > 1:
         names = ", ".join(problem.resources[r] for r in problem.binding)
-        msg = f"{solver} must be given at most one limit that can bind: got {names}. Use lagrangian or milp."
+        msg = f"{solver} must be given at most one limit that can bind: got {names}. Use multi_knapsack."
         raise ValueError(msg)
 
 

@@ -82,7 +82,7 @@ class CoreOutcome:
 
 
 @dataclass(frozen=True, eq=False)
-class _Stage:
+class Stage:
     """How the states after one group arose: the group's unit, and per state its parent and format (-1: as
     it was)."""
 
@@ -92,7 +92,7 @@ class _Stage:
 
 
 @dataclass(eq=False)
-class _Incumbent:
+class Incumbent:
     """Best feasible state so far: its loss, and the changes that lead to it as (stages, state) plus a last
     one."""
 
@@ -118,7 +118,7 @@ def build_core(hull: ConvexHull, relaxed: Relaxation, gap: float) -> Core:
     group_order = np.argsort(np.minimum.reduceat(ratio, first), kind="stable") if unit.size else first
     up = np.where(cost_step > 0, ratio, relaxed.price)
     down = np.where(cost_step < 0, ratio, STEEP)
-    flat = _expand_ranges(first[group_order], counts[group_order])
+    flat = expand_ranges(first[group_order], counts[group_order])
     return Core(
         unit=unit[first][group_order],
         start=np.concatenate([[0], np.cumsum(counts[group_order])]),
@@ -133,25 +133,23 @@ def build_core(hull: ConvexHull, relaxed: Relaxation, gap: float) -> Core:
     )
 
 
-def search_core(
-    core: Core, *, incumbent: float, tolerance: float, node_limit: int, deadline: float | None
-) -> CoreOutcome:
+def search_core(core: Core, *, incumbent: float, tolerance: float, node_limit: int, deadline: float) -> CoreOutcome:
     """Returns the best set of changes, one per unit at most.
 
     Args:
         incumbent: summed loss_step of a known feasible set of changes; 0 for none.
         tolerance: stop once incumbent - lower bound is at most this, nats.
         node_limit: the most states to visit.
-        deadline: time.perf_counter() value after which to stop; None for no limit.
+        deadline: time.perf_counter() value after which to stop.
     """
     slack, loss = np.array([core.slack]), np.zeros(1)
-    best = _Incumbent(loss=incumbent)
-    stages: list[_Stage] = []
+    best = Incumbent(loss=incumbent)
+    stages: list[Stage] = []
     dropped, live, n_states, limit_hit = np.inf, -core.price * core.slack, 0, None
     for group in range(core.unit.size):
         if best.loss - min(live, dropped) <= tolerance or not slack.size:
             break
-        if n_states > node_limit or (deadline is not None and time.perf_counter() > deadline):
+        if n_states > node_limit or time.perf_counter() > deadline:
             limit_hit = "nodes" if n_states > node_limit else "time"
             break
         n_parents = slack.size
@@ -164,12 +162,12 @@ def search_core(
         dropped = min(dropped, lost)
         live = float(bound.min(initial=np.inf))
         change = formats[kept // n_parents].astype(np.int32)
-        stages.append(_Stage(int(core.unit[group]), (kept % n_parents).astype(np.int32), change))
+        stages.append(Stage(int(core.unit[group]), (kept % n_parents).astype(np.int32), change))
         slack, loss = slack[kept], loss[kept]
     return CoreOutcome(
         loss_step=best.loss,
         lower_bound=min(live, dropped, best.loss),
-        changes=_trace(best, stages),
+        changes=trace_changes(best, stages),
         limit_hit=limit_hit or ("nodes" if dropped < best.loss - tolerance else None),
         n_states=n_states,
     )
@@ -188,7 +186,7 @@ def _expand(
 
 
 def _improve(
-    best: _Incumbent,
+    best: Incumbent,
     slack: FloatArray,
     loss: FloatArray,
     formats: IntArray,
@@ -227,7 +225,7 @@ def _prune(
     return order, bound[order], lost
 
 
-def _trace(best: _Incumbent, stages: list[_Stage]) -> list[tuple[int, int]] | None:
+def trace_changes(best: Incumbent, stages: list[Stage]) -> list[tuple[int, int]] | None:
     """Returns the (unit, format) changes that lead to the incumbent, None when it is the one given."""
     if best.last is None:
         return None
@@ -238,7 +236,7 @@ def _trace(best: _Incumbent, stages: list[_Stage]) -> list[tuple[int, int]] | No
     return [(unit, chosen) for unit, chosen in changes if chosen >= 0]
 
 
-def _expand_ranges(first: IntArray, counts: IntArray) -> IntArray:
+def expand_ranges(first: IntArray, counts: IntArray) -> IntArray:
     """Returns the concatenation of arange(first[i], first[i] + counts[i])."""
     ends = np.cumsum(counts)
     offset = np.repeat(first - (ends - counts), counts)

@@ -13,7 +13,6 @@ Source: M. Fisher, "The Lagrangian relaxation method for solving integer program
 Science 27 (1981); core after Pisinger (1995).
 """
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ from solvers.knapsack import check_separable
 from solvers.milp import BinaryOutcome, minimise_binary, report_joint_infeasibility
 from solvers.params import SolveParams
 from solvers.problem import AllocationProblem, BoolArray, FloatArray, IntArray
-from solvers.products import price_candidates
+from solvers.products import price_candidates, sum_chosen
 from solvers.result import Answer, SolveResult
 
 FIRST_CORE_UNITS = 48
@@ -59,7 +58,7 @@ def solve_lagrangian(problem: AllocationProblem, params: SolveParams) -> SolveRe
 def search_lagrangian(problem: AllocationProblem, params: SolveParams) -> Answer:
     """Returns the answer of the lagrangian solver."""
     check_separable(problem, "lagrangian")
-    deadline = math.inf if params.time_limit_s is None else time.perf_counter() + params.time_limit_s
+    deadline = params.find_deadline()
     relaxed = _relax(problem)
     dual = relaxed.dual
     if dual.proves_infeasible:
@@ -69,7 +68,7 @@ def search_lagrangian(problem: AllocationProblem, params: SolveParams) -> Answer
         return report_joint_infeasibility(problem, dual.price, "HiGHS proved that no choice keeps every limit")
     bound, proof = dual.bound, "dual bound"
     if choice is not None:
-        loss = _sum_loss(relaxed.loss, choice)
+        loss = sum_chosen(relaxed.loss, choice)
         if loss - bound > params.relative_gap_tolerance * abs(loss):
             choice, bound, limit_hit, proof = _prove(relaxed, choice, params, deadline, limit_hit)
     shadow_price = np.zeros(len(problem.resources))
@@ -111,7 +110,7 @@ def _find_incumbent(
         if outcome.choice is not None and (best is None or _is_better(relaxed, outcome.choice, best)):
             best = outcome.choice
         tolerable = best is not None and (
-            _sum_loss(relaxed.loss, best) - relaxed.dual.bound
+            sum_chosen(relaxed.loss, best) - relaxed.dual.bound
             <= max(params.relative_gap_tolerance, GOOD_GAP) * abs(relaxed.dual.bound)
         )
         enough = best is not None and (size >= MAX_CORE_UNITS or _count_open(relaxed, best) <= MAX_PROOF_CANDIDATES)
@@ -134,13 +133,13 @@ def _prove(
     if outcome.choice is not None and _is_better(relaxed, outcome.choice, choice):
         choice = outcome.choice
     # A choice outside the candidates is no better than the incumbent, so the core's bound holds for all.
-    bound = max(relaxed.dual.bound, min(outcome.lower_bound, _sum_loss(relaxed.loss, choice)))
+    bound = max(relaxed.dual.bound, min(outcome.lower_bound, sum_chosen(relaxed.loss, choice)))
     return choice, bound, outcome.limit_hit, "exact search over the open candidates"
 
 
 def _find_open(relaxed: _Relaxed, choice: IntArray) -> tuple[BoolArray, BoolArray]:
     """Returns the candidates that a better choice may use, [U, F], and the units that have several, [U]."""
-    candidates = relaxed.reduced <= _sum_loss(relaxed.loss, choice) - relaxed.dual.bound
+    candidates = relaxed.reduced <= sum_chosen(relaxed.loss, choice) - relaxed.dual.bound
     return candidates, candidates.sum(axis=1) > 1
 
 
@@ -164,9 +163,6 @@ def _solve_core(
     fixed_units = np.flatnonzero(fixed)
     fixed_loss = float(relaxed.loss[fixed_units, choice[fixed_units]].sum())
     left = relaxed.limit - relaxed.cost[:, fixed_units, choice[fixed_units]].sum(axis=1)
-    remaining = deadline - time.perf_counter()
-    if remaining <= 0:
-        return BinaryOutcome(choice=None, lower_bound=-math.inf, limit_hit="time", infeasible=False)
     loss = np.where(candidates, relaxed.loss, np.inf)[open_units]
     # What is wanted relative to the whole objective, HiGHS takes relative to the core's, shifted by its least.
     core_loss = relaxed.dual.bound - fixed_loss - float(loss.min(axis=1).sum())
@@ -176,7 +172,7 @@ def _solve_core(
         relaxed.cost[:, open_units],
         left,
         relative_gap=min(0.5 * wanted / core_loss, 1.0) if core_loss > 0 else 0.0,
-        time_limit_s=None if math.isinf(remaining) else remaining,
+        deadline=deadline,
         node_limit=node_limit,
     )
     if outcome.choice is not None:
@@ -190,9 +186,5 @@ def _solve_core(
     )
 
 
-def _sum_loss(loss: FloatArray, choice: IntArray) -> float:
-    return float(loss[np.arange(choice.size), choice].sum())
-
-
 def _is_better(relaxed: _Relaxed, choice: IntArray, than: IntArray) -> bool:
-    return _sum_loss(relaxed.loss, choice) < _sum_loss(relaxed.loss, than)
+    return sum_chosen(relaxed.loss, choice) < sum_chosen(relaxed.loss, than)

@@ -67,15 +67,15 @@ def start_search(tables: QuadraticTables, choice: IntArray) -> SearchState:
     return SearchState(choice=choice.copy(), sums=sums, use=use, objectives=np.array(objectives))
 
 
-def improve(tables: QuadraticTables, choice: IntArray, price: FloatArray, deadline: float | None) -> SearchState:
+def improve(tables: QuadraticTables, choice: IntArray, price: FloatArray, deadline: float) -> SearchState:
     """Returns a local optimum reached from a feasible choice; never worse under any of the sketches.
 
     Args:
         price: prices of the limits, [R]: they rank the moves that exchanges are made of.
-        deadline: time.perf_counter() value after which to stop; None for no limit.
+        deadline: time.perf_counter() value after which to stop.
     """
     state = start_search(tables, choice)
-    while deadline is None or time.perf_counter() < deadline:
+    while time.perf_counter() < deadline:
         changes = [compute_changes(tables, state, i) for i in range(len(tables.sketches))]
         moves = _find_single(tables, state, changes) or _find_exchange(tables, state, changes, price)
         if not moves:

@@ -63,7 +63,7 @@ def search_milp(problem: AllocationProblem, params: SolveParams) -> Answer:
         problem.masked_cost[binding],
         problem.target[binding],
         relative_gap=scale_gap(params.relative_gap_tolerance, problem.masked_loss, dual.bound),
-        time_limit_s=params.time_limit_s,
+        deadline=params.find_deadline(),
         node_limit=params.node_limit,
     )
     if outcome.infeasible:
@@ -118,7 +118,7 @@ def minimise_binary(
     limit: FloatArray,
     *,
     relative_gap: float,
-    time_limit_s: float | None,
+    deadline: float,
     node_limit: int,
 ) -> BinaryOutcome:
     """Solves one binary program with HiGHS.
@@ -128,8 +128,8 @@ def minimise_binary(
         cost: [R, U, F].
         limit: finite, [R].
         relative_gap: stop at this gap relative to |objective|.
+        deadline: time.perf_counter() value after which to stop.
     """
-    deadline = np.inf if time_limit_s is None else time.perf_counter() + time_limit_s
     if not loss.size:
         return _solve_nothing(limit)
     valid = np.isfinite(loss)

@@ -1,6 +1,7 @@
 """How to solve: limits, tolerances and starts, the same for every solver."""
 
 import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +73,10 @@ class SolveParams:
         if self.seed < 0:
             msg = f"seed must be at least 0: got seed={self.seed}."
             raise ValueError(msg)
+
+    def find_deadline(self, share: float = 1.0) -> float:
+        """Returns the time.perf_counter() value at which a solve that starts now, or a share of it, must end."""
+        return math.inf if self.time_limit_s is None else time.perf_counter() + share * self.time_limit_s
 
     def check_fits(self, problem: AllocationProblem) -> None:
         """Raises ValueError where starts, trust region or validation sketch do not fit the problem."""

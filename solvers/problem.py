@@ -13,12 +13,16 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from solvers.extremes import find_least, find_most
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 FEASIBILITY_TOLERANCE = 1e-13
 """Relative rounding allowance of a limit: under one byte for budgets up to ten terabytes."""
+SAMPLE_UNITS = 256
+FAR_OFF = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,24 +76,30 @@ class AllocationProblem:
         return self.sketch is None or self.interaction_scale == 0.0 or self.sketch.shape[0] == 0
 
     @cached_property
+    def all_allowed(self) -> bool:
+        """Whether no candidate is ruled out."""
+        return bool(self.allowed.all())
+
+    @cached_property
     def masked_loss(self) -> FloatArray:
         """Loss with `inf` at every candidate that is not allowed, [U, F]."""
-        return np.where(self.allowed, self.loss, np.inf)
+        return self.loss if self.all_allowed else np.where(self.allowed, self.loss, np.inf)
 
     @cached_property
     def masked_cost(self) -> FloatArray:
         """Cost with 0 at every candidate that is not allowed, [R, U, F]; always read beside masked_loss."""
-        return np.where(self.allowed, self.cost, 0.0)
+        return self.cost if self.all_allowed else np.where(self.allowed, self.cost, 0.0)
 
     @cached_property
     def least_use(self) -> FloatArray:
         """Least reachable use of every resource on its own, [R]."""
-        return np.asarray(np.where(self.allowed, self.cost, np.inf).min(axis=2).sum(axis=1))
+        cost = self.cost if self.all_allowed else np.where(self.allowed, self.cost, np.inf)
+        return np.asarray(find_least(cost).sum(axis=1))
 
     @cached_property
     def most_use(self) -> FloatArray:
         """Greatest reachable use of every resource on its own, [R]."""
-        return np.asarray(self.masked_cost.max(axis=2).sum(axis=1))
+        return np.asarray(find_most(self.masked_cost).sum(axis=1))
 
     @cached_property
     def ceiling(self) -> FloatArray:
@@ -104,8 +114,31 @@ class AllocationProblem:
 
     @cached_property
     def binding(self) -> tuple[int, ...]:
-        """Indices of the resources whose limit some choice exceeds; the others never matter."""
-        return tuple(int(r) for r in np.flatnonzero(self.most_use > self.target))
+        """Indices of the resources whose limit matters: some choice exceeds it, and not only such as exceed another
+        of them too. The others may be left out."""
+        reached = [int(r) for r in np.flatnonzero(self.most_use > self.target)]
+        for r in tuple(reached):
+            if any(self._implies(s, r) for s in reached if s != r):
+                reached.remove(r)
+        return tuple(reached)
+
+    def _implies(self, s: int, r: int) -> bool:
+        """Returns whether keeping limit s is seen to keep limit r: cost r is at most a multiple of cost s and a part
+        that every choice has."""
+        sample = slice(None, None, max(self.n_units // SAMPLE_UNITS, 1))
+        cost = np.where(self.allowed[sample], self.cost[:, sample], np.inf)
+        steps = np.where(self.allowed[sample], cost - cost.min(axis=2, keepdims=True), 0.0)
+        priced = steps[s] > 0
+        if not priced.any():
+            return False
+        multiple = float(np.median(steps[r][priced] / steps[s][priced]))
+        # What is far off on a sample is not looked at in whole.
+        left = self.target - self.least_use
+        most = float(find_most(steps[r] - multiple * steps[s]).sum()) * self.n_units / steps.shape[1]
+        if multiple * left[s] + most > left[r] + FAR_OFF * abs(self.target[r]):
+            return False
+        beyond = np.where(self.allowed, self.masked_cost[r] - multiple * self.masked_cost[s], -np.inf)
+        return bool(multiple * self.target[s] + find_most(beyond).sum() <= self.target[r])
 
     def _check_types(self) -> None:
         expected = {"loss": np.float64, "cost": np.float64, "limit": np.float64, "allowed": np.bool_}

@@ -9,7 +9,7 @@ Complexity: about twice the time of BLAS on one thread for matrix times vector, 
 
 import numpy as np
 
-from solvers.problem import FloatArray
+from solvers.problem import FloatArray, IntArray
 
 
 def contract(subscripts: str, first: FloatArray, second: FloatArray) -> FloatArray:
@@ -20,6 +20,11 @@ def contract(subscripts: str, first: FloatArray, second: FloatArray) -> FloatArr
 def dot(first: FloatArray, second: FloatArray) -> float:
     """Returns the inner product of two vectors."""
     return float(np.einsum("i,i->", first, second))
+
+
+def sum_chosen(table: FloatArray, choice: IntArray) -> float:
+    """Returns the sum over units of the entries of a table [U, F] that a choice [U] takes."""
+    return float(table[np.arange(choice.size), choice].sum())
 
 
 def price_candidates(price: FloatArray, cost: FloatArray) -> FloatArray:

@@ -23,6 +23,7 @@ from solvers.knapsack import check_separable
 from solvers.milp import LIMIT_SCALE, LOSS_RANGE, report_joint_infeasibility, scale_gap
 from solvers.params import SolveParams
 from solvers.problem import AllocationProblem, FloatArray, IntArray
+from solvers.products import sum_chosen
 from solvers.result import Answer, SolveResult
 
 ROW_MARGIN = 1e-6
@@ -147,7 +148,7 @@ def _run(
     optimal = program.sol_status == pulp.LpSolutionOptimal
     if optimal and solver == "cbc":
         # CBC's gap is relative to the shifted objective.
-        objective = float(loss[np.arange(choice.size), choice].sum())
+        objective = sum_chosen(loss, choice)
         bound = objective - relative_gap * (objective - least)
     return PulpOutcome(choice=choice, optimal=optimal, lower_bound=bound)
 

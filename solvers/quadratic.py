@@ -24,8 +24,8 @@ import numpy as np
 from solvers.certification import run_certified
 from solvers.check import is_feasible
 from solvers.knapsack import search_knapsack
-from solvers.lagrangian import search_lagrangian
 from solvers.local_search import QuadraticTables, SearchState, compute_changes, improve, start_search
+from solvers.multi_knapsack import search_multi_knapsack
 from solvers.params import SolveParams
 from solvers.problem import AllocationProblem, FloatArray, IntArray
 from solvers.products import contract, dot
@@ -57,8 +57,7 @@ def solve_quadratic(problem: AllocationProblem, params: SolveParams) -> SolveRes
 
 def search_quadratic(problem: AllocationProblem, params: SolveParams) -> Answer:
     """Returns the answer of the quadratic solver."""
-    started = time.perf_counter()
-    deadline = None if params.time_limit_s is None else started + params.time_limit_s
+    deadline, bound_by = params.find_deadline(), params.find_deadline(BOUND_SHARE)
     diagonal = solve_separable(problem, problem.masked_loss, params)
     if problem.is_separable or diagonal.resource_at_fault is not None:
         return diagonal
@@ -69,14 +68,13 @@ def search_quadratic(problem: AllocationProblem, params: SolveParams) -> Answer:
         # The bound of the separable problem says nothing about this one.
         return replace(diagonal, lower_bound=-math.inf)
     tables = build_tables(problem, params)
-    bound_by = None if params.time_limit_s is None else started + BOUND_SHARE * params.time_limit_s
     relaxed = _bound(problem, tables, bound_by)
     best = _search(problem, params, tables, relaxed, first, deadline)
     lower_bound = max(relaxed.bound, _sharpen(problem, params, tables, relaxed))
     shadow_price = np.zeros(len(problem.resources))
     shadow_price[list(problem.binding)] = relaxed.price
     first_objective = start_search(tables, first).objectives[0]
-    timed_out = deadline is not None and time.perf_counter() > deadline
+    timed_out = time.perf_counter() > deadline
     return Answer(
         choice=best.choice,
         lower_bound=lower_bound,
@@ -86,6 +84,7 @@ def search_quadratic(problem: AllocationProblem, params: SolveParams) -> Answer:
             f"local search from the diagonal optimum, objective {first_objective:.6g} to "
             f"{best.objectives[0]:.6g}; bound by convex relaxation"
         ),
+        sketch_sum=relaxed.sketch_sum,
     )
 
 
@@ -110,11 +109,11 @@ def solve_separable(problem: AllocationProblem, loss: FloatArray, params: SolveP
     """Returns the answer for a separable loss [U, F] (inf where not allowed) under the problem's limits."""
     separable = replace(problem, loss=loss, sketch=None)
     plain = replace(params, starts=(), validation_sketch=None, trust_region=None)
-    search = search_knapsack if len(problem.binding) <= 1 else search_lagrangian
+    search = search_knapsack if len(problem.binding) <= 1 else search_multi_knapsack
     return search(separable, plain)
 
 
-def _bound(problem: AllocationProblem, tables: QuadraticTables, deadline: float | None) -> QuadraticBound:
+def _bound(problem: AllocationProblem, tables: QuadraticTables, deadline: float) -> QuadraticBound:
     sketch = tables.sketches[0]
     own = tables.loss - 0.5 * tables.scale * np.sum(sketch * sketch, axis=2)
     return bound_quadratic(own, sketch, tables.scale, tables.cost, tables.limit, deadline=deadline)
@@ -145,7 +144,7 @@ def _search(
     tables: QuadraticTables,
     relaxed: QuadraticBound,
     first: IntArray,
-    deadline: float | None,
+    deadline: float,
 ) -> SearchState:
     """Returns the best local optimum over all starts, no worse than the first under any sketch."""
     best = improve(tables, first, relaxed.price, deadline)
@@ -166,7 +165,7 @@ def _search(
         best = improved
     rng = np.random.default_rng(params.seed)
     for _ in range(RANDOM_STARTS):
-        if deadline is not None and time.perf_counter() > deadline:
+        if time.perf_counter() > deadline:
             break
         shaken = _shake(problem, best.choice, rng)
         best = best if shaken is None else _better(best, improve(tables, shaken, relaxed.price, deadline))

@@ -77,7 +77,7 @@ def bound_quadratic(
     cost: FloatArray,
     limit: FloatArray,
     *,
-    deadline: float | None,
+    deadline: float,
 ) -> QuadraticBound:
     """Returns a lower bound of the quadratic objective over the choices that keep the limits.
 
@@ -87,7 +87,7 @@ def bound_quadratic(
         scale: interaction scale rho, at least 0.
         cost: cost of the limited resources, [R, U, F].
         limit: finite, [R].
-        deadline: time.perf_counter() value after which to stop; None for no limit.
+        deadline: time.perf_counter() value after which to stop.
     """
     flat = sketch.reshape(-1, sketch.shape[2])
     finite_own = np.where(np.isfinite(own), own, 0.0)
@@ -107,7 +107,7 @@ def bound_quadratic(
         sketch_sum = contract("k,ks->s", points.weight, points.vectors)
         objective = dot(points.weight, points.linear) + 0.5 * scale * dot(sketch_sum, sketch_sum)
         converged = objective - best.bound <= RELATIVE_TOLERANCE * abs(objective)
-        if converged or (deadline is not None and time.perf_counter() > deadline):
+        if converged or time.perf_counter() > deadline:
             break
     return best
 

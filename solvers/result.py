@@ -45,6 +45,8 @@ class SolveResult:
         detail: why this solver, and what it did, in one or two sentences.
         least_use: least reachable use of every resource on its own, [R].
         resource_at_fault: when infeasible, the resource whose limit cannot be kept (given the others).
+        sketch_sum: with interactions, the W at which the shadow prices prove a bound (`check.compute_dual_bound`),
+            [S]; else None.
     """
 
     choice: IntArray | None
@@ -60,6 +62,7 @@ class SolveResult:
     detail: str
     least_use: FloatArray
     resource_at_fault: str | None
+    sketch_sum: FloatArray | None
 
     @property
     def gap(self) -> float:
@@ -87,6 +90,7 @@ class Answer:
         limit_hit: as in SolveResult.
         detail: what was done.
         resource_at_fault: set when the algorithm proved that no choice keeps every limit.
+        sketch_sum: as in SolveResult.
     """
 
     choice: IntArray | None
@@ -95,3 +99,4 @@ class Answer:
     limit_hit: str | None
     detail: str
     resource_at_fault: str | None = None
+    sketch_sum: FloatArray | None = None

@@ -42,7 +42,7 @@ def solve_annealing(problem: AllocationProblem, params: SolveParams) -> SolveRes
 def search_annealing(problem: AllocationProblem, params: SolveParams) -> Answer:
     """Returns the answer of the annealing solver."""
     check_separable(problem, "annealing")
-    deadline = math.inf if params.time_limit_s is None else time.perf_counter() + params.time_limit_s
+    deadline = params.find_deadline()
     dual = find_dual_bound(problem)
     start = build_greedy_choice(problem)
     if start is None:

@@ -17,22 +17,27 @@ def list_pieces(cache: Path) -> list[str]:
     return [name for name in list_files(cache) if name.endswith(".safetensors")]
 
 
-def wait_for_pieces(cache: Path, count: int) -> None:
-    """Returns as soon as so many pieces are finished."""
+def wait_for_piece(cache: Path, piece: str) -> None:
+    """Returns as soon as a piece is finished."""
     deadline = time.monotonic() + 60
-    while len(list_pieces(cache)) < count:
+    while not any(name.endswith(piece) for name in list_pieces(cache)):
         assert time.monotonic() < deadline, list_files(cache)
         time.sleep(0.002)
 
 
 @pytest.mark.parametrize(
-    ("number", "pieces"),
-    [(signal.SIGTERM, 4), (signal.SIGINT, 14), (signal.SIGKILL, 6)],
+    ("number", "piece"),
+    [
+        # Within the pass of the Fisher sketch, or soon after it; its own files come and go.
+        (signal.SIGTERM, "/output_error.safetensors"),
+        (signal.SIGINT, "/logit/00008.safetensors"),
+        (signal.SIGKILL, "/fisher/sketch.safetensors"),
+    ],
     ids=["SIGTERM", "SIGINT", "SIGKILL"],
 )
 def test_interrupted_measurement(
     number: signal.Signals,
-    pieces: int,
+    piece: str,
     tiny_llama_dir: Path,
     tiny_text: Path,
     tmp_path: Path,
@@ -43,11 +48,11 @@ def test_interrupted_measurement(
     cache, out = tmp_path / "cache", tmp_path / "profile"
     arguments = ("measure", str(tiny_llama_dir), "--calibration", str(tiny_text), *FLAGS, "--out", str(out))
     process = start(*arguments, cache=cache)
-    wait_for_pieces(cache, pieces)
+    wait_for_piece(cache, piece)
     process.send_signal(number)
     code, printed, err = finish(process)
     kept = list_pieces(cache)
-    assert len(kept) >= pieces and all(name.startswith("pieces/") for name in kept)
+    assert any(name.endswith(piece) for name in kept) and all(name.startswith("pieces/") for name in kept)
     assert not out.exists()
     if number is signal.SIGKILL:
         assert code == -signal.SIGKILL

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from solvers import AllocationProblem
 
 # Solvers that claim the optimum of every problem they take; quadratic claims it without interactions.
-EXACT = ("knapsack", "lagrangian", "milp", "cbc", "pulp_highs", "exhaustive")
+EXACT = ("knapsack", "multi_knapsack", "lagrangian", "milp", "cbc", "pulp_highs", "exhaustive")
 ONE_LIMIT_ONLY = ("knapsack", "budget_grid")
 INTERACTING = ("quadratic", "exhaustive")
 
@@ -137,34 +137,6 @@ def build_problem(
         sketch=None if sketch is None else np.asarray(sketch, dtype=np.float64),
         interaction_scale=interaction_scale,
     )
-
-
-def make_random_problem(
-    *,
-    n_units: int,
-    n_formats: int,
-    n_resources: int = 1,
-    seed: int = 0,
-    tightness: float = 0.5,
-    n_sketch: int = 0,
-) -> AllocationProblem:
-    """Returns an instance shaped like a model's: log-normal losses that are not convex, unequal sizes in bytes."""
-    rng = np.random.default_rng(seed)
-    bits = np.linspace(2, 8, n_formats)
-    weights = rng.integers(2**18, 2**24, n_units)[:, None]
-    factor = rng.uniform(0.5, 1.5, (n_resources, n_units, 1)) * rng.uniform(
-        0.95, 1.1, (n_resources, n_units, n_formats)
-    )
-    cost = np.floor(weights * bits / 8 * factor)
-    loss = 0.1 * rng.lognormal(0, 1.5, (n_units, 1)) * 4.0**-bits * rng.lognormal(0, 0.5, (n_units, n_formats))
-    least, most = cost.min(axis=2).sum(axis=1), cost.max(axis=2).sum(axis=1)
-    sketch = None
-    if n_sketch:
-        # A direction common to all units makes the errors add up, as they do in models.
-        direction = 0.3 * rng.normal(size=(n_sketch, 1, 1)) + rng.normal(size=(n_sketch, n_units, 1))
-        direction = direction + 0.5 * rng.normal(size=(n_sketch, n_units, n_formats))
-        sketch = direction / np.linalg.norm(direction, axis=0) * np.sqrt(2 * loss)
-    return build_problem(loss=loss, cost=cost, limit=np.floor(least + tightness * (most - least)), sketch=sketch)
 
 
 def build_planted_interaction() -> AllocationProblem:

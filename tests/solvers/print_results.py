@@ -6,17 +6,17 @@ Run by `test_threads` in processes of their own: the number of threads is read w
 import json
 import sys
 
-from solvers import SOLVERS, AllocationProblem, SolveParams, solve, solve_frontier
-from tests.solvers.cases import CASES, make_random_problem, takes
+from solvers import SOLVERS, AllocationProblem, SolveParams, make_instance, solve, solve_frontier
+from tests.solvers.cases import CASES, takes
 
 # The clock decides nothing here.
 PARAMS = SolveParams(time_limit_s=None, relative_gap_tolerance=1e-4, seed=5)
 # Large enough for BLAS to split products among threads.
 LARGER: dict[str, AllocationProblem] = {
-    "one limit": make_random_problem(n_units=300, n_formats=6),
-    "three limits": make_random_problem(n_units=200, n_formats=6, n_resources=3),
-    "interactions": make_random_problem(n_units=224, n_formats=6, n_sketch=128),
-    "interactions, two limits": make_random_problem(n_units=40, n_formats=4, n_resources=2, n_sketch=16),
+    "one limit": make_instance(n_units=300, n_formats=6),
+    "three limits": make_instance(n_units=200, n_formats=6, n_resources=3),
+    "interactions": make_instance(n_units=224, n_formats=6, n_sketch=128),
+    "interactions, two limits": make_instance(n_units=40, n_formats=4, n_resources=2, n_sketch=16),
 }
 
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from solvers import SolveParams, Termination, check_result, solve
+from solvers import SolveParams, Termination, check_result, make_instance, solve
 from solvers.baselines.block_budgets import solve_block_budgets, weigh_expert_errors
 from solvers.baselines.rank_threshold import assign_by_quantiles, assign_by_rank
 from solvers.baselines.ratio_sweep import solve_ratio_sweep, sweep_ratios
-from tests.solvers.cases import build_problem, make_random_problem
+from tests.solvers.cases import build_problem
 from tests.solvers.test_contract import assert_equal_results
 
 BASELINES = ("greedy", "annealing", "budget_grid", "rank_threshold")
@@ -17,7 +17,7 @@ BASELINES = ("greedy", "annealing", "budget_grid", "rank_threshold")
 
 @pytest.mark.parametrize("solver", BASELINES)
 def test_one_limit_that_can_be_kept_always_has_a_plan(solver: str) -> None:
-    problem = make_random_problem(n_units=60, n_formats=5, tightness=0.4)
+    problem = make_instance(n_units=60, n_formats=5, tightness=0.4)
     optimum, result = solve(problem), solve(problem, solver=solver)
     assert result.choice is not None
     assert optimum.objective <= result.objective
@@ -33,7 +33,7 @@ def test_greedy_is_wrong_where_the_last_step_blocks_the_budget() -> None:
 
 
 def test_annealing_improves_on_greedy_and_depends_on_its_seed_alone() -> None:
-    problem = make_random_problem(n_units=60, n_formats=5, n_resources=2)
+    problem = make_instance(n_units=60, n_formats=5, n_resources=2)
     results = [solve(problem, solver="annealing", params=SolveParams(seed=seed)) for seed in (1, 1, 2)]
     assert_equal_results(results[0], results[1])
     assert not np.array_equal(results[0].choice, results[2].choice)  # type: ignore[arg-type]
@@ -41,7 +41,7 @@ def test_annealing_improves_on_greedy_and_depends_on_its_seed_alone() -> None:
 
 
 def test_annealing_stops_at_its_step_limit() -> None:
-    problem = make_random_problem(n_units=60, n_formats=5)
+    problem = make_instance(n_units=60, n_formats=5)
     result = solve(problem, solver="annealing", params=SolveParams(node_limit=5))
     assert "5 steps" in result.detail
     assert result.limit_hit == "iterations"
@@ -58,7 +58,7 @@ def test_budget_grid_proves_the_optimum_where_costs_share_a_divisor() -> None:
 
 
 def test_budget_grid_wastes_at_most_a_cell_per_unit() -> None:
-    problem = make_random_problem(n_units=30, n_formats=4)
+    problem = make_instance(n_units=30, n_formats=4)
     result, optimum = solve(problem, solver="budget_grid"), solve(problem)
     assert "10000 cells, costs rounded up" in result.detail
     wasted = 30 * (problem.limit - problem.least_use) / 10_000
@@ -88,7 +88,7 @@ def test_rank_threshold_moves_the_fewest_units() -> None:
     assert result.choice.tolist() == [1, 0, 1]
 
 
-SPLIT = make_random_problem(n_units=12, n_formats=4)
+SPLIT = make_instance(n_units=12, n_formats=4)
 IN_FIRST = np.arange(12) < 5
 WEIGHTS = np.full(12, 10.0)
 

@@ -12,6 +12,7 @@ from solvers import (
     check_result,
     compute_objective,
     is_feasible,
+    make_instance,
     solve,
 )
 from solvers.constraints import (
@@ -31,10 +32,9 @@ from tests.solvers.cases import (
     HawqCase,
     build_hawq_layers,
     build_problem,
-    make_random_problem,
 )
 
-PROBLEM = make_random_problem(n_units=6, n_formats=3, seed=5)
+PROBLEM = make_instance(n_units=6, n_formats=3, seed=5)
 FIRST = np.arange(6) < 4
 BITS = np.array([2.0, 5.0, 8.0])
 N_WEIGHTS = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
@@ -96,7 +96,7 @@ def test_constrained_optimum_is_that_of_enumeration(kind: str, solver: str) -> N
 
 
 def test_constraints_hold_with_interactions_too() -> None:
-    problem = make_random_problem(n_units=6, n_formats=3, n_sketch=4, seed=5)
+    problem = make_instance(n_units=6, n_formats=3, n_sketch=4, seed=5)
     holds, constraints = CONSTRAINED["counts"]
     result = solve_constrained(problem, constraints)
     assert result.solver == "quadratic"
@@ -130,7 +130,7 @@ def test_fixed_units_keep_their_format() -> None:
 
 @pytest.mark.parametrize("n_sketch", [0, 5])
 def test_merged_and_expanded_choices_have_one_objective(n_sketch: int) -> None:
-    problem = replace(make_random_problem(n_units=6, n_formats=3, n_sketch=n_sketch), interaction_scale=0.7)
+    problem = replace(make_instance(n_units=6, n_formats=3, n_sketch=n_sketch), interaction_scale=0.7)
     ties = ((4, 0, 2), (1, 5))
     tied = merge_ties(problem, ties)
     assert tied.merged_unit.tolist() == [0, 1, 0, 2, 0, 1]

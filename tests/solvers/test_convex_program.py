@@ -1,23 +1,24 @@
 """Our bounds against those of an independent solver."""
 
+import math
 import sys
 
 import numpy as np
 import pytest
 
-from solvers import SolverFailure, compute_dual_bound, solve
+from solvers import SolverFailure, compute_dual_bound, make_instance, solve
 from solvers.convex_program import relax_by_cvxpy
 from solvers.dual_bound import find_dual_bound
 from solvers.params import SolveParams
 from solvers.quadratic import build_tables
 from solvers.relaxation import bound_quadratic
-from tests.solvers.cases import CASES, Case, build_problem, make_random_problem
+from tests.solvers.cases import CASES, Case, build_problem
 
 
 @pytest.mark.parametrize("n_resources", [1, 3])
 @pytest.mark.parametrize("seed", range(2))
 def test_lagrangian_bound_is_the_optimum_of_the_linear_relaxation(n_resources: int, seed: int) -> None:
-    problem = make_random_problem(n_units=60, n_formats=5, n_resources=n_resources, seed=seed)
+    problem = make_instance(n_units=60, n_formats=5, n_resources=n_resources, seed=seed)
     relaxed, ours = relax_by_cvxpy(problem), find_dual_bound(problem)
     assert relaxed is not None
     assert ours.bound == pytest.approx(relaxed.objective, rel=1e-6)
@@ -29,13 +30,13 @@ def test_lagrangian_bound_is_the_optimum_of_the_linear_relaxation(n_resources: i
 
 @pytest.mark.parametrize("n_resources", [1, 2])
 def test_quadratic_bound_is_the_optimum_of_the_quadratic_relaxation(n_resources: int) -> None:
-    problem = make_random_problem(n_units=40, n_formats=4, n_resources=n_resources, n_sketch=12)
+    problem = make_instance(n_units=40, n_formats=4, n_resources=n_resources, n_sketch=12)
     relaxed = relax_by_cvxpy(problem)
     assert relaxed is not None
     tables = build_tables(problem, SolveParams())
     sketch = tables.sketches[0]
     own = tables.loss - 0.5 * np.sum(sketch * sketch, axis=2)
-    ours = bound_quadratic(own, sketch, 1.0, tables.cost, tables.limit, deadline=None)
+    ours = bound_quadratic(own, sketch, 1.0, tables.cost, tables.limit, deadline=math.inf)
     # Frank-Wolfe stops at a relative gap of 1e-5, or after its iterations a little above that.
     assert ours.bound <= relaxed.objective * (1 + 1e-6)
     assert ours.bound == pytest.approx(relaxed.objective, rel=1e-4)
@@ -59,7 +60,7 @@ def test_limits_that_cannot_be_kept_together_have_no_relaxation() -> None:
 
 def test_a_run_cut_short_is_a_failure() -> None:
     with pytest.raises(SolverFailure, match="Clarabel must end with an optimum: got status="):
-        relax_by_cvxpy(make_random_problem(n_units=20, n_formats=4), max_iterations=1)
+        relax_by_cvxpy(make_instance(n_units=20, n_formats=4), max_iterations=1)
 
 
 def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from solvers import SolveParams, Termination, check_result, compute_objective, is_feasible, solve
+from solvers import SolveParams, Termination, check_result, compute_objective, is_feasible, make_instance, solve
 from solvers.diverse import solve_diverse
 from solvers.robust import measure_regret
-from tests.solvers.cases import make_random_problem
 
-PROBLEM = make_random_problem(n_units=6, n_formats=3, seed=2)
+PROBLEM = make_instance(n_units=6, n_formats=3, seed=2)
 
 
 @pytest.mark.parametrize("min_changes", [1, 2, 3])
@@ -43,7 +42,7 @@ def test_diverse_stops_at_the_number_asked_for() -> None:
 
 
 def test_diverse_plans_with_interactions_differ_and_keep_the_limit() -> None:
-    problem = make_random_problem(n_units=12, n_formats=3, n_sketch=4)
+    problem = make_instance(n_units=12, n_formats=3, n_sketch=4)
     found = solve_diverse(problem, n_plans=4, relative_excess=3.0, min_changes=3)
     plans = [result.choice for result in found.results]
     assert len(plans) > 1
@@ -100,7 +99,7 @@ def test_regret_is_that_of_enumeration_draw_by_draw() -> None:
 def test_regret_of_two_equal_plans_is_its_known_expectation() -> None:
     """One of two plans of equal predicted loss has a loss with a normal error: both regret E max(0, e)."""
     problem = replace(
-        make_random_problem(n_units=2, n_formats=3),
+        make_instance(n_units=2, n_formats=3),
         loss=np.array([[3.0, 1.0, 1.0], [0.0, 9.0, 9.0]]),
         cost=np.array([[[1.0, 2.0, 2.0], [1.0, 2.0, 2.0]]]),
         limit=np.array([3.0]),

@@ -44,6 +44,9 @@ def problems(draw: st.DrawFn, *, n_resources: int = 1, n_sketch: int = 0) -> All
     largest = draw(st.sampled_from([2, 8, 1000]))
     loss = grain * rng.integers(-largest // 2, largest, (n_units, n_formats))
     cost = grain * rng.integers(0, largest, (n_resources, n_units, n_formats))
+    if n_resources > 1 and draw(st.booleans()):
+        # Parallel but for a part that every choice has: one limit then implies the other.
+        cost[-1] = draw(st.sampled_from([0.5, 1.0, 3.0])) * cost[0] + rng.integers(0, 2, (n_units, 1))
     allowed = rng.random((n_units, n_formats)) < draw(st.sampled_from([0.6, 1.0]))
     allowed[np.arange(n_units), rng.integers(0, n_formats, n_units)] = True
     loss[~allowed] = np.nan
@@ -78,14 +81,16 @@ def assert_in_order(problem: AllocationProblem, solver: str, params: SolveParams
     assert result.termination is not Termination.INFEASIBLE
     assert result.lower_bound <= oracle.objective + allowance
     assert oracle.objective <= result.objective + allowance
-    if problem.is_separable and result.choice is not None and np.isfinite(result.shadow_price).all():
-        assert compute_dual_bound(problem, result.shadow_price) <= result.lower_bound + allowance
+    provable = problem.is_separable or result.sketch_sum is not None
+    if provable and result.choice is not None and np.isfinite(result.shadow_price).all():
+        repeated = compute_dual_bound(problem, result.shadow_price, sketch_sum=result.sketch_sum)
+        assert repeated <= result.lower_bound + allowance
     if claimed:
         assert result.termination is Termination.OPTIMAL
         assert result.objective <= oracle.objective + allowance
 
 
-COUNTS = {"knapsack": 150, "cbc": 8, "pulp_highs": 12}
+COUNTS = {"knapsack": 150, "multi_knapsack": 150, "cbc": 8, "pulp_highs": 12}
 SHAPES = {"one_limit": (1, 0), "three_limits": (3, 0), "interactions": (1, 3), "interactions_two_limits": (2, 3)}
 KINDS = [
     (solver, shape)
@@ -93,6 +98,8 @@ KINDS = [
     for shape, (n_resources, n_sketch) in SHAPES.items()
     if (solver in INTERACTING if n_sketch else n_resources == 1 or solver not in ONE_LIMIT_ONLY)
 ]
+SHAPES |= {"two_limits": (2, 0), "four_limits": (4, 0)}
+KINDS += [("multi_knapsack", shape) for shape in ("two_limits", "four_limits")]
 
 
 @pytest.mark.parametrize(("solver", "shape"), KINDS, ids=[f"{solver}-{shape}" for solver, shape in KINDS])
@@ -115,12 +122,28 @@ def test_knapsack_proves_the_optimum_to_rounding(problem: AllocationProblem) -> 
 
 
 @FAST
+@given(problem=problems(n_resources=2))
+def test_multi_knapsack_proves_the_optimum_to_rounding(problem: AllocationProblem) -> None:
+    assert_in_order(problem, "multi_knapsack", SolveParams(relative_gap_tolerance=0.0))
+
+
+@FAST
 @given(problem=problems())
 def test_shadow_price_proves_a_bound_that_everyone_can_check(problem: AllocationProblem) -> None:
     result = solve(problem, solver="knapsack")
     if result.choice is not None:
         bound = compute_dual_bound(problem, result.shadow_price)
         assert bound <= result.objective + TOLERANCE * max(1.0, abs(result.objective))
+
+
+@FAST
+@given(problem=problems(n_sketch=3), seed=st.integers(0, 99))
+def test_any_prices_and_sketch_sum_prove_a_bound(problem: AllocationProblem, seed: int) -> None:
+    oracle = solve(problem, solver="exhaustive")
+    assume(oracle.choice is not None)
+    rng = np.random.default_rng(seed)
+    bound = compute_dual_bound(problem, rng.exponential(1.0, 1), sketch_sum=rng.normal(0.0, 3.0, 3))
+    assert bound <= oracle.objective + TOLERANCE * max(1.0, abs(oracle.objective))
 
 
 @FAST

@@ -14,6 +14,7 @@ from solvers import (
     compute_dual_bound,
     compute_objective,
     list_efficient,
+    make_instance,
     solve,
     solve_frontier,
     solve_least_cost,
@@ -22,16 +23,16 @@ from solvers.certification import certify
 from solvers.convex_hull import build_hull, relax
 from solvers.problem import IntArray
 from solvers.result import Answer
-from tests.solvers.cases import build_planted_interaction, build_problem, make_random_problem
+from tests.solvers.cases import build_planted_interaction, build_problem
 
 ONE = build_problem(loss=[[1.0, 0.0], [2.0, 0.0]], cost=[[[1, 2], [1, 2]]], limit=[3.0])
-TWO = make_random_problem(n_units=12, n_formats=4, n_resources=2)
+TWO = make_instance(n_units=12, n_formats=4, n_resources=2)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("tightness", [0.02, 0.5, 0.95])
 def test_knapsack_proves_a_dense_model(seed: int, tightness: float) -> None:
-    problem = make_random_problem(n_units=224, n_formats=6, seed=seed, tightness=tightness)
+    problem = make_instance(n_units=224, n_formats=6, seed=seed, tightness=tightness)
     result = solve(problem, params=SolveParams(relative_gap_tolerance=0.0))
     assert result.termination is Termination.OPTIMAL
     assert check_result(problem, result, relative_gap_tolerance=0.0) == []
@@ -40,7 +41,7 @@ def test_knapsack_proves_a_dense_model(seed: int, tightness: float) -> None:
 
 
 def test_knapsack_certifies_a_mixture_of_experts() -> None:
-    problem = make_random_problem(n_units=44_544, n_formats=6)
+    problem = make_instance(n_units=44_544, n_formats=6)
     result = solve(problem)
     assert result.relative_gap <= 1e-6
     assert check_result(problem, result) == []
@@ -58,7 +59,7 @@ def test_knapsack_uses_the_common_divisor_of_sizes() -> None:
 
 
 def test_knapsack_reports_the_limit_it_hit() -> None:
-    problem = make_random_problem(n_units=400, n_formats=6)
+    problem = make_instance(n_units=400, n_formats=6)
     result = solve(problem, params=SolveParams(node_limit=1, relative_gap_tolerance=0.0))
     assert result.termination is Termination.FEASIBLE
     assert result.limit_hit == "nodes"
@@ -78,7 +79,7 @@ def test_hull_keeps_only_convex_points() -> None:
 
 @pytest.mark.parametrize("solver", ["milp", "lagrangian", "pulp_highs"])
 def test_several_limits_report_incumbent_and_bound_when_cut_short(solver: str) -> None:
-    problem = make_random_problem(n_units=2000, n_formats=6, n_resources=3)
+    problem = make_instance(n_units=2000, n_formats=6, n_resources=3)
     result = solve(problem, solver=solver, params=SolveParams(time_limit_s=0.3, relative_gap_tolerance=0.0))
     assert check_result(problem, result) == []
     if result.termination is not Termination.OPTIMAL:
@@ -88,7 +89,7 @@ def test_several_limits_report_incumbent_and_bound_when_cut_short(solver: str) -
 
 
 def test_lagrangian_certifies_three_limits_at_scale() -> None:
-    problem = make_random_problem(n_units=8000, n_formats=6, n_resources=3)
+    problem = make_instance(n_units=8000, n_formats=6, n_resources=3)
     result = solve(problem, solver="lagrangian", params=SolveParams(relative_gap_tolerance=1e-4))
     assert result.termination is Termination.OPTIMAL
     assert result.relative_gap <= 1e-4
@@ -96,7 +97,7 @@ def test_lagrangian_certifies_three_limits_at_scale() -> None:
 
 
 def test_start_is_never_lost() -> None:
-    problem = make_random_problem(n_units=300, n_formats=6)
+    problem = make_instance(n_units=300, n_formats=6)
     optimum = solve(problem, params=SolveParams(relative_gap_tolerance=0.0))
     assert optimum.choice is not None
     params = SolveParams(relative_gap_tolerance=0.1, starts=(optimum.choice,))
@@ -114,25 +115,29 @@ def test_quadratic_finds_the_planted_interaction() -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_quadratic_beats_the_diagonal_and_reports_its_gap(seed: int) -> None:
-    problem = make_random_problem(n_units=224, n_formats=6, n_sketch=128, seed=seed)
+    problem = make_instance(n_units=224, n_formats=6, n_sketch=128, seed=seed)
     diagonal = solve(replace(problem, sketch=None))
     assert diagonal.choice is not None
     result = solve(problem)
     assert check_result(problem, result) == []
     assert result.objective < compute_objective(problem, diagonal.choice)
     assert 0.0 < result.relative_gap < 0.05
+    assert result.sketch_sum is not None
+    repeated = compute_dual_bound(problem, result.shadow_price, sketch_sum=result.sketch_sum)
+    assert repeated <= result.lower_bound * (1 + 1e-12)
+    assert result.lower_bound - repeated <= 0.1 * result.gap
 
 
 def test_quadratic_without_interactions_is_exact() -> None:
-    problem = replace(make_random_problem(n_units=20, n_formats=4, n_sketch=4), interaction_scale=0.0)
+    problem = replace(make_instance(n_units=20, n_formats=4, n_sketch=4), interaction_scale=0.0)
     result = solve(problem, solver="quadratic")
     assert result.termination is Termination.OPTIMAL
     assert result.objective == pytest.approx(solve(problem, solver="knapsack").objective, rel=1e-12)
 
 
 def test_validation_sketch_keeps_only_gains_that_hold() -> None:
-    problem = make_random_problem(n_units=60, n_formats=4, n_sketch=8)
-    unseen = make_random_problem(n_units=60, n_formats=4, n_sketch=8, seed=1).sketch
+    problem = make_instance(n_units=60, n_formats=4, n_sketch=8)
+    unseen = make_instance(n_units=60, n_formats=4, n_sketch=8, seed=1).sketch
     assert problem.sketch is not None
     assert unseen is not None
     second = np.ascontiguousarray(0.5 * problem.sketch + 0.5 * unseen)
@@ -149,8 +154,8 @@ def test_validation_sketch_keeps_only_gains_that_hold() -> None:
 
 def test_start_that_validation_rejects_is_only_a_place_to_search_from() -> None:
     """The free optimum is better by the problem's own sketch, and worse than the diagonal by the held-out one."""
-    problem = make_random_problem(n_units=60, n_formats=4, n_sketch=8)
-    second = make_random_problem(n_units=60, n_formats=4, n_sketch=8, seed=1).sketch
+    problem = make_instance(n_units=60, n_formats=4, n_sketch=8)
+    second = make_instance(n_units=60, n_formats=4, n_sketch=8, seed=1).sketch
     diagonal, free = solve(replace(problem, sketch=None)).choice, solve(problem).choice
     assert diagonal is not None
     assert free is not None
@@ -165,7 +170,7 @@ def test_start_that_validation_rejects_is_only_a_place_to_search_from() -> None:
 @pytest.mark.parametrize("n_sketch", [0, 4])
 @pytest.mark.parametrize("max_changes", [0, 1, 3])
 def test_trust_region_bounds_the_changes(n_sketch: int, max_changes: int) -> None:
-    problem = make_random_problem(n_units=8, n_formats=3, n_sketch=n_sketch)
+    problem = make_instance(n_units=8, n_formats=3, n_sketch=n_sketch)
     reference = np.zeros(8, dtype=np.int64)
     params = SolveParams(trust_region=TrustRegion(reference=reference, max_changes=max_changes))
     result, oracle = solve(problem, params=params), solve(problem, solver="exhaustive", params=params)
@@ -188,7 +193,7 @@ def test_infeasible_names_the_resource_and_the_least_use() -> None:
 
 
 def test_frontier_shares_the_hull_and_matches_single_solves() -> None:
-    problem = make_random_problem(n_units=224, n_formats=6)
+    problem = make_instance(n_units=224, n_formats=6)
     results = solve_frontier(problem, n_points=12)
     assert [result.termination for result in results] == [Termination.OPTIMAL] * 12
     for result, limit in zip(results, np.linspace(problem.least_use[0], results[-1].use[0], 12), strict=True):
@@ -208,7 +213,7 @@ def test_frontier_sweeps_one_of_several_resources() -> None:
 
 def test_frontier_starts_from_the_limits_below() -> None:
     """With few sketches the search alone is erratic: solved one by one, larger limits do worse here and there."""
-    problem = make_random_problem(n_units=24, n_formats=4, n_sketch=6, seed=2)
+    problem = make_instance(n_units=24, n_formats=4, n_sketch=6, seed=2)
     limits = problem.limit[0] * np.linspace(1.1, 0.9, 9)
     results = solve_frontier(problem, limits=limits)
     objectives = [result.objective for result in results]
@@ -226,7 +231,7 @@ def test_efficient_of_nothing_is_nothing() -> None:
 
 def test_shadow_price_is_what_one_more_unit_of_the_limit_buys() -> None:
     """At scale the frontier is smooth: its slope between points lies between their prices."""
-    results = solve_frontier(make_random_problem(n_units=3000, n_formats=6), n_points=8)
+    results = solve_frontier(make_instance(n_units=3000, n_formats=6), n_points=8)
     for low, high in zip(results[:-1], results[1:], strict=True):
         slope = (low.objective - high.objective) / (high.use[0] - low.use[0])
         assert high.shadow_price[0] * 0.999 <= slope <= low.shadow_price[0] * 1.001
