@@ -16,7 +16,9 @@ Command = Callable[..., Any]
 def measure_options(command: Command) -> Command:
     options = [
         click.option(
-            "--calibration", help="Text file, JSONL, directory or dataset; default: the model samples its own."
+            "--calibration",
+            help="Text file, JSONL, directory or dataset; 'self-balanced' for text that the model samples to use its "
+            "experts evenly; default: the model samples its own.",
         ),
         click.option("--selection", help="Text that chooses between plans; default: part of the calibration text."),
         click.option("--evaluation", help="Text of the final evaluation; default: another part."),
@@ -25,7 +27,15 @@ def measure_options(command: Command) -> Command:
             "--embedding-formats", help="Comma-separated formats of embeddings and head (default: >= 4 bits)."
         ),
         click.option("--fuse", multiple=True, help="Regular expression of weights that share a format; repeatable."),
+        click.option(
+            "--experts",
+            type=click.Choice(["projection", "expert", "stack_projection", "stack"]),
+            help="What of a mixture of experts gets one format: each expert's projection (default), each expert, a "
+            "projection of all experts of a layer, all experts of a layer.",
+        ),
+        click.option("--quantize-routers", "routers", is_flag=True, help="Let routers take formats too."),
         click.option("--pin", "pins", multiple=True, metavar="REGEX=FORMAT", help="Fix units to a format; repeatable."),
+        click.option("--quantizer", help="Rule that renders the candidates: rtn (default), clipping, hqq."),
         click.option("--metrics", help="Comma-separated metrics to measure."),
         click.option("--sequences", type=int, help="Calibration sequences of the Fisher sketch."),
         click.option("--sequence-tokens", type=int, help="Tokens of each calibration sequence."),
@@ -61,6 +71,13 @@ def budget_options(command: Command) -> Command:
         click.option(
             "--limit", "limits", multiple=True, metavar="RESOURCE=VALUE", help="Further limit: latency_us, read_bytes."
         ),
+        click.option(
+            "--batch",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            help="Sequences decoded together: a step of a mixture reads the experts that any of them takes.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -75,13 +92,14 @@ def parse(make: Callable[[], Any]) -> Any:
 
 
 def make_budget(
-    memory: str | None, bits_per_weight: float | None, max_kl: float | None, limits: Sequence[str]
+    memory: str | None, bits_per_weight: float | None, max_kl: float | None, limits: Sequence[str], batch: int = 1
 ) -> Budget:
     return Budget(
         memory_bytes=None if memory is None else parse_bytes(memory),
         bits_per_weight=bits_per_weight,
         max_kl=max_kl,
         limits=parse_limits(limits),
+        batch=batch,
     )
 
 
@@ -100,6 +118,7 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         "selection_sequences": options["held_out_sequences"],
         "evaluation_sequences": options["held_out_sequences"],
         "evaluation_sequence_tokens": options["held_out_tokens"],
+        "quantizer": options["quantizer"],
         "seed": options["seed"],
     }
     set_amounts = {name: value for name, value in amounts.items() if value is not None}
@@ -114,6 +133,8 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         **{name: options[name] for name in ("calibration", "selection", "evaluation", "fuse")},
         formats=formats,
         embedding_formats=embedding_formats,
+        experts=options["experts"] or "projection",
+        routers=options["routers"],
         pins=_make_pins(options["pins"]),
         config=MeasureConfig(**set_amounts),
     )

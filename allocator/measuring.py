@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -20,8 +21,13 @@ from sensitivity.calibration import (
 )
 from sensitivity.measure import measure_profile, measurement_fingerprint
 from sensitivity.measure_config import MeasureConfig, MeasurementText
-from sensitivity.profile import SensitivityProfile
+from sensitivity.pieces import Piece, read_or_measure
+from sensitivity.profile import SensitivityProfile, fingerprint_of
+from sensitivity.self_sampling import sample_balanced_sequences
 
+SELF_BALANCED = "self-balanced"
+# Raised whenever the same model would sample other text.
+SAMPLING_VERSION = 1
 CALIBRATION, SELECTION, EVALUATION = "calibration", "selection", "evaluation"
 
 
@@ -30,12 +36,15 @@ class MeasureRequest:
     """What to measure, on which text.
 
     Args:
-        calibration: Text source (file, JSONL, directory, dataset name); None for text sampled from the model.
+        calibration: Text source (file, JSONL, directory, dataset name); None for text sampled from the model,
+            ``SELF_BALANCED`` for text sampled so that it uses the experts of a mixture evenly.
         selection: Text source that chooses between plans; None to keep part of the calibration text apart for it.
         evaluation: Text source of the final evaluation; None to keep another part apart.
         formats: Names of formats.
         embedding_formats: Formats of embeddings and heads; None for those of 4 bits or more.
         fuse: Regular expressions of weights that must share a format.
+        experts: What of a mixture of experts is one unit, a name in ``EXPERT_GRANULARITIES``.
+        routers: Whether routers take formats too.
         pins: Regular expression on unit names -> format.
         config: Amounts and seed.
     """
@@ -46,6 +55,8 @@ class MeasureRequest:
     formats: tuple[str, ...] = DEFAULT_FORMATS
     embedding_formats: tuple[str, ...] | None = None
     fuse: tuple[str, ...] = ()
+    experts: str = "projection"
+    routers: bool = False
     pins: Mapping[str, str] = field(default_factory=dict)
     config: MeasureConfig = field(default_factory=MeasureConfig)
 
@@ -55,7 +66,7 @@ def run_measurement(
 ) -> SensitivityProfile:
     """Returns the profile of a request: from the store, or measured (and resumed) piece by piece."""
     candidates = find_candidates(reference, request)
-    text = prepare_text(reference, request)
+    text = prepare_text(reference, request, kept=store.root / "texts")
     fingerprint = measurement_fingerprint(reference.fingerprint, candidates, text, request.config)
     profile = store.find_profile(fingerprint)
     if profile is None:
@@ -69,12 +80,18 @@ def run_measurement(
 
 def find_candidates(reference: ReferenceModel, request: MeasureRequest) -> Candidates:
     """Returns the units and allowed formats of a request."""
-    units = find_units(reference.model, fuse=request.fuse)
+    units = find_units(reference.model, fuse=request.fuse, experts=request.experts, routers=request.routers)
     return list_candidates(units, request.formats, embedding_formats=request.embedding_formats, pins=request.pins)
 
 
-def prepare_text(reference: ReferenceModel, request: MeasureRequest) -> MeasurementText:
-    """Returns the token sequences of every purpose; no document serves two of them."""
+def prepare_text(reference: ReferenceModel, request: MeasureRequest, *, kept: Path | None = None) -> MeasurementText:
+    """Returns the token sequences of every purpose; no document serves two of them.
+
+    Args:
+        reference: The model.
+        request: The request.
+        kept: Directory where sampled text is kept and found again; None to sample it anew.
+    """
     config = request.config
     sources = _read_sources(request)
     wanted = {
@@ -84,8 +101,14 @@ def prepare_text(reference: ReferenceModel, request: MeasureRequest) -> Measurem
         SELECTION: (config.selection_sequences, config.evaluation_sequence_tokens),
         EVALUATION: (config.evaluation_sequences, config.evaluation_sequence_tokens),
     }
-    if request.calibration is None:
-        parts = {name: _sample(reference, config.seed + i, *size) for i, (name, size) in enumerate(wanted.items())}
+    sampled = request.calibration in (None, SELF_BALANCED)
+    if sampled:
+        # What judges plans is text as the model writes it.
+        balanced = (CALIBRATION, "logit") if request.calibration == SELF_BALANCED else ()
+        parts = {
+            name: _sample(reference, config.seed + i, *size, balanced=name in balanced, kept=kept)
+            for i, (name, size) in enumerate(wanted.items())
+        }
     else:
         documents = _documents_by_purpose(request, sources)
         parts = {
@@ -99,7 +122,7 @@ def prepare_text(reference: ReferenceModel, request: MeasureRequest) -> Measurem
             for name, (sequences, tokens) in wanted.items()
         }
     for name, source in ((SELECTION, request.selection), (EVALUATION, request.evaluation)):
-        if source is not None and request.calibration is None:
+        if source is not None and sampled:
             sequences, tokens = wanted[name]
             parts[name] = tokenize_documents(
                 sources[source], reference.tokenizer, sequences=sequences, sequence_tokens=tokens, source=source
@@ -125,7 +148,7 @@ def _read_sources(request: MeasureRequest) -> dict[str, list[str]]:
     sources: dict[str, list[str]] = {}
     owner: dict[str, str] = {}
     for purpose, source in named.items():
-        if source is None:
+        if source in (None, SELF_BALANCED):
             continue
         sources[source] = read_documents(source)
         shared = next(
@@ -156,7 +179,21 @@ def _documents_by_purpose(
     return documents
 
 
-def _sample(reference: ReferenceModel, seed: int, sequences: int, tokens: int) -> TokenSequences:
-    return sample_sequences(
-        reference.model, reference.tokenizer, sequences=sequences, sequence_tokens=tokens, seed=seed
-    )
+def _sample(
+    reference: ReferenceModel, seed: int, sequences: int, tokens: int, *, balanced: bool, kept: Path | None
+) -> TokenSequences:
+    def sample() -> Piece:
+        draw = sample_balanced_sequences if balanced else sample_sequences
+        drawn = draw(reference.model, reference.tokenizer, sequences=sequences, sequence_tokens=tokens, seed=seed)
+        return {"tokens": drawn.tokens.numpy()}
+
+    asked = {
+        "version": SAMPLING_VERSION,
+        "model": reference.fingerprint,
+        "seed": seed,
+        "shape": [sequences, tokens],
+        "balanced": balanced,
+    }
+    path = None if kept is None else kept / f"sampled-{fingerprint_of(asked)}.safetensors"
+    source = f"sampled from the model{' to use its experts evenly' if balanced else ''}, seed {seed}"
+    return TokenSequences(tokens=torch.from_numpy(read_or_measure(path, sample)["tokens"]), source=source)

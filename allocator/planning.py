@@ -30,7 +30,7 @@ UNIFORM_RULE = "uniform rule"
 
 def default_metric(profile: SensitivityProfile) -> str:
     """Returns the metric that predicts best among those the profile holds."""
-    return next(metric for metric in METRIC_PREFERENCE if metric in profile.losses)
+    return next((metric for metric in METRIC_PREFERENCE if metric in profile.losses), next(iter(profile.losses)))
 
 
 def find_assignment(

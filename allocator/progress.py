@@ -12,6 +12,8 @@ STAGE_NAMES = {
     "output_error": "Hessian-weighted output error",
     "fisher": "Fisher sketch",
     "single_unit_kl": "single-unit KL",
+    "routing": "routing of the experts",
+    "prediction_fit": "whole plans, to correct predictions",
     "verify": "verifying plans on held-out text",
     "evaluate": "evaluating on held-out text",
     "latency": "timing formats on this device",

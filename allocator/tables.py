@@ -1,6 +1,5 @@
 """From a profile, a plan and its evaluations to the tables of a report."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -8,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from allocator.planning import UNIFORM_RULE, default_metric
+from allocator.notes import list_notes
+from allocator.planning import UNIFORM_RULE
 from allocator.plans import Evaluation, Plan
 from reports import Headline, Report
 from sensitivity.profile import NATS, SensitivityProfile
@@ -42,7 +42,7 @@ def make_report(
         evaluations=_evaluation_table(evaluations),
         sensitivities=_sensitivity_table(profile),
         provenance={k: str(v) for k, v in {**plan.provenance, "solver": plan.solver}.items()},
-        notes=_notes(profile, plan, evaluations),
+        notes=list_notes(profile, plan, evaluations),
     )
 
 
@@ -121,26 +121,3 @@ def _metric_rows(
             "metric": metric,
         }
     )
-
-
-def _notes(profile: SensitivityProfile, plan: Plan, evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
-    shipped = next(e for e in evaluations if e.shipped)
-    seen = f"measures {shipped.kl:.4g} nats per token on {shipped.tokens} tokens that nothing else saw."
-    ratio = f" ({shipped.kl / plan.predicted_kl:.2f} times)" if plan.predicted_kl > 0 else ""
-    notes = [
-        f"The finished plan {seen}"
-        if math.isnan(plan.predicted_kl)
-        else f"Additivity: the units' losses sum to {plan.predicted_kl:.4g} and the finished plan{ratio} {seen}",
-        f"Losses are those of the metric '{plan.metric}'; the profile's best is '{default_metric(profile)}'.",
-    ]
-    if plan.corrected_kl is not None and plan.correction_error is not None:
-        notes.append(
-            f"Calibration of the prediction: corrected by whole plans measured on calibration text it is "
-            f"{plan.corrected_kl:.4g}; two of three such plans measured within a factor of {plan.correction_error:.3g} "
-            f"of it. Here measured over corrected is {shipped.kl / plan.corrected_kl:.3g}."
-            if plan.corrected_kl > 0
-            else "Calibration of the prediction: nothing is lost."
-        )
-    if plan.predicted_kl_with_interactions is not None:
-        notes.append(f"With measured cross terms the prediction is {plan.predicted_kl_with_interactions:.4g}.")
-    return tuple(notes)

@@ -78,8 +78,8 @@ def introduction() -> list[str]:
         "",
         "`tests/data/small_moe`: 4 layers of 16 experts, two a token, 3.5 million parameters, six domains of text. "
         f"Fisher sketch on {6 * CALIBRATION_SEQUENCES} sequences of {SEQUENCE_TOKENS} tokens, losses of rarely taken "
-        f"experts shrunk towards their layer's; held-out KL in nats per token on {6 * EVALUATION_SEQUENCES} sequences of "
-        "other documents. Round-to-nearest, group 64; the bytes of a column are those of the uniform format.",
+        f"experts shrunk towards their layer's; held-out KL in nats per token on {6 * EVALUATION_SEQUENCES} sequences "
+        "of other documents. Round-to-nearest, group 64; the bytes of a column are those of the uniform format.",
         "",
     ]
 
@@ -202,8 +202,8 @@ def compare_text(reference: ReferenceModel) -> list[str]:
     lines = [
         "## Text that uses the experts evenly",
         "",
-        f"Usage spread (standard deviation of the experts' shares, mean of the layers; MoEQuant) of {SAMPLED_SEQUENCES} "
-        f"sequences of {SEQUENCE_TOKENS} tokens, seeds {', '.join(map(str, SEEDS))}:",
+        f"Usage spread (standard deviation of the experts' shares, mean of the layers; MoEQuant) of "
+        f"{SAMPLED_SEQUENCES} sequences of {SEQUENCE_TOKENS} tokens, seeds {', '.join(map(str, SEEDS))}:",
         "",
         "| text | mean | by seed |",
         "|---|---|---|",

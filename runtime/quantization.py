@@ -25,12 +25,14 @@ class QuantizedWeight:
         codes: [out_features, in_features] uint8.
         scale: [out_features, groups] float16, positive.
         zero_point: [out_features, groups] uint8, or None when the format is symmetric.
+        quantizer: Name of the rule that made it, where it is known; not stored.
     """
 
     format: Format
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    quantizer: str = ""
 
 
 def dequantize(quantized: QuantizedWeight) -> Tensor:

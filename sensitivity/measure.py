@@ -9,10 +9,8 @@ Every stage costs a number of passes of the model that is set beforehand and doe
 the sequences of the Fisher sketch, and ``logit_passes`` of the single-unit KL, whose other pairs are completed.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,11 +25,11 @@ from runtime.checkpoint import fixed_bytes, reference_bytes, rest_bytes
 from runtime.loading import ReferenceModel
 from sensitivity.combination import COMBINED, combine
 from sensitivity.completion import complete
-from sensitivity.decoder_layers import NotLayerwise
 from sensitivity.estimator_input import EstimatorInput
 from sensitivity.estimators import Estimator, find_estimator
 from sensitivity.expert_tables import FISHER_SHRUNK, find_routing, shrink_table
-from sensitivity.fisher_sketch import fisher_loss, measure_fisher_sketch, measure_streamed_fisher_sketch
+from sensitivity.fisher_pieces import measure_sketch
+from sensitivity.fisher_sketch import fisher_loss
 from sensitivity.fitted_plans import fit_profile
 from sensitivity.logit_pieces import measure_single_unit_kl
 from sensitivity.measure_config import (
@@ -99,7 +97,15 @@ def measure_profile(
             losses[metric] = _measure_error(metric, reference, candidates, text.fisher.tokens, config, pieces, progress)
     sketch = gram = None
     if FISHER in config.metrics:
-        sketch = _measure_fisher(reference, candidates, text.fisher.tokens, config, pieces / FISHER, progress)
+        sketch = measure_sketch(
+            reference.model,
+            candidates,
+            text.fisher.tokens,
+            seed=config.seed,
+            quantizer=config.quantizer,
+            pieces=pieces / FISHER,
+            progress=partial(progress, FISHER),
+        )
         loss, std_error = fisher_loss(sketch)
         losses[FISHER] = LossTable(loss=loss, std_error=std_error, unit_of_measure=NATS)
     routing = find_routing(
@@ -165,61 +171,6 @@ def _measure_error(
     error = read_or_measure(pieces / f"{metric}.safetensors", measure)["error"]
     progress(metric, 1, 1)
     return LossTable(loss=error, std_error=np.zeros_like(error), unit_of_measure="squared error")
-
-
-def _measure_fisher(
-    reference: ReferenceModel,
-    candidates: Candidates,
-    tokens: Tensor,
-    config: MeasureConfig,
-    pieces: Path,
-    progress: Progress,
-) -> NDArray[np.float32]:
-    stream, sequences = pieces / "stream", pieces / "sequences"
-
-    def measure() -> Piece:
-        # Sequences are there when an earlier run found that the model is not layer-wise.
-        if not sequences.exists():
-            with suppress(NotLayerwise):
-                sketch = measure_streamed_fisher_sketch(
-                    reference.model,
-                    candidates,
-                    tokens,
-                    seed=config.seed,
-                    directory=stream,
-                    progress=partial(progress, FISHER),
-                    quantizer=config.quantizer,
-                )
-                return {"sketch": sketch}
-        return {"sketch": _measure_whole_fisher(reference, candidates, tokens, config, sequences, progress)}
-
-    sketch = read_or_measure(pieces / "sketch.safetensors", measure)["sketch"]
-    for parts in (stream, sequences):
-        shutil.rmtree(parts, ignore_errors=True)
-    return sketch
-
-
-def _measure_whole_fisher(
-    reference: ReferenceModel,
-    candidates: Candidates,
-    tokens: Tensor,
-    config: MeasureConfig,
-    pieces: Path,
-    progress: Progress,
-) -> NDArray[np.float32]:
-    def measure(s: int) -> Piece:
-        [sketch] = measure_fisher_sketch(
-            reference.model, candidates, tokens[: s + 1], seed=config.seed, quantizer=config.quantizer, first=s
-        )
-        return {"sketch": sketch}
-
-    total = len(tokens)
-    progress(FISHER, 0, total)
-    sketches = []
-    for s in range(total):
-        sketches.append(read_or_measure(pieces / f"{s:05d}.safetensors", partial(measure, s))["sketch"])
-        progress(FISHER, s + 1, total)
-    return np.stack(sketches)
 
 
 def _measure_others(

@@ -28,6 +28,7 @@ FLAGS = (
     *("--formats", ",".join(FORMATS)),
     *("--sequences", "6", "--sequence-tokens", "16"),
     *("--logit-sequences", "4", "--logit-tokens", "12"),
+    *("--fit-plans", "6", "--fit-sequences", "2"),
     *("--held-out-sequences", "4", "--held-out-tokens", "24"),
 )
 

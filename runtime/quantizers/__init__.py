@@ -1,35 +1,60 @@
 """Quantizers: rules that choose codes, scales and zero points for one weight.
 
-Every quantizer is a function ``(weight [out_features, in_features], format) -> QuantizedWeight``.
+Every quantizer is a function ``(weight [out_features, in_features], format, statistics or None) -> QuantizedWeight``.
+Those in ``STATISTICAL`` need the statistics; ``clipping`` weights its error by them where they are given.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
 from runtime.formats import Format
 from runtime.quantization import QuantizedWeight, dequantize, round_to_float
-from runtime.quantizers.rtn import quantize_rtn
+from runtime.quantizers.activation_scaling import ActivationScale, find_activation_scale, scale_inputs
+from runtime.quantizers.automatic import SINGLE_QUANTIZERS, Quantizer, quantize_automatic
+from runtime.quantizers.input_statistics import InputStatistics
 
-QUANTIZERS: dict[str, Callable[[Tensor, Format], QuantizedWeight]] = {"rtn": quantize_rtn}
+QUANTIZERS: dict[str, Quantizer] = {**SINGLE_QUANTIZERS, "auto": quantize_automatic}
+STATISTICAL = frozenset({"gptq", "coordinate_descent", "learned_rounding", "auto"})
 
-__all__ = ["QUANTIZERS", "quantize", "render"]
+__all__ = [
+    "QUANTIZERS",
+    "STATISTICAL",
+    "ActivationScale",
+    "InputStatistics",
+    "Quantizer",
+    "find_activation_scale",
+    "quantize",
+    "render",
+    "scale_inputs",
+]
 
 
-def quantize(weight: Tensor, format_: Format, quantizer: str = "rtn") -> QuantizedWeight:
+def quantize(
+    weight: Tensor, format_: Format, quantizer: str = "rtn", *, statistics: InputStatistics | None = None
+) -> QuantizedWeight:
     """Returns the weight [out_features, in_features] quantized by a named quantizer.
 
+    Args:
+        weight: Finite.
+        format_: An integer format.
+        quantizer: Name in ``QUANTIZERS``.
+        statistics: Of the weight's inputs; needed by those in ``STATISTICAL``.
+
     Raises:
-        ValueError: If the quantizer is unknown.
+        ValueError: If the quantizer is unknown, lacks statistics that it needs, or refuses the weight.
     """
     if quantizer not in QUANTIZERS:
-        msg = f"quantizer must be a known name: got '{quantizer}'. Known quantizers: {', '.join(sorted(QUANTIZERS))}."
+        msg = f"quantizer must be a known name: got '{quantizer}'. Known quantizers: {', '.join(QUANTIZERS)}."
         raise ValueError(msg)
-    return QUANTIZERS[quantizer](weight, format_)
+    quantized = QUANTIZERS[quantizer](weight, format_, statistics)
+    return quantized if quantized.quantizer else replace(quantized, quantizer=quantizer)
 
 
-def render(weight: Tensor, format_: Format, quantizer: str = "rtn") -> Tensor:
+def render(
+    weight: Tensor, format_: Format, quantizer: str = "rtn", *, statistics: InputStatistics | None = None
+) -> Tensor:
     """Returns the float32 weight [out_features, in_features] as it will be read back from ``format_``."""
     if format_.kind == "float":
         return round_to_float(weight, format_)
-    return dequantize(quantize(weight, format_, quantizer))
+    return dequantize(quantize(weight, format_, quantizer, statistics=statistics))

@@ -80,3 +80,12 @@ def test_budgets_that_cannot_be(fields: dict[str, Any], message: str) -> None:
 )
 def test_description(fields: dict[str, Any], text: str) -> None:
     assert Budget(**fields).describe() == text
+
+
+def test_a_batch_is_named_where_it_is_not_one() -> None:
+    assert Budget(bits_per_weight=4).describe() == "bits per weight <= 4"
+    assert Budget(bits_per_weight=4, limits={"read_bytes": 9}, batch=8).describe() == (
+        "bits per weight <= 4, read_bytes <= 9, batch 8"
+    )
+    with pytest.raises(ValueError, match="a batch must be at least 1 sequence: got batch=0"):
+        Budget(bits_per_weight=4, batch=0)

@@ -160,6 +160,12 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "count": (["measure", "MODEL", "--sequences", "1"], "fisher_sequences must be at least 2"),
     "passes": (["measure", "MODEL", "--logit-passes", "most"], "must be a whole number or 'all': got 'most'"),
     "few passes": (["measure", "MODEL", "--logit-passes", "1"], "logit_passes must be at least 2"),
+    "fit plans": (
+        ["measure", "MODEL", "--fit-plans", "some"],
+        "--fit-plans must be a whole number or 'none': got 'some'",
+    ),
+    "few fit plans": (["measure", "MODEL", "--fit-plans", "3"], "fit_plans must be at least 4, or None: got 3"),
+    "fit sequences": (["measure", "MODEL", "--fit-sequences", "1"], "fit_sequences must be at least 2"),
     "pin": (["measure", "MODEL", "--pin", "q_proj"], "a pin must be REGEX=FORMAT: got 'q_proj'"),
     "points": (["frontier", "MODEL", "--points", "1"], "points"),
     "demo budget": (["demo", "--memory", "x"], "a size must be"),

@@ -49,3 +49,15 @@ def test_all_passes_keep_the_cross_terms(
     profile = store.find_profile(str(ask(capsys, *arguments, "--logit-passes", "all")["profile"]))
     assert profile is not None and profile.logit_gram is not None
     assert profile.table(SINGLE_UNIT_KL).measured is None
+
+
+def test_without_fitted_plans_predictions_are_not_corrected(
+    store: Store, tiny_llama_dir: Path, tiny_text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_llama_dir)
+    flags = (*FLAGS, "--metrics", "fisher", "--fit-plans", "none")
+    profile = store.find_profile(str(ask(capsys, "measure", model, "--calibration", str(tiny_text), *flags)["profile"]))
+    assert profile is not None and list(profile.losses) == ["fisher"] and profile.prediction_fits == {}
+    document = ask(capsys, "plan", model, "--bits-per-weight", "4.5", "--no-verify")
+    assert document["predicted_kl"] is not None
+    assert document["corrected_kl"] is None and document["correction_error"] is None

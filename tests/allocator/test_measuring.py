@@ -27,12 +27,13 @@ def write(path: Path, text: str) -> str:
 def words_of(reference: ReferenceModel, request: MeasureRequest) -> dict[str, set[str]]:
     """Returns purpose -> the whole words of its sequences, which may cut their first and their last."""
     text = prepare_text(reference, request)
-    parts = {"fisher": text.fisher, "logit": text.logit, "selection": text.selection, "evaluation": text.evaluation}
+    parts = {name: getattr(text, name) for name in ("fisher", "logit", "selection", "evaluation", "fit")}
     shapes = {
         "fisher": (CONFIG.fisher_sequences, CONFIG.sequence_tokens),
         "logit": (CONFIG.logit_sequences, CONFIG.logit_sequence_tokens),
         "selection": (CONFIG.selection_sequences, CONFIG.evaluation_sequence_tokens),
         "evaluation": (CONFIG.evaluation_sequences, CONFIG.evaluation_sequence_tokens),
+        "fit": (CONFIG.fit_sequences, CONFIG.sequence_tokens),
     }
     assert {name: tuple(part.tokens.shape) for name, part in parts.items()} == shapes
     rows = {name: [reference.tokenizer.decode(row) for row in part.tokens.tolist()] for name, part in parts.items()}
@@ -47,9 +48,38 @@ def test_parts_of_one_source_share_no_document(reference: ReferenceModel, tmp_pa
     documents = numbered("word", 40)
     source = write(tmp_path / "text.jsonl", "".join(json.dumps({"text": d}) + "\n" for d in documents))
     found = words_of(reference, make_request(Path(source)))
-    assert found["fisher"] and found["selection"] and found["evaluation"]
+    assert found["fisher"] and found["fit"] and found["selection"] and found["evaluation"]
     assert not found["selection"] & found["evaluation"]
-    assert not (found["selection"] | found["evaluation"]) & (found["fisher"] | found["logit"])
+    assert not (found["selection"] | found["evaluation"]) & (found["fisher"] | found["logit"] | found["fit"])
+
+
+@pytest.mark.parametrize(("sketch", "fit"), [(6, 2), (5, 3), (2, 7), (9, 9)])
+def test_sequences_of_the_fit_lie_evenly_between_those_of_the_sketch(
+    sketch: int, fit: int, reference: ReferenceModel, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, fisher_sequences=sketch, fit_sequences=fit)
+    # Every number is in one place of the text only.
+    source = write(tmp_path / "numbers.txt", " ".join(map(str, range(1000, 3000))))
+    text = prepare_text(reference, make_request(Path(source), config=config))
+
+    def first_number(row: list[int]) -> int:
+        return int(reference.tokenizer.decode(row).split()[1])
+
+    starts = {part: [first_number(row) for row in getattr(text, part).tokens.tolist()] for part in ("fisher", "fit")}
+    assert [len(found) for found in starts.values()] == [sketch, fit]
+    assert all(found == sorted(found) for found in starts.values())
+    together = sorted(starts["fisher"] + starts["fit"])
+    assert len(set(together)) == sketch + fit
+    # Each within one place of the middle of its own of so many equal parts.
+    for i, start in enumerate(starts["fit"]):
+        assert abs(together.index(start) + 0.5 - (i + 0.5) * (sketch + fit) / fit) <= 1
+
+
+def test_sampled_sequences_of_the_fit_are_others_than_those_of_the_sketch(reference: ReferenceModel) -> None:
+    text = prepare_text(reference, replace(make_request(Path("none")), calibration=None))
+    rows = [{tuple(row) for row in part.tokens.tolist()} for part in (text.fisher, text.fit)]
+    assert [len(found) for found in rows] == [CONFIG.fisher_sequences, CONFIG.fit_sequences]
+    assert not rows[0] & rows[1]
 
 
 def test_every_purpose_from_its_own_source(reference: ReferenceModel, tmp_path: Path) -> None:
@@ -62,6 +92,7 @@ def test_every_purpose_from_its_own_source(reference: ReferenceModel, tmp_path: 
         "logit": {"one"},
         "selection": {"two"},
         "evaluation": {"three"},
+        "fit": {"one"},
     }
 
 
@@ -95,7 +126,7 @@ def test_no_document_may_have_two_purposes(calibration: str | None, reference: R
 
 def test_text_that_is_too_short_for_a_part(reference: ReferenceModel, tmp_path: Path) -> None:
     short = write(tmp_path / "short.txt", "Too short to measure with.")
-    with pytest.raises(ValueError, match=r"text must hold 6 sequences of 16 tokens: got .* tokens from '.*short.txt"):
+    with pytest.raises(ValueError, match=r"text must hold 8 sequences of 16 tokens: got .* tokens from '.*short.txt"):
         prepare_text(reference, make_request(Path(short)))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import allocator
 from allocator.assignments import Assignment
 from allocator.budget import Budget, InfeasibleBudget
 from allocator.planning import (
@@ -182,13 +183,29 @@ def test_metric_that_predicts_no_kl_lets_the_best_one_predict(
     assert made.objective == pytest.approx(profile.table("weight_error").loss[np.arange(6), chosen].sum())
 
 
+@pytest.mark.parametrize(("metric", "predicting"), [("combined",) * 2, ("fisher",) * 2, ("weight_error", "combined")])
+def test_prediction_is_corrected_by_the_fit_of_the_metric_that_predicts(
+    metric: str, predicting: str, profile: SensitivityProfile, tables: dict[str, CostTable]
+) -> None:
+    fit = profile.prediction_fits[predicting]
+    assert fit.plans == 6 and fit.factor != 1
+    made = make(profile, tables, metric)
+    assert made.corrected_kl == pytest.approx(fit.factor * made.predicted_kl**fit.exponent, rel=1e-12)
+    assert made.correction_error == pytest.approx(math.exp(fit.log_error), rel=1e-12)
+    others = {name: other for name, other in profile.prediction_fits.items() if name != predicting}
+    without = make(replace(profile, prediction_fits=others), tables, metric)
+    assert without.corrected_kl is None and without.correction_error is None
+    assert without.weights == made.weights
+
+
 def test_without_any_metric_in_nats_nothing_is_predicted(
     profile: SensitivityProfile, tables: dict[str, CostTable]
 ) -> None:
-    bare = replace(profile, losses={"weight_error": profile.table("weight_error")}, logit_gram=None)
+    bare = replace(profile, losses={"weight_error": profile.table("weight_error")}, logit_gram=None, prediction_fits={})
     assert default_metric(bare) == "weight_error"
     made = make(bare, tables, "weight_error")
     assert math.isnan(made.predicted_kl) and made.predicted_kl_with_interactions is None
+    assert made.corrected_kl is None and made.correction_error is None
     with pytest.raises(ValueError, match=r"a metric in nats/token: got 'weight_error' in squared error"):
         find_assignment(bare, Budget(max_kl=1), tables, metric="weight_error")
 
@@ -281,3 +298,12 @@ def test_infeasible_limits_of_other_searches(
 ) -> None:
     with pytest.raises(InfeasibleBudget, match="Smallest reachable values"):
         find(profile, Budget(memory_bytes=10), tables, metric="combined")
+
+
+def test_a_profile_of_another_estimator_alone_plans_by_it(profile: SensitivityProfile) -> None:
+    table = replace(profile.table("weight_error"), unit_of_measure="kurtosis x noise / signal power")
+    only = replace(profile, losses={"kurtosis": table}, fisher_sketch=None, logit_gram=None, prediction_fits={})
+    assert default_metric(only) == "kurtosis"
+    made = allocator.plan(only, Budget(bits_per_weight=6), verify=False)
+    assert made.metric == "kurtosis"
+    assert math.isnan(made.predicted_kl) and made.corrected_kl is None

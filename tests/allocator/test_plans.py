@@ -47,6 +47,13 @@ def test_round_trip_without_a_bound(uniform_plan: Plan, tmp_path: Path) -> None:
     assert replace(loaded, predicted_kl=0.0) == replace(uniform_plan, predicted_kl=0.0)
 
 
+def test_round_trip_without_a_correction(plan: Plan, tmp_path: Path) -> None:
+    assert plan.corrected_kl is not None and plan.correction_error is not None
+    without = replace(plan, corrected_kl=None, correction_error=None)
+    save_plan(without, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == without
+
+
 def _change(record: dict[str, Any], **changes: Any) -> str:
     return json.dumps({name: value for name, value in {**record, **changes}.items() if value != "gone"})
 
@@ -54,8 +61,10 @@ def _change(record: dict[str, Any], **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 7}, r"schema_version=1: got 7 in '.*plan.json'"),
-        ({"schema_version": "gone"}, r"schema_version=1: got None"),
+        ({"schema_version": 7}, r"schema_version=2: got 7 in '.*plan.json'"),
+        ({"schema_version": 1}, r"schema_version=2: got 1 in '.*plan.json'"),
+        ({"schema_version": "gone"}, r"schema_version=2: got None"),
+        ({"corrected_kl": "gone"}, r"lacks \['corrected_kl'\]"),
         ({"units": "gone"}, r"lacks \['units'\] and has unknown \[\]"),
         ({"colour": "red"}, r"lacks \[\] and has unknown \['colour'\]"),
         ({"units": [{"unit": "a"}]}, r"which is damaged \(TypeError: .*missing"),
@@ -95,6 +104,7 @@ def test_header_holds_the_numbers(plan: Plan) -> None:
     header = json.loads(plan.header_metadata()["bitplan.plan"])
     assert header["objective"] == plan.objective
     assert header["lower_bound"] == plan.lower_bound
+    assert header["corrected_kl"] == plan.corrected_kl
     assert header["memory_bytes"] == plan.memory_bytes
     assert header["provenance"] == plan.provenance
     assert not {"weights", "units", "evaluations"} & set(header)

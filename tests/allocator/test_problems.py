@@ -53,3 +53,11 @@ def test_measured_latency_is_a_resource(tiny_profile: SensitivityProfile) -> Non
     problem = build_problem(tiny_profile, tiny_profile.table("fisher").loss, {"latency_us": 30.0}, tables)
     assert problem.resources == ("memory_bytes", "latency_us")
     assert problem.limit[1] == 30.0
+
+
+def test_a_batch_reads_linear_layers_once_and_a_row_of_the_embedding_each(tiny_profile: SensitivityProfile) -> None:
+    one, many = build_cost_tables(tiny_profile), build_cost_tables(tiny_profile, batch_tokens=8)
+    embedding = np.array([unit.kind == "embedding" for unit in tiny_profile.candidates.units])
+    assert embedding.any()
+    np.testing.assert_array_equal(one["read_bytes"].cost[~embedding], many["read_bytes"].cost[~embedding])
+    np.testing.assert_array_equal(8 * one["read_bytes"].cost[embedding], many["read_bytes"].cost[embedding])

@@ -92,8 +92,8 @@ def test_limits_on_latency_and_bytes_read(measured: Measured) -> None:
         assert made.use[name] <= limit * (1 + 1e-9)
     assert made.bits_per_weight <= 9
     assert made.shipped is not None
-    loss = measured.profile.table("combined").loss
     predicted = measured.plan(Budget(bits_per_weight=9, limits=limits))
+    loss = measured.profile.table(predicted.metric).loss
     assert predicted.objective <= pick(loss, uniform.choice).sum() * (1 + 1e-9)
     assert "knapsack" in predicted.solver
 

@@ -86,8 +86,11 @@ def arrays_of(profile: SensitivityProfile) -> dict[str, NDArray[Any]]:
     tables = {
         f"{kind}.{name}": getattr(t, kind) for name, t in profile.losses.items() for kind in ("loss", "std_error")
     }
-    tokens = {"selection": profile.selection_tokens, "evaluation": profile.evaluation_tokens}
-    return {**tables, **tokens, "fisher_sketch": profile.fisher_sketch, "logit_gram": profile.logit_gram}
+    tokens = {name: getattr(profile, f"{name}_tokens") for name in ("calibration", "selection", "evaluation")}
+    routing = (
+        {} if profile.routing is None else {"visits": profile.routing.visits, "together": profile.routing.together}
+    )
+    return {**tables, **tokens, **routing, "fisher_sketch": profile.fisher_sketch, "logit_gram": profile.logit_gram}
 
 
 def assert_same(profile: SensitivityProfile, other: SensitivityProfile) -> None:
@@ -97,6 +100,7 @@ def assert_same(profile: SensitivityProfile, other: SensitivityProfile) -> None:
     for name, array in arrays.items():
         assert array.dtype == others[name].dtype
         np.testing.assert_array_equal(array, others[name], err_msg=name)
+    assert profile.prediction_fits == other.prediction_fits
     assert profile.fingerprint == other.fingerprint
 
 

@@ -108,9 +108,10 @@ class Recorder:
         self.closed: set[Weight] = set()
         self.gradients: dict[tuple[str, int], Tensor] = {}
 
-    def begin(self, weights: Mapping[Weight, Tensor]) -> None:
+    def begin(self, weights: Mapping[Weight, Tensor]) -> int:
         assert not self.open and not self.closed & set(weights)
         self.open = set(weights)
+        return 0
 
     def add(self, weight: Weight, gradients: Tensor, first: int) -> None:
         assert weight in self.open
@@ -268,6 +269,7 @@ def test_layers_that_cannot_be_run_by_themselves_are_refused(
     before = [(name, id(module)) for name, module in model.named_modules()]
     with pytest.raises(NotLayerwise, match=found + r".*Run it as a whole \(measure_fisher_sketch\)"):
         measure_streamed(model, tmp_path)
+    assert not list(tmp_path.iterdir())
     assert [(name, id(module)) for name, module in model.named_modules()] == before
     assert not any(parameter.requires_grad for parameter in model.parameters())
 

@@ -1,8 +1,10 @@
 """Measuring: what is in a profile, how it is counted, which settings are refused, and what the fingerprint covers."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +15,17 @@ from runtime.units import find_units
 from sensitivity import measure
 from sensitivity.calibration import TokenSequences
 from sensitivity.combination import COMBINED, combine
-from sensitivity.fisher_sketch import fisher_loss, measure_fisher_sketch
+from sensitivity.estimator_input import EstimatorInput
+from sensitivity.estimators import find_estimator
+from sensitivity.expert_tables import FISHER_SHRUNK
+from sensitivity.fisher_sketch import fisher_loss, measure_streamed_fisher_sketch
 from sensitivity.logit_sketch import LogitSketch, gram_of
 from sensitivity.measure import measurement_fingerprint
 from sensitivity.measure_config import FISHER, METRICS, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR, MeasureConfig
 from sensitivity.output_error import measure_output_error
 from sensitivity.profile import NATS, SensitivityProfile, load_profile, save_profile
+from sensitivity.routing_measurement import measure_routing
+from sensitivity.shrinkage import shrink_rare_losses
 from sensitivity.weight_error import measure_weight_error
 from tests.sensitivity.measured_models import (
     FORMATS,
@@ -32,7 +39,9 @@ from tests.sensitivity.measured_models import (
 Calls = list[tuple[str, int, int]]
 
 
-def test_profile_holds_what_the_estimators_measure(measurement: Measurement, whole: SensitivityProfile) -> None:
+def test_profile_holds_what_the_estimators_measure(
+    measurement: Measurement, whole: SensitivityProfile, tmp_path: Path
+) -> None:
     model, candidates, text = measurement.reference.model, measurement.candidates, measurement.text
     config = measurement.config
     assert list(whole.losses) == [*METRICS, COMBINED]
@@ -42,7 +51,9 @@ def test_profile_holds_what_the_estimators_measure(measurement: Measurement, who
     for metric in (WEIGHT_ERROR, OUTPUT_ERROR):
         assert not whole.table(metric).std_error.any()
         assert whole.table(metric).unit_of_measure == "squared error"
-    sketch = np.stack(list(measure_fisher_sketch(model, candidates, text.fisher.tokens, seed=config.seed)))
+    sketch = measure_streamed_fisher_sketch(
+        model, candidates, text.fisher.tokens, seed=config.seed, directory=tmp_path, progress=lambda *_: None
+    )
     np.testing.assert_array_equal(whole.fisher_sketch, sketch)
     for part, expected in zip(("loss", "std_error"), fisher_loss(sketch), strict=True):
         np.testing.assert_array_equal(getattr(whole.table(FISHER), part), expected)
@@ -72,6 +83,7 @@ def test_single_unit_kl_and_halves_of_the_gram(measurement: Measurement, whole: 
 
 def test_profile_says_where_it_comes_from(measurement: Measurement, whole: SensitivityProfile, tmp_path: Path) -> None:
     reference, text = measurement.reference, measurement.text
+    np.testing.assert_array_equal(whole.calibration_tokens, text.fisher.tokens.numpy())
     np.testing.assert_array_equal(whole.selection_tokens, text.selection.tokens.numpy())
     np.testing.assert_array_equal(whole.evaluation_tokens, text.evaluation.tokens.numpy())
     assert whole.fixed_bytes == fixed_bytes(reference.model)
@@ -94,7 +106,18 @@ def test_mixtures_of_experts(name: str, request: pytest.FixtureRequest, tmp_path
     profile = measurement.run(tmp_path, lambda *_: None)
     # Two of four experts see a token.
     assert profile.expert_share == 0.5
-    assert list(profile.losses) == [*METRICS, COMBINED]
+    assert list(profile.losses) == [WEIGHT_ERROR, OUTPUT_ERROR, FISHER, FISHER_SHRUNK, SINGLE_UNIT_KL, COMBINED]
+    routing = measure_routing(measurement.reference.model, measurement.text.fisher.tokens)
+    assert profile.routing is not None and profile.routing.layers == routing.layers == (0, 1)
+    np.testing.assert_array_equal(profile.routing.visits, routing.visits)
+    np.testing.assert_array_equal(profile.routing.together, routing.together)
+    fisher = profile.table(FISHER)
+    shrunk = shrink_rare_losses(fisher.loss, fisher.std_error, routing, measurement.candidates)
+    np.testing.assert_array_equal(profile.table(FISHER_SHRUNK).loss, shrunk.loss)
+    np.testing.assert_array_equal(profile.table(FISHER_SHRUNK).std_error, shrunk.std_error)
+    # The piece of the routing is taken up like any other.
+    again = replace(measurement, reference=replace(measurement.reference, model=nan_model(measurement.reference.model)))
+    assert_same(again.run(tmp_path, lambda *_: None), profile)
     assert all(np.isfinite(array).all() for array in arrays_of(profile).values())
 
 
@@ -105,6 +128,7 @@ def test_mixtures_of_experts(name: str, request: pytest.FixtureRequest, tmp_path
         ((FISHER, OUTPUT_ERROR), [OUTPUT_ERROR, FISHER]),
         ((SINGLE_UNIT_KL,), [SINGLE_UNIT_KL]),
         ((SINGLE_UNIT_KL, FISHER), [FISHER, SINGLE_UNIT_KL, COMBINED]),
+        (("kurtosis", WEIGHT_ERROR), [WEIGHT_ERROR, "kurtosis"]),
     ],
     ids="+".join,
 )
@@ -117,19 +141,55 @@ def test_only_the_metrics_asked_for_are_measured(
     assert list(profile.losses) == held
     assert (profile.fisher_sketch is not None) == (FISHER in metrics)
     assert (profile.logit_gram is not None) == (SINGLE_UNIT_KL in metrics)
-    assert {stage for stage, _, _ in calls} == set(metrics)
+    predicting = {metric for metric in held if profile.table(metric).unit_of_measure == NATS}
+    assert {stage for stage, _, _ in calls} == {*metrics, *(["prediction_fit"] if predicting else [])}
+    # Of metrics that are unlike the measured KL there may be none.
+    assert set(profile.prediction_fits) == predicting
+
+
+def test_further_estimators(measurement: Measurement, whole: SensitivityProfile, tmp_path: Path) -> None:
+    metrics = (FISHER, "kurtosis", "linearity")
+    more = replace(measurement, config=replace(measurement.config, metrics=metrics, seed=1))
+    profile = more.run(tmp_path, lambda *_: None)
+    assert list(profile.losses) == [*metrics]
+    given = EstimatorInput(
+        model=more.reference.model, candidates=more.candidates, tokens=more.text.fisher.tokens, seed=1
+    )
+    for name in metrics[1:]:
+        expected = find_estimator(name).estimate(given)
+        np.testing.assert_array_equal(profile.table(name).loss, expected.loss)
+        np.testing.assert_array_equal(profile.table(name).std_error, expected.std_error)
+        assert profile.table(name).unit_of_measure == expected.unit_of_measure
+    # One that predicts the KL is corrected like the others.
+    assert set(profile.prediction_fits) == {FISHER, "linearity"}
+    save_profile(profile, tmp_path / "profile")
+    loaded = load_profile(tmp_path / "profile")
+    assert list(loaded.losses) == [*metrics] and loaded.prediction_fits == profile.prediction_fits
+    # Taken up, it is not measured again.
+    calls: Calls = []
+    again = replace(more, reference=replace(more.reference, model=nan_model(more.reference.model)))
+    np.testing.assert_array_equal(
+        again.run(tmp_path, lambda *call: calls.append(call)).table("linearity").loss, profile.table("linearity").loss
+    )
+    assert [call for call in calls if call[0] == "linearity"] == [("linearity", 0, 1), ("linearity", 1, 1)]
+
+
+def nan_model(model: Any) -> Any:
+    """Returns a model with which nothing can be measured."""
+    broken = copy.deepcopy(model)
+    for parameter in broken.parameters():
+        parameter.fill_(float("nan"))
+    return broken
 
 
 def test_progress_counts_every_piece(measurement: Measurement, tmp_path: Path) -> None:
     calls: Calls = []
     measurement.run(tmp_path, lambda *call: calls.append(call))
-    totals = {
-        WEIGHT_ERROR: 1,
-        OUTPUT_ERROR: 1,
-        FISHER: measurement.config.fisher_sequences,
-        SINGLE_UNIT_KL: len(measurement.candidates.units),
-    }
-    assert calls == [(stage, done, total) for stage, total in totals.items() for done in range(total + 1)]
+    # Of the sketch: hidden states of three places, the head, two layers, all outside of the layers.
+    totals = {WEIGHT_ERROR: 1, OUTPUT_ERROR: 1, FISHER: 7, SINGLE_UNIT_KL: len(measurement.candidates.units)}
+    one_by_one = [(stage, done, total) for stage, total in totals.items() for done in range(total + 1)]
+    # Plans are measured four at a time.
+    assert calls == [*one_by_one, *(("prediction_fit", done, 5) for done in (0, 4, 5))]
 
 
 BOUNDS = r"must be at least 2 \(a standard error needs two samples\): got "
@@ -145,7 +205,11 @@ BOUNDS = r"must be at least 2 \(a standard error needs two samples\): got "
         ),
         ({"fisher_sequences": -3}, f"fisher_sequences {BOUNDS}-3"),
         ({"logit_sequences": 3}, r"logit_sequences must be even \(two halves are compared\): got 3"),
-        ({"metrics": ()}, r"metrics must be among weight_error, output_error, fisher, single_unit_kl: got \[\]"),
+        ({"fit_plans": 3}, r"fit_plans must be at least 4, or None: got 3\. Raise it"),
+        (
+            {"metrics": ()},
+            r"metrics must be among weight_error, output_error, fisher, single_unit_kl, .*kurtosis.*: got \[\]",
+        ),
         ({"metrics": ("fisher", "hessian")}, r"metrics must be among .*: got \['fisher', 'hessian'\]"),
         ({"quantizer": "magic"}, "quantizer must be among .*rtn.*: got 'magic'"),
     ],
@@ -190,12 +254,15 @@ CHANGES: dict[str, Callable[[Measurement], Measurement]] = {
     "units": change_candidates(fuse=(r"self_attn\.(q|k|v)_proj",)),
     "fisher_text": change_text("fisher"),
     "logit_text": change_text("logit"),
+    "fit_text": change_text("fit"),
     "selection_text": change_text("selection"),
     "evaluation_text": change_text("evaluation"),
     "seed": change_config(seed=1),
     "top_tokens": change_config(top_tokens=17),
     "logit_passes": change_config(logit_passes=17),
     "all_logit_passes": change_config(logit_passes=None),
+    "fit_plans": change_config(fit_plans=6),
+    "no_fit": change_config(fit_plans=None),
     "metrics": change_config(metrics=(FISHER,)),
 }
 

@@ -11,7 +11,8 @@ import pytest
 from runtime.candidates import list_candidates
 from sensitivity.combination import COMBINED
 from sensitivity.completion import complete
-from sensitivity.measure_config import FISHER, METRICS, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
+from sensitivity.expert_tables import FISHER_SHRUNK
+from sensitivity.measure_config import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
 from sensitivity.profile import SensitivityProfile, load_profile, save_profile
 from tests.sensitivity.measured_models import FORMATS, Measurement, arrays_of, make_config, make_measurement
 
@@ -37,8 +38,8 @@ def test_passes_are_bounded_and_the_rest_is_completed(
     measurement: Measurement, whole: SensitivityProfile, tmp_path: Path, passes: int
 ) -> None:
     few = replace(measurement, config=replace(measurement.config, logit_passes=passes, metrics=(SINGLE_UNIT_KL,)))
-    # One for the reference.
-    assert count_passes(few, lambda: few.run(tmp_path / "alone", lambda *_: None)) == passes + 1
+    # One for the reference; and five plans, four and one beside the reference again.
+    assert count_passes(few, lambda: few.run(tmp_path / "alone", lambda *_: None)) == passes + 1 + 5 + 2
     few = replace(measurement, config=replace(measurement.config, logit_passes=passes))
     calls: Calls = []
     profile = few.run(tmp_path / "all", lambda *call: calls.append(call))
@@ -130,7 +131,7 @@ def test_mixtures_of_experts_with_fewer_passes_than_units(
     measurement = make_measurement(request.getfixturevalue(name), config)
     assert len(measurement.candidates.units) > 12
     profile = measurement.run(tmp_path / "pieces", lambda *_: None)
-    assert list(profile.losses) == [*METRICS, COMBINED]
+    assert list(profile.losses) == [WEIGHT_ERROR, OUTPUT_ERROR, FISHER, FISHER_SHRUNK, SINGLE_UNIT_KL, COMBINED]
     table = profile.table(SINGLE_UNIT_KL)
     assert table.measured is not None and table.measured.sum() == 12
     lossy = measurement.candidates.allowed & (profile.table(WEIGHT_ERROR).loss > 0)

@@ -77,6 +77,8 @@ def test_forbidden_formats_are_never_drawn_and_small_menus_do() -> None:
     loss, stored, allowed, weights = _tables(20, 1)
     allowed[:, 1::2] = False
     allowed[3] = np.arange(7) == 4
+    # As cost tables have it.
+    stored[~allowed] = np.nan
     choices = draw_choices(loss, stored, allowed, weights, count=6, seed=0)
     assert all(allowed[np.arange(20), choice].all() for choice in choices)
     assert np.all(choices[:, 3] == 4)

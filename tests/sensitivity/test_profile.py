@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from runtime.candidates import list_candidates
 from runtime.units import find_units
+from sensitivity.prediction_fit import PredictionFit
 from sensitivity.profile import (
     NATS,
     SCHEMA_VERSION,
@@ -23,6 +24,7 @@ from sensitivity.profile import (
     load_profile,
     save_profile,
 )
+from sensitivity.routing import RoutingStatistics
 from tests.tiny_models import build_tiny_llama, build_tiny_mixtral
 
 FORMATS = ("int2_g64", "int4_g128", "int8_channel_sym", "bf16")
@@ -54,12 +56,27 @@ def make_profile(*, tied: bool = False, sketches: bool = True) -> SensitivityPro
         fisher_sketch=generator.normal(size=(3, *shape)).astype(np.float32) if sketches else None,
         # Transposed: safetensors would write such an array in the order of its memory.
         logit_gram=generator.normal(size=(size, size, 2)).astype(np.float32).T if sketches else None,
+        prediction_fits={
+            "fisher": PredictionFit(factor=1 / 3, exponent=1.1, log_error=0.123456789012345, plans=12),
+            "single_unit_kl": PredictionFit(factor=2.0, exponent=0.9, log_error=1e-17, plans=4),
+        },
+        calibration_tokens=generator.integers(0, 320, (5, 6)),
         selection_tokens=generator.integers(0, 320, (2, 8)),
         evaluation_tokens=generator.integers(0, 320, (3, 4)),
         fixed_bytes=2**40 + 1,
         rest_bytes=12345,
         reference_bytes=2**41,
         expert_share=1 / 3,
+        routing=None
+        if tied
+        else RoutingStatistics(
+            layers=(0, 1),
+            domains=("tëxt", "code"),
+            tokens=generator.integers(1, 99, 2),
+            visits=generator.integers(0, 99, (2, 2, 4)),
+            gate_weight=generator.random((2, 2, 4)),
+            together=generator.integers(0, 99, (2, 4, 4)),
+        ),
         provenance={"model": "tïny", "profile": "f" * 64},
     )
 
@@ -168,13 +185,19 @@ VERSION = f"must have schema_version={SCHEMA_VERSION}: got "
         (truncate("arrays.safetensors", 0.0), NOT_A_PROFILE),
         (edit_document(lambda document: [document]), VERSION + "None"),
         (edit_document(lambda document: document.pop("schema_version") and None), VERSION + "None"),
-        (edit_document(lambda document: {**document, "schema_version": 2}), VERSION + "2 in .* Use the version"),
+        (edit_document(lambda document: {**document, "schema_version": 1}), VERSION + "1 in .* Use the version"),
+        (edit_document(lambda document: {**document, "schema_version": 3}), VERSION + "3 in .* Use the version"),
         (edit_document(lambda document: document.pop("units") and None), DAMAGED + ".*KeyError: 'units'"),
         (edit_document(lambda document: {**document, "units": document["units"][1:]}), DAMAGED + r".*must be \[U, F\]"),
         (edit_document(lambda document: {**document, "units": [{"name": "x"}]}), DAMAGED),
         (edit_document(lambda document: {**document, "metrics": ["fisher"]}), DAMAGED),
         (edit_document(lambda document: {**document, "metrics": {"unknown": NATS}}), DAMAGED + ".*loss.unknown"),
         (edit_document(lambda document: {**document, "formats": ["int9"]}), DAMAGED + ".*got 'int9'"),
+        (edit_document(lambda document: document.pop("prediction_fits") and None), DAMAGED + ".*'prediction_fits'"),
+        (edit_document(lambda document: {**document, "prediction_fits": {"fisher": {"factor": 1.0}}}), DAMAGED),
+        (edit_document(lambda document: document.pop("routing") and None), DAMAGED + ".*KeyError: 'routing'"),
+        (edit_arrays(lambda arrays: arrays.pop("routing.visits")), DAMAGED + ".*routing.visits"),
+        (edit_arrays(lambda arrays: arrays.pop("calibration_tokens")), DAMAGED + ".*'calibration_tokens'"),
         (edit_arrays(lambda arrays: arrays.pop("allowed")), DAMAGED + ".*KeyError: 'allowed'"),
         (edit_arrays(lambda arrays: arrays.pop("std_error.fisher")), DAMAGED + ".*std_error.fisher"),
         (edit_arrays(lambda arrays: arrays.update({"loss.fisher": np.zeros((1, 1))})), DAMAGED + r".*got \(1, 1\) for"),
@@ -185,10 +208,15 @@ VERSION = f"must have schema_version={SCHEMA_VERSION}: got "
     ],
     ids=[
         *("no_document", "no_arrays", "no_text", "half_a_document", "empty_document", "half_the_arrays", "no_bytes"),
-        *("list", "no_version", "newer", "no_units", "a_unit_less", "foreign_unit", "metrics_are_a_list"),
+        *("list", "no_version", "older", "newer", "no_units", "a_unit_less", "foreign_unit", "metrics_are_a_list"),
         *(
             "metric_without_table",
             "unknown_format",
+            "no_fits",
+            "half_a_fit",
+            "no_routing",
+            "half_a_routing",
+            "no_calibration",
             "no_mask",
             "no_std_error",
             "table_of_another_model",

@@ -51,9 +51,10 @@ class ResidentLayers:
         self.model = model
         self.seen: list[set[str]] = []
 
-    def begin(self, weights: Mapping[Weight, Tensor]) -> None:
+    def begin(self, weights: Mapping[Weight, Tensor]) -> int:
         names = [name for name, parameter in self.model.named_parameters() if parameter.device.type != "meta"]
         self.seen.append({name.split(".")[2] if ".layers." in name else "outside" for name in names})
+        return 0
 
     def add(self, weight: Weight, gradients: Tensor, first: int) -> None:
         pass

@@ -1,0 +1,124 @@
+"""What a report says in words: how far predictions can be trusted, and what a mixture of experts does."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from allocator.budget import MEMORY
+from allocator.planning import default_metric, predicting_metric
+from allocator.plans import Evaluation, Plan
+from allocator.problems import build_cost_tables
+from runtime.costs import memory_cost
+from sensitivity.fisher_sketch import fisher_loss
+from sensitivity.granularity import list_granularities, merge_candidates
+from sensitivity.profile import NATS, SensitivityProfile
+from sensitivity.shrinkage import LEAST_TOKENS
+from solvers import AllocationProblem, solve
+
+_MOST_NAMED = 12
+_COMMUNITY_SEED = 0
+
+
+def list_notes(profile: SensitivityProfile, plan: Plan, evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
+    """Returns the notes of a report, one sentence or two each.
+
+    Args:
+        profile: The profile the plan was made from.
+        plan: The plan.
+        evaluations: Measurements on evaluation text; the plan's is the shipped one.
+    """
+    shipped = next(e for e in evaluations if e.shipped)
+    return tuple(
+        [
+            *_prediction_notes(profile, plan, shipped),
+            *_stability_notes(profile),
+            *_expert_notes(profile),
+            *_granularity_notes(profile, plan),
+        ]
+    )
+
+
+def _prediction_notes(profile: SensitivityProfile, plan: Plan, shipped: Evaluation) -> Iterator[str]:
+    seen = f"measures {shipped.kl:.4g} nats per token on {shipped.tokens} tokens that nothing else saw."
+    ratio = f" ({shipped.kl / plan.predicted_kl:.2f} times)" if plan.predicted_kl > 0 else ""
+    if math.isnan(plan.predicted_kl):
+        yield f"The finished plan {seen}"
+    else:
+        yield f"Additivity: the units' losses sum to {plan.predicted_kl:.4g} and the finished plan{ratio} {seen}"
+    yield f"Losses are those of the metric '{plan.metric}'; the profile's best is '{default_metric(profile)}'."
+    if plan.corrected_kl and plan.correction_error is not None:
+        yield (
+            "Calibration of the prediction: corrected by whole plans measured on calibration text it is "
+            f"{plan.corrected_kl:.4g}; two of three such plans measured within a factor of {plan.correction_error:.3g} "
+            f"of theirs. Here measured over corrected is {shipped.kl / plan.corrected_kl:.3g}."
+        )
+    else:
+        yield "Calibration of the prediction: no whole plans were measured to correct it by."
+    if plan.predicted_kl_with_interactions is not None:
+        yield f"With measured cross terms the prediction is {plan.predicted_kl_with_interactions:.4g}."
+
+
+def _stability_notes(profile: SensitivityProfile) -> Iterator[str]:
+    sketch = profile.fisher_sketch
+    if sketch is None or len(sketch) < 4 or len(profile.candidates.units) < 3:
+        return
+    halves = [fisher_loss(sketch[part::2])[0] for part in (0, 1)]
+    correlations = []
+    for f in range(len(profile.candidates.formats)):
+        units = profile.candidates.allowed[:, f] & (halves[0][:, f] > 0) & (halves[1][:, f] > 0)
+        if units.sum() >= 3:
+            correlations.append(float(spearmanr(halves[0][units, f], halves[1][units, f]).statistic))
+    if correlations:
+        yield (
+            "Stability: the two halves of the calibration text rank the units of one format with a Spearman "
+            f"correlation of {np.mean(correlations):.3f} on average, {min(correlations):.3f} at least (Fisher sketch)."
+        )
+
+
+def _expert_notes(profile: SensitivityProfile) -> Iterator[str]:
+    routing = profile.routing
+    if routing is None:
+        return
+    tokens = int(routing.tokens.sum())
+    shares = ", ".join(f"{spread:.3f}" for spread in routing.usage_spread)
+    yield f"Experts: usage spread by layer on {tokens} calibration tokens {shares} (0 is even use)."
+    rare = routing.rare_experts(LEAST_TOKENS)
+    if rare:
+        named = ", ".join(f"layer {layer} expert {e} ({n})" for (layer, e), n in list(rare.items())[:_MOST_NAMED])
+        more = f" and {len(rare) - _MOST_NAMED} more" if len(rare) > _MOST_NAMED else ""
+        yield (
+            f"Coverage: {len(rare)} experts were taken by fewer than {LEAST_TOKENS} calibration tokens; their losses "
+            f"are mostly their layer's: {named}{more}. More calibration text would tell."
+        )
+    for layer in routing.layers[:_MOST_NAMED]:
+        groups = routing.communities(layer, seed=_COMMUNITY_SEED)
+        yield (
+            f"Experts taken together in layer {layer}: "
+            + " | ".join(", ".join(map(str, group)) for group in groups)
+            + "."
+        )
+
+
+def _granularity_notes(profile: SensitivityProfile, plan: Plan) -> Iterator[str]:
+    """The price of coarser units at the plan's own bytes, from the same measurement."""
+    names = list_granularities(profile.candidates.units)
+    metric = predicting_metric(profile, plan.metric)
+    if len(names) < 2 or profile.table(metric).unit_of_measure != NATS:
+        return
+    limit = plan.memory_bytes - build_cost_tables(profile)[MEMORY].fixed
+    parts = []
+    for name in names:
+        merged = merge_candidates(profile.candidates, name)
+        problem = AllocationProblem(
+            loss=merged.sum_table(profile.table(metric).loss),
+            cost=memory_cost(merged.candidates, 0).cost[None],
+            limit=np.array([limit]),
+            allowed=merged.candidates.allowed,
+            resources=(MEMORY,),
+        )
+        result = solve(problem)
+        price = "not possible" if result.choice is None else f"{result.objective:.4g}"
+        parts.append(f"{name.replace('_', ' ')} {price} ({len(merged.candidates.units)} units)")
+    yield "One format for each … at the plan's bytes, predicted loss: " + ", ".join(parts) + "."
