@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from bench_allocation import pin_embedding, width_budget
 from machine import describe_machine
 from scipy.stats import pearsonr, spearmanr
 
@@ -20,9 +21,13 @@ from allocator.demo import demo_request
 from allocator.demo_model import prepare_demo_model
 from allocator.measuring import prepare_text
 from allocator.pipeline import measure
-from allocator.progress import shown_progress
+from allocator.planning import find_assignment
+from allocator.problems import build_cost_tables
+from allocator.progress import Progress, shown_progress
 from allocator.store import Store
+from allocator.verification import score_cached
 from runtime.files import atomic_path
+from sensitivity.combination import COMBINED
 from sensitivity.conversion import fit_conversion
 from sensitivity.cross_validation import judge
 from sensitivity.estimator_input import EstimatorInput
@@ -32,6 +37,9 @@ from sensitivity.predictor import Features, build_features, fit_predictor, predi
 from sensitivity.profile import NATS, LossTable, SensitivityProfile
 
 SEQUENCES = 16
+GRADIENT_SEQUENCES = 8  # of these, for estimators that take a backward pass of each
+OF_EXPERTS = ("affinity_error",)  # the model has none
+PLAN_WIDTHS = (3.0, 3.5, 4.0, 4.5)
 FEW_UNITS = (20, 40, 80)
 DRAWS = 5
 DATA_FREE, ONE_PASS = "predictor_data_free", "predictor_one_pass"
@@ -61,22 +69,53 @@ def main() -> None:
         profile = measure(model, request=request, store=store, progress=progress)
     tokens = prepare_text(model.reference, request).fisher.tokens[:SEQUENCES]
 
-    def given() -> EstimatorInput:
-        return EstimatorInput(model=model.reference.model, candidates=profile.candidates, tokens=tokens)
+    def given(sequences: int = SEQUENCES) -> EstimatorInput:
+        return EstimatorInput(model=model.reference.model, candidates=profile.candidates, tokens=tokens[:sequences])
 
     tables, seconds = {}, {}
     for name, estimator in ESTIMATORS.items():
+        if name in OF_EXPERTS:
+            continue
         started = time.process_time()
-        tables[name] = estimator.estimate(given())
+        tables[name] = estimator.estimate(given(GRADIENT_SEQUENCES if estimator.inputs == "gradients" else SEQUENCES))
         seconds[name] = time.process_time() - started
         sys.stderr.write(f"{name}: {seconds[name]:.1f} s\n")
     features = {name: make_features(profile, tables, given(), name) for name in PREDICTOR_TABLES}
     tables |= {name: predict_table(profile, features[name]) for name in features}
-    tables[FISHER] = profile.table(FISHER)
+    tables |= {metric: profile.table(metric) for metric in (FISHER, SINGLE_UNIT_KL, COMBINED)}
     save_tables(tables_path(store, profile), tables)
-    text = render(profile, tables, seconds, tokens.shape) + render_few_units(profile, features)
+    with shown_progress() as progress:
+        held_out = plan_columns(profile, tables, model, store, progress)
+    text = render(profile, tables, seconds, tokens.shape, held_out) + render_few_units(profile, features)
     (Path(__file__).parent / "estimators.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
+
+
+def plan_columns(
+    profile: SensitivityProfile, tables: Mapping[str, LossTable], model: Model, store: Store, progress: Progress
+) -> dict[str, dict[str, str]]:
+    """Returns the held-out KL of each estimator's plans at the bytes of uniform formats, the embedding at 8 bits."""
+    pinned = pin_embedding(profile)
+    costs = build_cost_tables(pinned)
+    formats: dict[str, dict[str, str]] = {}
+    for width in PLAN_WIDTHS:
+        budget = width_budget(pinned, costs, width)
+        for name, table in tables.items():
+            with_table = replace(pinned, losses={**pinned.losses, name: table})
+            found = find_assignment(with_table, budget, costs, metric=name)
+            formats[f"{width:g} {name}"] = found.formats_by_weight(pinned.candidates)
+    scores = score_cached(
+        pinned,
+        formats,
+        pinned.evaluation_tokens,
+        load_model=lambda: model.reference.model,
+        store=store,
+        progress=progress,
+    )
+    return {
+        f"KL at {width:g} bits": {name: f"{scores[f'{width:g} {name}'].kl.mean():.3f}" for name in tables}
+        for width in PLAN_WIDTHS
+    }
 
 
 def make_features(
@@ -210,9 +249,11 @@ def render(
         f"{len(profile.candidates.units)} units, round-to-nearest, group 64; estimators on {text_shape[0]} sequences "
         f"of {text_shape[1]} tokens, each timed alone in processor time. The measured KL is of other windows of the "
         f"same documents; its median standard error is {median_relative_error(profile):.0%}. ρ: Spearman's rank "
-        "correlation with it; r: Pearson's, of logarithms; over all pairs with an error, and within one format. The "
-        "last three columns: log-log fit to the measured KL (`sensitivity/conversion.py`), its slope, its R² and the "
-        "factor that half of the pairs are within, in five-fold cross-validation by unit.",
+        "correlation with it; r: Pearson's, of logarithms; over all pairs with an error, and within one format. Slope, "
+        "R² and factor: log-log fit to the measured KL (`sensitivity/conversion.py`), its slope, its R² and the "
+        "factor that half of the pairs are within, in five-fold cross-validation by unit. KL at a width: held-out KL "
+        "of the plan by that estimator at the bytes of the uniform format, embedding at 8 bits, as in allocation.md. "
+        f"Estimators that need gradients saw {GRADIENT_SEQUENCES} of the sequences, those of the profile its own.",
         "",
         "| estimator | " + " | ".join(columns) + " |",
         "|---|" + "---|" * len(columns),

@@ -55,12 +55,12 @@ def main() -> None:
         "",
         f"Made by `python benchmarks/bench_prediction.py`. Machine: {describe_machine()}.",
         "",
-        f"{PLANS} plans of {min(bits):.2f} to {max(bits):.2f} stored bits per weight, every second one optimised for its "
-        f"size, the others random mixes; KL measured on {profile.selection_tokens.size} tokens. Corrected: by the power "
-        "law that `measure` fitted to other plans on calibration text. Slope: of measured on corrected, least squares.",
+        f"{PLANS} plans of {min(bits):.2f} to {max(bits):.2f} stored bits per weight, every second one optimised for "
+        f"its size, the others random; KL measured on {profile.selection_tokens.size} tokens. Corrected: by the "
+        "power law that `measure` fitted to other plans on calibration text. Slope: of measured on predicted.",
         "",
-        "| metric | Spearman | slope, uncorrected | slope, corrected | median factor, corrected | error that the report "
-        "states |",
+        "| metric | Spearman | slope, uncorrected | slope, corrected | median factor, corrected | error that reports "
+        "state |",
         "|---|---|---|---|---|---|",
     ]
     for metric, fit in profile.prediction_fits.items():
