@@ -11,7 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from allocator.artefacts import Model, assignment_of_plan, find_profile, open_model, profile_of_plan
+from allocator.artefacts import (
+    Model,
+    assignment_of_plan,
+    find_profile,
+    open_model,
+    profile_of_plan,
+    rendering_of_plan,
+)
 from allocator.assignments import list_uniform, use_of
 from allocator.budget import LATENCY, MEMORY, Budget
 from allocator.competition import Competition, list_rivals
@@ -26,6 +33,7 @@ from allocator.timings import find_latency
 from allocator.verification import REFERENCE, make_evaluation, score_cached
 from runtime.costs import CostTable
 from runtime.packed_model import check_packed_place, load_packed, save_packed_
+from runtime.quantizers import STATISTICAL
 from sensitivity.calibration import read_sequences
 from sensitivity.profile import SensitivityProfile
 from solvers import SolveResult, solve_frontier
@@ -165,7 +173,9 @@ def evaluate(
     store = store or Store()
     model = open_model(model)
     check_same_model(plan, model.fingerprint, str(model.path))
-    profile = profile_of_plan(plan, model, store, progress, own=text is None)
+    # Another profile may have been rendered with other statistics.
+    own = text is None or plan.provenance["quantizer"] in STATISTICAL
+    profile = profile_of_plan(plan, model, store, progress, own=own)
     tokens = profile.evaluation_tokens
     if text is not None:
         taken = read_sequences(text, model.reference.tokenizer, sequences=sequences, sequence_tokens=sequence_tokens)
@@ -204,19 +214,26 @@ class Applied:
     predicted_bytes: int
 
 
-def apply(model: str | Model, plan: Plan, out: Path) -> Applied:
+def apply(model: str | Model, plan: Plan, out: Path, *, store: Store | None = None) -> Applied:
     """Packs a model by a plan and writes it to a directory, which is replaced as a whole.
+
+    Args:
+        model: The model the plan was made for.
+        plan: The plan.
+        out: Directory of the packed model.
+        store: Where the plan's profile is kept, which only some quantizers need; None for the default.
 
     Raises:
         ArtefactMismatch: If the plan was made for another model.
-        ValueError: If something else than a packed model is at ``out``, or the model cannot be read.
+        ValueError: If something else than a packed model is at ``out``, the model cannot be read, or the quantizer
+            needs input statistics that the store can no longer give.
     """
     model = open_model(model)
     check_same_model(plan, model.fingerprint, str(model.path))
     check_packed_place(out)
-    file_bytes = save_packed_(
-        model.load_again(), plan.weights, out, metadata=plan.header_metadata(), quantizer=plan.provenance["quantizer"]
-    )
+    reference = model.load_again()
+    rule = rendering_of_plan(plan, reference.model, store or Store())
+    file_bytes = save_packed_(reference, plan.weights, out, metadata=plan.header_metadata(), quantizer=rule)
     return Applied(directory=out, file_bytes=file_bytes, predicted_bytes=plan.memory_bytes)
 
 

@@ -2,6 +2,7 @@
 
     <root>/profiles/<fingerprint>/            a finished profile
     <root>/pieces/<fingerprint>/              pieces of a measurement that is not finished
+    <root>/statistics/<fingerprint>.safetensors   input statistics that a profile's quantizer renders with
     <root>/evaluations/<hash>.safetensors     per-sequence KL and log-likelihood of one assignment on one text
     <root>/latencies/<hash>.safetensors       microseconds of every candidate on one device
     <root>/latest/<model fingerprint>.json    which profile was measured last for a model
@@ -45,6 +46,10 @@ class Store:
     def pieces(self, fingerprint: str) -> Path:
         """Returns the directory for the pieces of an unfinished measurement."""
         return self.root / "pieces" / fingerprint
+
+    def statistics(self, fingerprint: str) -> Path:
+        """Returns the file of the input statistics that belong to a profile; only some quantizers need one."""
+        return self.root / "statistics" / f"{fingerprint}.safetensors"
 
     def find_profile(self, fingerprint: str) -> SensitivityProfile | None:
         """Returns the finished profile of a fingerprint, or None where there is none or it is damaged."""

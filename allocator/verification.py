@@ -15,8 +15,11 @@ from allocator.planning import predicted_kl
 from allocator.plans import Evaluation
 from allocator.store import Store
 from runtime.costs import CostTable
+from runtime.quantizers import STATISTICAL
+from runtime.rendering import RenderingRule
 from sensitivity.evaluation import SequenceScores, mean_interval, score_assignments
 from sensitivity.profile import SensitivityProfile, fingerprint_of
+from sensitivity.weight_inputs import find_rendering
 
 Progress = Callable[[str, int, int], None]
 REFERENCE = "reference"
@@ -48,6 +51,7 @@ def score_cached(
                 "version": EVALUATION_VERSION,
                 "model": profile.provenance["model_fingerprint"],
                 "quantizer": profile.provenance["quantizer"],
+                **_statistics_of(profile),
                 "tokens": fingerprint_of({"tokens": tokens.tolist()}),
                 "formats": dict(formats),
             }
@@ -63,17 +67,35 @@ def score_cached(
         else:
             scores[name] = SequenceScores(kl=arrays["kl"], nll=arrays["nll"])
     if missing:
+        model = load_model()
         measured = score_assignments(
-            load_model(),
+            model,
             missing,
             torch.from_numpy(tokens),
-            quantizer=profile.provenance["quantizer"],
+            quantizer=rendering_of(profile, model, store),
             progress=lambda done, total: progress("verify", done, total),
         )
         for name, score in measured.items():
             store.save_evaluation(keys[name], {"kl": score.kl, "nll": score.nll})
             scores[name] = score
     return {name: scores[name] for name in formats_by_name}
+
+
+def rendering_of(profile: SensitivityProfile, model: Any, store: Store) -> RenderingRule:
+    """Returns the rule that a profile's candidates were rendered with.
+
+    Args:
+        profile: The profile.
+        model: Its reference model.
+        store: Where the input statistics are; those of its calibration text are collected again if they are gone.
+    """
+    tokens = torch.from_numpy(profile.calibration_tokens)
+    return find_rendering(model, profile.provenance["quantizer"], tokens, path=store.statistics(profile.fingerprint))
+
+
+def _statistics_of(profile: SensitivityProfile) -> dict[str, str]:
+    # What a quantizer renders from weights alone is the same for every profile.
+    return {"statistics": profile.fingerprint} if profile.provenance["quantizer"] in STATISTICAL else {}
 
 
 def choose_best(
