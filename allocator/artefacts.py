@@ -98,7 +98,7 @@ def rendering_of_plan(plan: Plan, model: Any, store: Store) -> RenderingRule:
     quantizer, fingerprint = plan.provenance["quantizer"], plan.provenance["profile"]
     profile = store.find_profile(fingerprint) if quantizer in STATISTICAL else None
     tokens = None if profile is None else torch.from_numpy(profile.calibration_tokens)
-    return find_rendering(model, quantizer, tokens, path=store.statistics(fingerprint))
+    return find_rendering(model, quantizer, tokens, directory=store.rendering(fingerprint))
 
 
 def assignment_of_plan(profile: SensitivityProfile, plan: Plan) -> Assignment:

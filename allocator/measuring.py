@@ -77,7 +77,7 @@ def run_measurement(
             request.config,
             pieces=store.pieces(fingerprint),
             progress=progress,
-            statistics=store.statistics(fingerprint),
+            rendering=store.rendering(fingerprint),
         )
         store.save_profile(profile)
     store.make_latest(profile)

@@ -90,7 +90,9 @@ def rendering_of(profile: SensitivityProfile, model: Any, store: Store) -> Rende
         store: Where the input statistics are; those of its calibration text are collected again if they are gone.
     """
     tokens = torch.from_numpy(profile.calibration_tokens)
-    return find_rendering(model, profile.provenance["quantizer"], tokens, path=store.statistics(profile.fingerprint))
+    return find_rendering(
+        model, profile.provenance["quantizer"], tokens, directory=store.rendering(profile.fingerprint)
+    )
 
 
 def _statistics_of(profile: SensitivityProfile) -> dict[str, str]:

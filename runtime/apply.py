@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from runtime.formats import Format, find_format
 from runtime.packed import PackedExperts, PackedWeight, QuantizedEmbedding, QuantizedLinear, pack_in_place_
-from runtime.quantizers import InputStatistics, quantize
-from runtime.rendering import RenderingRule, quantizer_name, render_weight, statistics_of
+from runtime.quantizers import quantize
+from runtime.rendering import RenderingRule, quantize_weight, render_weight
 from runtime.units import EMBEDDING_SCALE, Weight, list_weights, read_weight
 
 FormatsByWeight = Mapping[str, str]
@@ -97,8 +97,10 @@ def apply_formats_(model: nn.Module, formats_by_weight: FormatsByWeight, *, quan
 
     def pack(weight: Weight) -> PackedWeight:
         format_ = find_format(formats_by_weight[weight.name])
-        statistics = statistics_of(weight, format_, quantizer)
-        return pack_weight(read_weight(model, weight), format_, quantizer_name(quantizer), statistics=statistics)
+        values = read_weight(model, weight)
+        if format_.kind == "float":
+            return pack_weight(values, format_)
+        return PackedWeight.from_quantized(quantize_weight(weight, values, format_, quantizer))
 
     _install_packed(model, weights, pack)
 
@@ -113,13 +115,11 @@ def install_empty_formats_(model: nn.Module, formats_by_weight: FormatsByWeight)
     _install_packed(model, weights, lambda w: PackedWeight(find_format(formats_by_weight[w.name]), w.shape))
 
 
-def pack_weight(
-    weight: Tensor, format_: Format, quantizer: str = "rtn", *, statistics: InputStatistics | None = None
-) -> PackedWeight:
+def pack_weight(weight: Tensor, format_: Format, quantizer: str = "rtn") -> PackedWeight:
     """Returns the weight [out_features, in_features] packed in a format."""
     if format_.kind == "float":
         return PackedWeight.from_dense(weight, format_)
-    return PackedWeight.from_quantized(quantize(weight, format_, quantizer, statistics=statistics))
+    return PackedWeight.from_quantized(quantize(weight, format_, quantizer))
 
 
 def _install_packed(model: nn.Module, weights: Mapping[str, Weight], pack: _Pack) -> None:

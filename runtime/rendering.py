@@ -6,11 +6,14 @@ rendered, and a name goes on meaning what it meant.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from runtime.formats import Format
-from runtime.quantizers import QUANTIZERS, STATISTICAL, InputStatistics, render
+from runtime.quantization import QuantizedWeight, dequantize, round_to_float
+from runtime.quantizers import QUANTIZERS, STATISTICAL, InputStatistics, quantize
+from runtime.rendered_files import RenderedFiles
 from runtime.units import Weight
 
 
@@ -21,6 +24,7 @@ class Rendering:
     Args:
         quantizer: Name in ``QUANTIZERS``.
         statistics: Weight name -> statistics of its inputs.
+        files: Where what was rendered with these statistics is kept; None to render it each time.
 
     Raises:
         ValueError: If the quantizer is unknown.
@@ -28,6 +32,7 @@ class Rendering:
 
     quantizer: str
     statistics: Mapping[str, InputStatistics]
+    files: RenderedFiles | None = None
 
     def __post_init__(self) -> None:
         if self.quantizer not in QUANTIZERS:
@@ -51,7 +56,18 @@ def render_weight(weight: Weight, values: Tensor, format_: Format, rule: Renderi
     Raises:
         ValueError: If the quantizer is unknown, lacks statistics that it needs, or refuses the weight.
     """
-    return render(values, format_, quantizer_name(rule), statistics=statistics_of(weight, format_, rule))
+    if format_.kind == "float":
+        return round_to_float(values, format_)
+    return dequantize(quantize_weight(weight, values, format_, rule))
+
+
+def quantize_weight(weight: Weight, values: Tensor, format_: Format, rule: RenderingRule) -> QuantizedWeight:
+    """Returns a weight in an integer format; arguments and errors as of ``render_weight``."""
+    quantizer, statistics = quantizer_name(rule), statistics_of(weight, format_, rule)
+    if statistics is None or isinstance(rule, str) or rule.files is None:
+        return quantize(values, format_, quantizer, statistics=statistics)
+    make = partial(quantize, values, format_, quantizer, statistics=statistics)
+    return rule.files.read_or_make(weight.name, values, format_, make)
 
 
 def quantizer_name(rule: RenderingRule) -> str:

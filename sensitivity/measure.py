@@ -81,7 +81,7 @@ def measure_profile(
     *,
     pieces: Path,
     progress: Progress,
-    statistics: Path | None = None,
+    rendering: Path | None = None,
 ) -> SensitivityProfile:
     """Returns the profile of a model.
 
@@ -92,11 +92,11 @@ def measure_profile(
         config: Settings.
         pieces: Directory for the finished pieces; those already there are used.
         progress: Called with (stage, pieces done, pieces of the stage).
-        statistics: File of the input statistics, for a quantizer that needs them; None to keep them with the pieces.
+        rendering: Directory for what a quantizer that reads input statistics keeps; None to keep it with the pieces.
     """
     started = time.monotonic()
     rule = find_rendering(
-        reference.model, config.quantizer, text.fisher.tokens, path=statistics or pieces / "statistics.safetensors"
+        reference.model, config.quantizer, text.fisher.tokens, directory=rendering or pieces / "rendering"
     )
     losses: dict[str, LossTable] = {}
     for metric in (WEIGHT_ERROR, OUTPUT_ERROR):

@@ -21,24 +21,27 @@ import torch
 from torch import Tensor
 
 from runtime.quantizers import STATISTICAL, InputStatistics
+from runtime.rendered_files import RenderedFiles
 from runtime.rendering import Rendering, RenderingRule
 from runtime.units import Weight, list_weights
 from sensitivity.output_error import InputSecondMoments, run_under
 from sensitivity.pieces import Piece, read_or_measure
 
+_INPUTS = "inputs.safetensors"
 _COUNT = "count"
 # Between the names of weights that read one input, in the name of its sum; no name of a parameter has it.
 _AND = "\n"
 
 
-def find_rendering(model: Any, quantizer: str, tokens: Tensor | None, *, path: Path | None) -> RenderingRule:
+def find_rendering(model: Any, quantizer: str, tokens: Tensor | None, *, directory: Path | None) -> RenderingRule:
     """Returns the rule that a quantizer renders a model's candidates with.
 
     Args:
         model: The reference model in float32.
         quantizer: Name in ``QUANTIZERS``.
         tokens: [S, T] int64 of calibration text that the statistics are of; None where only their file is left.
-        path: File of the statistics of this model on these tokens, written where it is absent; None to keep nothing.
+        directory: What is kept of this quantizer, model and text: the statistics, and what was rendered with them.
+            What is absent is made again; None to keep nothing.
 
     Raises:
         ValueError: If statistics are needed and there is neither their file nor their text.
@@ -50,13 +53,17 @@ def find_rendering(model: Any, quantizer: str, tokens: Tensor | None, *, path: P
         if tokens is None:
             msg = (
                 f"what quantizer '{quantizer}' knew of the inputs must be kept, or the text it was collected on: got "
-                f"neither the profile nor '{path}'. Measure again with the same settings."
+                f"neither the profile nor '{directory}'. Measure again with the same settings."
             )
             raise ValueError(msg)
         return _collect(model, tokens)
 
-    piece = read_or_measure(path, collect)
-    return Rendering(quantizer=quantizer, statistics=_make_statistics(list_weights(model, routers=True), piece))
+    piece = read_or_measure(None if directory is None else directory / _INPUTS, collect)
+    return Rendering(
+        quantizer=quantizer,
+        statistics=_make_statistics(list_weights(model, routers=True), piece),
+        files=None if directory is None else RenderedFiles(directory / "rendered"),
+    )
 
 
 def _collect(model: Any, tokens: Tensor) -> Piece:

@@ -17,9 +17,9 @@ TOKENS = torch.randint(0, VOCABULARY_SIZE, (3, 12), generator=torch.Generator().
 
 
 def find_statistics(
-    model: PreTrainedModel, tokens: torch.Tensor | None = TOKENS, path: Path | None = None
+    model: PreTrainedModel, tokens: torch.Tensor | None = TOKENS, directory: Path | None = None
 ) -> dict[str, InputStatistics]:
-    rule = find_rendering(model, "gptq", tokens, path=path)
+    rule = find_rendering(model, "gptq", tokens, directory=directory)
     assert isinstance(rule, Rendering) and rule.quantizer == "gptq"
     return dict(rule.statistics)
 
@@ -64,12 +64,12 @@ def test_expert_that_no_token_visits_knows_nothing() -> None:
 
 @pytest.mark.parametrize("build", [build_tiny_llama, build_tiny_mixtral], ids=["llama", "mixtral"])
 def test_statistics_collected_again_are_the_stored_ones(build: type[PreTrainedModel], tmp_path: Path) -> None:
-    path = tmp_path / "statistics" / "of_a_profile.safetensors"
-    first = find_statistics(build(), path=path)
+    path = tmp_path / "renderings" / "of_a_profile" / "inputs.safetensors"
+    first = find_statistics(build(), directory=path.parent)
     written = path.read_bytes()
-    stored = find_statistics(build(), None, path)
+    stored = find_statistics(build(), None, path.parent)
     path.unlink()
-    again = find_statistics(build(), path=path)
+    again = find_statistics(build(), directory=path.parent)
     assert path.read_bytes() == written
     assert first.keys() == stored.keys() == again.keys()
     for name, statistics in first.items():
@@ -78,7 +78,7 @@ def test_statistics_collected_again_are_the_stored_ones(build: type[PreTrainedMo
             assert (other.count, other.damping) == (statistics.count, statistics.damping)
     # What is damaged is collected again.
     path.write_bytes(written[:100])
-    assert find_statistics(build(), path=path).keys() == first.keys()
+    assert find_statistics(build(), directory=path.parent).keys() == first.keys()
     assert path.read_bytes() == written
 
 
@@ -91,10 +91,10 @@ def test_other_tokens_give_other_statistics() -> None:
 def test_quantizer_that_needs_none_gets_none(tmp_path: Path) -> None:
     for quantizer in ("rtn", "clipping", "hqq"):
         assert quantizer not in STATISTICAL
-        assert find_rendering(build_tiny_llama(), quantizer, None, path=tmp_path / "none") == quantizer
+        assert find_rendering(build_tiny_llama(), quantizer, None, directory=tmp_path / "none") == quantizer
     assert not list(tmp_path.iterdir())
 
 
 def test_neither_text_nor_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"what quantizer 'auto' knew .* got neither the profile nor '.*gone'"):
-        find_rendering(build_tiny_llama(), "auto", None, path=tmp_path / "gone")
+        find_rendering(build_tiny_llama(), "auto", None, directory=tmp_path / "gone")
