@@ -1,10 +1,8 @@
 """What belongs together: a model and its files, a model and its profile, a plan and the profile it was made from."""
 
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import torch
 
 from allocator.assignments import Assignment
 from allocator.measuring import MeasureRequest, run_measurement
@@ -13,10 +11,7 @@ from allocator.plans import ArtefactMismatch, Plan
 from allocator.progress import Progress, silent
 from allocator.store import Store
 from runtime.loading import ReferenceModel, find_model, fingerprint_model, load_reference
-from runtime.quantizers import STATISTICAL
-from runtime.rendering import RenderingRule
 from sensitivity.profile import SensitivityProfile
-from sensitivity.weight_inputs import find_rendering
 
 
 class Model:
@@ -82,23 +77,6 @@ def profile_of_plan(
         )
         raise ValueError(msg)
     return profile or find_profile(model, store=store, progress=progress)
-
-
-def rendering_of_plan(plan: Plan, model: Any, store: Store) -> RenderingRule:
-    """Returns the rule that a plan's candidates were rendered with.
-
-    Args:
-        plan: The plan.
-        model: The reference model it was made for.
-        store: Where its input statistics are, or its profile, from which they are collected again.
-
-    Raises:
-        ValueError: If the quantizer needs statistics, and neither they nor the profile are stored.
-    """
-    quantizer, fingerprint = plan.provenance["quantizer"], plan.provenance["profile"]
-    profile = store.find_profile(fingerprint) if quantizer in STATISTICAL else None
-    tokens = None if profile is None else torch.from_numpy(profile.calibration_tokens)
-    return find_rendering(model, quantizer, tokens, directory=store.rendering(fingerprint))
 
 
 def assignment_of_plan(profile: SensitivityProfile, plan: Plan) -> Assignment:

@@ -11,14 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from allocator.artefacts import (
-    Model,
-    assignment_of_plan,
-    find_profile,
-    open_model,
-    profile_of_plan,
-    rendering_of_plan,
-)
+from allocator.artefacts import Model, assignment_of_plan, find_profile, open_model, profile_of_plan
 from allocator.assignments import list_uniform, use_of
 from allocator.budget import LATENCY, MEMORY, Budget
 from allocator.competition import Competition, list_rivals
@@ -28,12 +21,12 @@ from allocator.plans import Evaluation, Plan, check_same_model, check_same_profi
 from allocator.problems import build_cost_tables, build_problem
 from allocator.progress import Progress, silent
 from allocator.refinement import Refinement
+from allocator.renderings import needs_statistics, rendering_of_plan
 from allocator.store import Store
 from allocator.timings import find_latency
 from allocator.verification import REFERENCE, make_evaluation, score_cached
 from runtime.costs import CostTable
 from runtime.packed_model import check_packed_place, load_packed, save_packed_
-from runtime.quantizers import STATISTICAL
 from sensitivity.calibration import read_sequences
 from sensitivity.profile import SensitivityProfile
 from solvers import SolveResult, solve_frontier
@@ -174,8 +167,7 @@ def evaluate(
     model = open_model(model)
     check_same_model(plan, model.fingerprint, str(model.path))
     # Another profile may have been rendered with other statistics.
-    own = text is None or plan.provenance["quantizer"] in STATISTICAL
-    profile = profile_of_plan(plan, model, store, progress, own=own)
+    profile = profile_of_plan(plan, model, store, progress, own=text is None or needs_statistics(plan))
     tokens = profile.evaluation_tokens
     if text is not None:
         taken = read_sequences(text, model.reference.tokenizer, sequences=sequences, sequence_tokens=sequence_tokens)

@@ -28,8 +28,9 @@ from allocator.assignments import Assignment, pick
 from allocator.budget import Budget
 from allocator.problems import build_problem, resolve_limits
 from allocator.progress import Progress
+from allocator.renderings import rendering_of
 from allocator.store import Store
-from allocator.verification import rendering_of, score_cached
+from allocator.verification import score_cached
 from runtime.costs import CostTable
 from sensitivity.plan_slope import measure_plan_slope
 from sensitivity.profile import SensitivityProfile, fingerprint_of

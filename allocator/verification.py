@@ -13,13 +13,11 @@ from allocator.assignments import Assignment, bits_per_weight, pick
 from allocator.budget import Budget
 from allocator.planning import predicted_kl
 from allocator.plans import Evaluation
+from allocator.renderings import needs_statistics, rendering_of
 from allocator.store import Store
 from runtime.costs import CostTable
-from runtime.quantizers import STATISTICAL
-from runtime.rendering import RenderingRule
 from sensitivity.evaluation import SequenceScores, mean_interval, score_assignments
 from sensitivity.profile import SensitivityProfile, fingerprint_of
-from sensitivity.weight_inputs import find_rendering
 
 Progress = Callable[[str, int, int], None]
 REFERENCE = "reference"
@@ -51,7 +49,8 @@ def score_cached(
                 "version": EVALUATION_VERSION,
                 "model": profile.provenance["model_fingerprint"],
                 "quantizer": profile.provenance["quantizer"],
-                **_statistics_of(profile),
+                # What a quantizer renders from weights alone is the same for every profile.
+                **({"statistics": profile.fingerprint} if needs_statistics(profile) else {}),
                 "tokens": fingerprint_of({"tokens": tokens.tolist()}),
                 "formats": dict(formats),
             }
@@ -79,25 +78,6 @@ def score_cached(
             store.save_evaluation(keys[name], {"kl": score.kl, "nll": score.nll})
             scores[name] = score
     return {name: scores[name] for name in formats_by_name}
-
-
-def rendering_of(profile: SensitivityProfile, model: Any, store: Store) -> RenderingRule:
-    """Returns the rule that a profile's candidates were rendered with.
-
-    Args:
-        profile: The profile.
-        model: Its reference model.
-        store: Where the input statistics are; those of its calibration text are collected again if they are gone.
-    """
-    tokens = torch.from_numpy(profile.calibration_tokens)
-    return find_rendering(
-        model, profile.provenance["quantizer"], tokens, directory=store.rendering(profile.fingerprint)
-    )
-
-
-def _statistics_of(profile: SensitivityProfile) -> dict[str, str]:
-    # What a quantizer renders from weights alone is the same for every profile.
-    return {"statistics": profile.fingerprint} if profile.provenance["quantizer"] in STATISTICAL else {}
 
 
 def choose_best(

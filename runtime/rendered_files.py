@@ -2,7 +2,7 @@
 
 A file belongs to one weight, its values and a format, so that it can never be of other values; the directory belongs to
 one quantizer with its statistics. Codes are packed: a file is as long as the weight in its format, and reading it back
-gives the same codes, bit for bit. A weight of 1536 x 576 takes GPTQ 0.1 seconds, and reading 5 milliseconds.
+gives the same codes, bit for bit. GPTQ takes 0.12 seconds for a weight of 576 x 1536, reading its file 4 milliseconds.
 """
 
 import hashlib

@@ -9,7 +9,8 @@ import torch
 
 import allocator
 from allocator import Budget, Plan, SensitivityProfile, Store
-from allocator.artefacts import Model, rendering_of_plan
+from allocator.artefacts import Model
+from allocator.renderings import rendering_of_plan
 from runtime.apply import simulated_formats
 from runtime.quantizers import STATISTICAL
 from tests.tiny_measurements import CONFIG, make_request
