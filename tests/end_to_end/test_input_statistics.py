@@ -10,10 +10,11 @@ import torch
 import allocator
 from allocator import Budget, Plan, SensitivityProfile, Store
 from allocator.artefacts import Model
+from allocator.cli import run
 from allocator.renderings import rendering_of_plan
 from runtime.apply import simulated_formats
 from runtime.quantizers import STATISTICAL
-from tests.tiny_measurements import CONFIG, make_request
+from tests.tiny_measurements import CONFIG, FLAGS, make_request
 
 MODELS = ("tiny_llama_dir", "tiny_tied_llama_dir", "tiny_mixtral_dir")
 BUDGET = Budget(bits_per_weight=3.6)
@@ -135,3 +136,28 @@ def test_further_estimators_render_with_the_statistics(tiny_mixtral_dir: Path, t
     assert tables["gptq"]["weight_error"].loss.sum() > tables["rtn"]["weight_error"].loss.sum()
     for metric in metrics[2:]:
         assert (tables["gptq"][metric].loss != tables["rtn"][metric].loss).any()
+
+
+def test_commands(
+    tiny_llama_dir: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The commands find in the default store what an earlier one kept there."""
+    monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "store"))
+    model, plan_path = str(tiny_llama_dir), str(tmp_path / "plan.json")
+    few = ("--metrics", "fisher", "--fit-plans", "none", "--quantizer", "gptq")
+    commands = (
+        ("measure", model, "--calibration", str(tiny_text), *FLAGS, *few),
+        ("plan", model, "--bits-per-weight", "3.6", "--no-verify", "--out", plan_path),
+        ("apply", model, "--plan", plan_path, "--out", str(tmp_path / "packed")),
+        ("evaluate", model, "--plan", plan_path),
+        ("report", model, "--plan", plan_path, "--out", str(tmp_path / "report")),
+    )
+    for command in commands:
+        assert run(command) == 0, capsys.readouterr().err
+    [kept] = (tmp_path / "store" / "renderings").iterdir()
+    assert {path.name for path in kept.iterdir()} == {"inputs.safetensors", "rendered"}
+    assert (tmp_path / "report" / "report.html").exists()
