@@ -35,7 +35,11 @@ def measure_options(command: Command) -> Command:
         ),
         click.option("--quantize-routers", "routers", is_flag=True, help="Let routers take formats too."),
         click.option("--pin", "pins", multiple=True, metavar="REGEX=FORMAT", help="Fix units to a format; repeatable."),
-        click.option("--quantizer", help="Rule that renders the candidates: rtn (default), clipping, hqq."),
+        click.option(
+            "--quantizer",
+            help="Rule that renders the candidates: rtn (default), clipping, hqq; gptq, coordinate_descent, "
+            "learned_rounding and auto (the best of several), which read the calibration text and take longer.",
+        ),
         click.option("--metrics", help="Comma-separated metrics to measure."),
         click.option("--sequences", type=int, help="Calibration sequences of the Fisher sketch."),
         click.option("--sequence-tokens", type=int, help="Tokens of each calibration sequence."),

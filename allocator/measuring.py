@@ -71,7 +71,13 @@ def run_measurement(
     profile = store.find_profile(fingerprint)
     if profile is None:
         profile = measure_profile(
-            reference, candidates, text, request.config, pieces=store.pieces(fingerprint), progress=progress
+            reference,
+            candidates,
+            text,
+            request.config,
+            pieces=store.pieces(fingerprint),
+            progress=progress,
+            rendering=store.rendering(fingerprint),
         )
         store.save_profile(profile)
     store.make_latest(profile)

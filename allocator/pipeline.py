@@ -21,6 +21,7 @@ from allocator.plans import Evaluation, Plan, check_same_model, check_same_profi
 from allocator.problems import build_cost_tables, build_problem
 from allocator.progress import Progress, silent
 from allocator.refinement import Refinement
+from allocator.renderings import needs_statistics, rendering_of_plan
 from allocator.store import Store
 from allocator.timings import find_latency
 from allocator.verification import REFERENCE, make_evaluation, score_cached
@@ -165,7 +166,8 @@ def evaluate(
     store = store or Store()
     model = open_model(model)
     check_same_model(plan, model.fingerprint, str(model.path))
-    profile = profile_of_plan(plan, model, store, progress, own=text is None)
+    # Another profile may have been rendered with other statistics.
+    profile = profile_of_plan(plan, model, store, progress, own=text is None or needs_statistics(plan))
     tokens = profile.evaluation_tokens
     if text is not None:
         taken = read_sequences(text, model.reference.tokenizer, sequences=sequences, sequence_tokens=sequence_tokens)
@@ -204,19 +206,26 @@ class Applied:
     predicted_bytes: int
 
 
-def apply(model: str | Model, plan: Plan, out: Path) -> Applied:
+def apply(model: str | Model, plan: Plan, out: Path, *, store: Store | None = None) -> Applied:
     """Packs a model by a plan and writes it to a directory, which is replaced as a whole.
+
+    Args:
+        model: The model the plan was made for.
+        plan: The plan.
+        out: Directory of the packed model.
+        store: Where the plan's profile is kept, which only some quantizers need; None for the default.
 
     Raises:
         ArtefactMismatch: If the plan was made for another model.
-        ValueError: If something else than a packed model is at ``out``, or the model cannot be read.
+        ValueError: If something else than a packed model is at ``out``, the model cannot be read, or the quantizer
+            needs input statistics that the store can no longer give.
     """
     model = open_model(model)
     check_same_model(plan, model.fingerprint, str(model.path))
     check_packed_place(out)
-    file_bytes = save_packed_(
-        model.load_again(), plan.weights, out, metadata=plan.header_metadata(), quantizer=plan.provenance["quantizer"]
-    )
+    reference = model.load_again()
+    rule = rendering_of_plan(plan, reference.model, store or Store())
+    file_bytes = save_packed_(reference, plan.weights, out, metadata=plan.header_metadata(), quantizer=rule)
     return Applied(directory=out, file_bytes=file_bytes, predicted_bytes=plan.memory_bytes)
 
 

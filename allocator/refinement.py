@@ -28,6 +28,7 @@ from allocator.assignments import Assignment, pick
 from allocator.budget import Budget
 from allocator.problems import build_problem, resolve_limits
 from allocator.progress import Progress
+from allocator.renderings import rendering_of
 from allocator.store import Store
 from allocator.verification import score_cached
 from runtime.costs import CostTable
@@ -124,14 +125,15 @@ class Refinement:
         found = self.store.find_evaluation(key)
         if found is None:
             stage = f"refine, round {round_index + 1} of {self.rounds}"
+            model = self.load_model()
             slope = measure_plan_slope(
-                self.load_model(),
+                model,
                 self.profile.candidates,
                 choice,
                 torch.from_numpy(tokens),
                 directory=self.store.pieces(key),
                 progress=lambda done, total: self.progress(stage, done, total),
-                quantizer=self.profile.provenance["quantizer"],
+                quantizer=rendering_of(self.profile, model, self.store),
             )
             found = {"slope": slope}
             self.store.save_evaluation(key, found)

@@ -2,6 +2,7 @@
 
     <root>/profiles/<fingerprint>/            a finished profile
     <root>/pieces/<fingerprint>/              pieces of a measurement that is not finished
+    <root>/renderings/<fingerprint>/          input statistics that a profile's quantizer reads, and rendered weights
     <root>/evaluations/<hash>.safetensors     per-sequence KL and log-likelihood of one assignment on one text
     <root>/latencies/<hash>.safetensors       microseconds of every candidate on one device
     <root>/latest/<model fingerprint>.json    which profile was measured last for a model
@@ -45,6 +46,10 @@ class Store:
     def pieces(self, fingerprint: str) -> Path:
         """Returns the directory for the pieces of an unfinished measurement."""
         return self.root / "pieces" / fingerprint
+
+    def rendering(self, fingerprint: str) -> Path:
+        """Returns the directory for a profile's input statistics and rendered weights, where its quantizer has any."""
+        return self.root / "renderings" / fingerprint
 
     def find_profile(self, fingerprint: str) -> SensitivityProfile | None:
         """Returns the finished profile of a fingerprint, or None where there is none or it is damaged."""

@@ -13,6 +13,7 @@ from allocator.assignments import Assignment, bits_per_weight, pick
 from allocator.budget import Budget
 from allocator.planning import predicted_kl
 from allocator.plans import Evaluation
+from allocator.renderings import needs_statistics, rendering_of
 from allocator.store import Store
 from runtime.costs import CostTable
 from sensitivity.evaluation import SequenceScores, mean_interval, score_assignments
@@ -48,6 +49,8 @@ def score_cached(
                 "version": EVALUATION_VERSION,
                 "model": profile.provenance["model_fingerprint"],
                 "quantizer": profile.provenance["quantizer"],
+                # What a quantizer renders from weights alone is the same for every profile.
+                **({"statistics": profile.fingerprint} if needs_statistics(profile) else {}),
                 "tokens": fingerprint_of({"tokens": tokens.tolist()}),
                 "formats": dict(formats),
             }
@@ -63,11 +66,12 @@ def score_cached(
         else:
             scores[name] = SequenceScores(kl=arrays["kl"], nll=arrays["nll"])
     if missing:
+        model = load_model()
         measured = score_assignments(
-            load_model(),
+            model,
             missing,
             torch.from_numpy(tokens),
-            quantizer=profile.provenance["quantizer"],
+            quantizer=rendering_of(profile, model, store),
             progress=lambda done, total: progress("verify", done, total),
         )
         for name, score in measured.items():

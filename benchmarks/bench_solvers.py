@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_solvers.py
     OMP_NUM_THREADS=1 python benchmarks/bench_solvers.py --instances dense --time-limit 5 --sections one_budget
 
-A full run takes about ten minutes: at most two runs to the limit of 120 s for each of HiGHS and CBC at 44,544 units (one
-each, if they fail at the larger gap: the smaller one is then not tried), two minutes for writing their programs down,
-and one for all of ours. Instances are drawn by seed: log-normal losses that are not
+A full run takes about ten minutes: at most two runs to the limit of 120 s for each of HiGHS and CBC at 44,544 units
+(one each, if they fail at the larger gap: the smaller one is then not tried), two minutes for writing their programs
+down, and one for all of ours. Instances are drawn by seed: log-normal losses that are not
 convex in the cost, unequal sizes in bytes. Our times are medians of the repeats, the others' of one run.
 """
 

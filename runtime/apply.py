@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from runtime.formats import Format, find_format
 from runtime.packed import PackedExperts, PackedWeight, QuantizedEmbedding, QuantizedLinear, pack_in_place_
-from runtime.quantizers import quantize, render
+from runtime.quantizers import quantize
+from runtime.rendering import RenderingRule, quantize_weight, render_weight
 from runtime.units import EMBEDDING_SCALE, Weight, list_weights, read_weight
 
 FormatsByWeight = Mapping[str, str]
@@ -45,14 +46,14 @@ def check_formats_by_weight(model: nn.Module, formats_by_weight: FormatsByWeight
 
 @contextmanager
 def simulated_formats(
-    model: nn.Module, formats_by_weight: FormatsByWeight, *, quantizer: str = "rtn"
+    model: nn.Module, formats_by_weight: FormatsByWeight, *, quantizer: RenderingRule = "rtn"
 ) -> Iterator[None]:
     """Gives the model the weights it would read back from the formats, and its own again on exit.
 
     Args:
         model: The reference model.
         formats_by_weight: Weight name -> format name; weights not named keep their values.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
 
     Raises:
         ValueError: If a name is not a weight of the model, a format is unknown, or its groups do not divide a row.
@@ -63,7 +64,9 @@ def simulated_formats(
         try:
             for name, weight in weights.items():
                 parameter = model.get_parameter(weight.parameter)
-                rendered = render(read_weight(model, weight), find_format(formats_by_weight[name]), quantizer)
+                rendered = render_weight(
+                    weight, read_weight(model, weight), find_format(formats_by_weight[name]), quantizer
+                )
                 if weight.expert_index is None:
                     saved[weight.parameter] = parameter.data
                     parameter.data = rendered.to(parameter.dtype)
@@ -78,13 +81,13 @@ def simulated_formats(
                 model.get_parameter(parameter_name).data = data
 
 
-def apply_formats_(model: nn.Module, formats_by_weight: FormatsByWeight, *, quantizer: str = "rtn") -> None:
+def apply_formats_(model: nn.Module, formats_by_weight: FormatsByWeight, *, quantizer: RenderingRule = "rtn") -> None:
     """Replaces the named weights by packed ones, in place; every expert of a touched projection must be named.
 
     Args:
         model: The reference model; its dense weights are released one by one.
         formats_by_weight: Weight name -> format name.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
 
     Raises:
         ValueError: If a name or format is unknown or does not fit, or only some experts of a projection are named
@@ -93,7 +96,11 @@ def apply_formats_(model: nn.Module, formats_by_weight: FormatsByWeight, *, quan
     weights = check_formats_by_weight(model, formats_by_weight)
 
     def pack(weight: Weight) -> PackedWeight:
-        return pack_weight(read_weight(model, weight), find_format(formats_by_weight[weight.name]), quantizer)
+        format_ = find_format(formats_by_weight[weight.name])
+        values = read_weight(model, weight)
+        if format_.kind == "float":
+            return pack_weight(values, format_)
+        return PackedWeight.from_quantized(quantize_weight(weight, values, format_, quantizer))
 
     _install_packed(model, weights, pack)
 

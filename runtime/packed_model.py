@@ -23,6 +23,7 @@ from runtime.checkpoint import (
 )
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
+from runtime.rendering import RenderingRule
 from runtime.units import list_weights
 
 FORMATS_KEY = "bitplan.formats"
@@ -34,7 +35,7 @@ def save_packed_(
     directory: Path,
     *,
     metadata: Mapping[str, str],
-    quantizer: str = "rtn",
+    quantizer: RenderingRule = "rtn",
 ) -> int:
     """Packs the model in place, writes it to a directory, and returns the bytes of the weight file.
 
@@ -43,7 +44,7 @@ def save_packed_(
         formats_by_weight: Weight name -> format name, for every weight that can be quantized.
         directory: Replaced as a whole once the new content is complete; it must be free or hold a packed model.
         metadata: Strings kept in the checkpoint's header.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
 
     Raises:
         ValueError: If a weight has no format or one it cannot take, the metadata does not fit the header, or the

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from runtime.candidates import Candidates
-from runtime.quantizers import render
+from runtime.rendering import RenderingRule, render_weight
 from runtime.units import read_weight
 from sensitivity.expert_calls import ExpertCall, eager_experts, run_experts, watched_experts
 from sensitivity.output_error import measure_output_error
@@ -89,7 +89,7 @@ def measure_affinity_moments(model: Any, tokens: Tensor, *, power: float = 1.0) 
 
 
 def measure_affinity_error(
-    model: Any, candidates: Candidates, tokens: Tensor, *, quantizer: str = "rtn", power: float = 1.0
+    model: Any, candidates: Candidates, tokens: Tensor, *, quantizer: RenderingRule = "rtn", power: float = 1.0
 ) -> NDArray[np.float64]:
     """Returns the output error [U, F] per token, that of experts weighted by affinity (zero where not allowed).
 
@@ -97,7 +97,7 @@ def measure_affinity_error(
         model: The reference model in float32, a mixture of experts.
         candidates: Units and formats.
         tokens: [S, T] int64.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         power: Power of the gate weights; 1 as published.
 
     Raises:
@@ -111,7 +111,7 @@ def measure_affinity_error(
         for weight in candidates.units[u].weights:
             if (moment := measured.moments.get(weight.name)) is not None:
                 values = read_weight(model, weight)
-                difference = render(values, candidates.formats[f], quantizer) - values
+                difference = render_weight(weight, values, candidates.formats[f], quantizer) - values
                 error[u, f] += float(((difference @ moment) * difference).sum()) / measured.tokens
     return error
 

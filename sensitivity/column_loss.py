@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from runtime.candidates import Candidates
+from runtime.rendering import RenderingRule
 from runtime.units import Unit, Weight, read_weight
 from sensitivity.statistics import ModelStatistics
 from sensitivity.weight_error import list_differences
@@ -72,7 +73,7 @@ def column_curvature(moment: Tensor, token_count: int) -> Tensor:
 
 
 def measure_column_loss(
-    model: nn.Module, candidates: Candidates, curvatures: ColumnCurvatures, *, quantizer: str = "rtn"
+    model: nn.Module, candidates: Candidates, curvatures: ColumnCurvatures, *, quantizer: RenderingRule = "rtn"
 ) -> NDArray[np.float64]:
     """Returns BAQ's loss [U, F], per token, of every allowed candidate (zero elsewhere)."""
     loss = np.zeros(candidates.allowed.shape)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from runtime.candidates import Candidates
-from runtime.quantizers import render
+from runtime.rendering import RenderingRule, render_weight
 from runtime.units import Weight
 
 _DEFAULT_ERROR_BYTES = 2**29
@@ -26,7 +26,7 @@ class ErrorContraction:
     Args:
         candidates: Units and formats.
         sequences: Number of sequences, S.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         base: Values [out_features, in_features] of a weight that the candidates are rendered from, where the model
             holds others; an error is always what leads from the model's own values to the candidate.
         error_bytes: Bound on the bytes of the errors that are kept.
@@ -37,7 +37,7 @@ class ErrorContraction:
         candidates: Candidates,
         sequences: int,
         *,
-        quantizer: str = "rtn",
+        quantizer: RenderingRule = "rtn",
         base: Callable[[Weight], Tensor] | None = None,
         error_bytes: int = _DEFAULT_ERROR_BYTES,
     ) -> None:
@@ -94,4 +94,4 @@ class ErrorContraction:
     def _render_error(self, weight: Weight, f: int) -> Tensor:
         values = self._values[weight]
         base = values if self._base is None else self._base(weight)
-        return render(base, self._candidates.formats[f], self._quantizer).sub_(values).flatten()
+        return render_weight(weight, base, self._candidates.formats[f], self._quantizer).sub_(values).flatten()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from runtime.candidates import Candidates
 from runtime.quantizers import QUANTIZERS
+from runtime.rendering import RenderingRule, quantizer_name
 from sensitivity.column_loss import ColumnCurvatures
 from sensitivity.statistics import ModelStatistics, measure_statistics
 from sensitivity.weight_error import measure_weight_error, measure_weight_power, relative_error
@@ -29,7 +30,7 @@ class EstimatorInput:
         model: The reference model in float32.
         candidates: Units and formats.
         tokens: [S, T] int64 of calibration text, or None for estimators that need weights only.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         seed: Seed of whatever is drawn.
 
     Raises:
@@ -39,11 +40,11 @@ class EstimatorInput:
     model: Any
     candidates: Candidates
     tokens: Tensor | None = None
-    quantizer: str = "rtn"
+    quantizer: RenderingRule = "rtn"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.quantizer not in QUANTIZERS:
+        if quantizer_name(self.quantizer) not in QUANTIZERS:
             msg = f"quantizer must be among {', '.join(QUANTIZERS)}: got '{self.quantizer}'. Correct the name."
             raise ValueError(msg)
         if self.tokens is not None and (self.tokens.ndim != 2 or not self.tokens.numel()):

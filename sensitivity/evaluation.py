@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.apply import FormatsByWeight, simulated_formats
+from runtime.rendering import RenderingRule
 
 _GROUP_TOKENS = 512
 
@@ -39,7 +40,7 @@ def score_assignments(
     assignments: Mapping[str, FormatsByWeight],
     tokens: Tensor,
     *,
-    quantizer: str = "rtn",
+    quantizer: RenderingRule = "rtn",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, SequenceScores]:
     """Returns the scores of every assignment by name.
@@ -48,7 +49,7 @@ def score_assignments(
         model: The reference model.
         assignments: Name -> weight name -> format name; an empty mapping is the reference itself.
         tokens: [S, T] int64 held-out text.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         progress: Called with (passes done, passes in all).
     """
     group = max(1, _GROUP_TOKENS // tokens.shape[1])

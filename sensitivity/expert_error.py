@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from runtime.candidates import Candidates
 from runtime.formats import Format
-from runtime.quantizers import render
+from runtime.rendering import RenderingRule, render_weight
 from runtime.units import Unit, read_weight
 from sensitivity.expert_calls import ExpertCall, eager_experts, run_experts, watched_experts
 from sensitivity.routing import RoutingStatistics
@@ -35,7 +35,7 @@ from sensitivity.routing import RoutingStatistics
 
 @torch.no_grad()
 def measure_expert_error(
-    model: Any, candidates: Candidates, tokens: Tensor, *, quantizer: str = "rtn"
+    model: Any, candidates: Candidates, tokens: Tensor, *, quantizer: RenderingRule = "rtn"
 ) -> NDArray[np.float64]:
     """Returns the expert error [U, F] of every allowed candidate of an expert unit; zero elsewhere.
 
@@ -43,7 +43,7 @@ def measure_expert_error(
         model: The reference model, a mixture of experts.
         candidates: Units and formats.
         tokens: [S, T] int64.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
 
     Raises:
         ValueError: If the model has no experts.
@@ -99,7 +99,12 @@ def experts_of(unit: Unit) -> tuple[int, ...]:
 
 
 def _fill_row(
-    row: NDArray[np.float64], model: nn.Module, candidates: Candidates, u: int, calls: list[ExpertCall], quantizer: str
+    row: NDArray[np.float64],
+    model: nn.Module,
+    candidates: Candidates,
+    u: int,
+    calls: list[ExpertCall],
+    quantizer: RenderingRule,
 ) -> None:
     unit = candidates.units[u]
     experts = experts_of(unit)
@@ -113,13 +118,13 @@ def _fill_row(
 
 
 @contextmanager
-def _rendered(model: nn.Module, unit: Unit, format_: Format, quantizer: str) -> Iterator[None]:
+def _rendered(model: nn.Module, unit: Unit, format_: Format, quantizer: RenderingRule) -> Iterator[None]:
     # In place, expert by expert: simulated_formats copies the whole stack each time.
     weights = [read_weight(model, weight) for weight in unit.weights]
     saved = [values.clone() for values in weights]
     try:
-        for values in weights:
-            values.copy_(render(values, format_, quantizer))
+        for weight, values in zip(unit.weights, weights, strict=True):
+            values.copy_(render_weight(weight, values, format_, quantizer))
         yield
     finally:
         for values, kept in zip(weights, saved, strict=True):

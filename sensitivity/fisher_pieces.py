@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.candidates import Candidates
+from runtime.rendering import RenderingRule
 from sensitivity.decoder_layers import NotLayerwise
 from sensitivity.fisher_sketch import measure_fisher_sketch, measure_streamed_fisher_sketch
 from sensitivity.pieces import Piece, read_or_measure
@@ -25,7 +26,7 @@ def measure_sketch(
     tokens: Tensor,
     *,
     seed: int,
-    quantizer: str,
+    quantizer: RenderingRule,
     pieces: Path,
     progress: Progress,
 ) -> NDArray[np.float32]:
@@ -36,7 +37,7 @@ def measure_sketch(
         candidates: Units and formats.
         tokens: [S, T] int64.
         seed: Seed of the labels.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         pieces: Directory of what is finished: ``sketch.safetensors``, and until that is there the parts of it.
         progress: Called with (parts done, parts in all); not at all where the sketch is there.
     """
@@ -63,7 +64,7 @@ def _measure_whole(
     candidates: Candidates,
     tokens: Tensor,
     seed: int,
-    quantizer: str,
+    quantizer: RenderingRule,
     pieces: Path,
     progress: Progress,
 ) -> NDArray[np.float32]:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from runtime.candidates import Candidates
-from runtime.quantizers import render
+from runtime.rendering import RenderingRule, render_weight
 from runtime.units import Weight
 from sensitivity.error_contraction import ErrorContraction
 from sensitivity.gradient_scope import only_gradients_of
@@ -35,7 +35,13 @@ from sensitivity.layerwise_model import Residency
 
 
 def measure_fisher_sketch(
-    model: nn.Module, candidates: Candidates, tokens: Tensor, *, seed: int, quantizer: str = "rtn", first: int = 0
+    model: nn.Module,
+    candidates: Candidates,
+    tokens: Tensor,
+    *,
+    seed: int,
+    quantizer: RenderingRule = "rtn",
+    first: int = 0,
 ) -> Iterator[NDArray[np.float32]]:
     """Yields ``sketch[s]`` [U, F] for the sequences ``first`` and on, one after another.
 
@@ -47,7 +53,7 @@ def measure_fisher_sketch(
         candidates: Units and formats; entries of pairs not allowed are zero.
         tokens: [S, T] int64.
         seed: Seed of the labels; the labels of a sequence depend on the seed and its index alone.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         first: Index of the first sequence to measure (earlier ones are measured already).
     """
     contraction = _Contraction(model, candidates, quantizer)
@@ -69,7 +75,7 @@ def measure_streamed_fisher_sketch(
     seed: int,
     directory: Path,
     progress: Callable[[int, int], None],
-    quantizer: str = "rtn",
+    quantizer: RenderingRule = "rtn",
     loss: Loss | None = None,
     base: Callable[[Weight], Tensor] | None = None,
     residency: Residency | None = None,
@@ -88,7 +94,7 @@ def measure_streamed_fisher_sketch(
         directory: Where the files of this measurement are, and of no other; one process at a time works in it. What
             an interrupted measurement has finished is used.
         progress: Called with (steps done, steps in all), before the first step and after every step.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         loss: Another loss than ``SampledScore``, whose gradients are contracted instead.
         base: Values of a weight that candidates are rendered from, where the model holds others.
         residency: Brings the weights into memory.
@@ -155,7 +161,7 @@ class SampledScore:
 class _Contraction:
     """Hooks that contract each parameter's gradient with the errors of its candidates and release it."""
 
-    def __init__(self, model: nn.Module, candidates: Candidates, quantizer: str) -> None:
+    def __init__(self, model: nn.Module, candidates: Candidates, quantizer: RenderingRule) -> None:
         self.sketch = np.zeros(candidates.allowed.shape)
         self._candidates = candidates
         self._quantizer = quantizer
@@ -188,12 +194,12 @@ class _Contraction:
             assert gradient is not None
             for u, weight in rows:
                 index = () if weight.expert_index is None else weight.expert_index
-                self._contract(u, parameter.data[index], gradient[index])
+                self._contract(u, weight, parameter.data[index], gradient[index])
             parameter.grad = None
 
         return contract
 
-    def _contract(self, u: int, values: Tensor, gradient: Tensor) -> None:
+    def _contract(self, u: int, weight: Weight, values: Tensor, gradient: Tensor) -> None:
         for f in np.flatnonzero(self._candidates.allowed[u]):
-            error = render(values, self._candidates.formats[f], self._quantizer).sub_(values)
+            error = render_weight(weight, values, self._candidates.formats[f], self._quantizer).sub_(values)
             self.sketch[u, f] += float(torch.dot(error.flatten(), gradient.flatten()))

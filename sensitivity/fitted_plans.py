@@ -10,6 +10,7 @@ from torch import Tensor
 
 from runtime.candidates import Candidates
 from runtime.costs import memory_cost
+from runtime.rendering import RenderingRule
 from sensitivity.combination import COMBINED
 from sensitivity.evaluation import score_assignments
 from sensitivity.pieces import Piece, read_or_measure
@@ -26,7 +27,7 @@ def fit_profile(
     tokens: Tensor,
     *,
     count: int,
-    quantizer: str,
+    quantizer: RenderingRule,
     seed: int,
     pieces: Path,
     progress: Callable[[int, int], None],
@@ -39,7 +40,7 @@ def fit_profile(
         losses: Metric -> table.
         tokens: [S, T] int64 calibration text.
         count: Plans to measure.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         seed: Seed of the draws.
         pieces: Directory of the finished plans.
         progress: Called with (plans measured, plans in all).

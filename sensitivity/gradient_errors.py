@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runtime.candidates import Candidates
-from runtime.quantizers import render
+from runtime.rendering import RenderingRule, render_weight
 from runtime.units import Weight, read_weight
 from sensitivity.gradient_probes import RademacherProbe, received_gradients, sampled_loss, text_loss
 from sensitivity.output_gradients import received_output_gradients
@@ -41,7 +41,7 @@ Estimate = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def measure_output_fisher(
-    model: nn.Module, candidates: Candidates, tokens: Tensor, *, seed: int, quantizer: str = "rtn"
+    model: nn.Module, candidates: Candidates, tokens: Tensor, *, seed: int, quantizer: RenderingRule = "rtn"
 ) -> Estimate:
     """Returns the loss [U, F] by the diagonal Fisher information of the outputs and its standard error [U, F].
 
@@ -50,7 +50,7 @@ def measure_output_fisher(
         candidates: Units and formats; entries of pairs not allowed are zero.
         tokens: [S, T] int64, S >= 2.
         seed: Seed of the labels.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
 
     Raises:
         ValueError: If there are fewer than two sequences.
@@ -61,7 +61,7 @@ def measure_output_fisher(
         squares = gradient.square()
         values = read_weight(model, weight)
         for f in np.flatnonzero(candidates.allowed[u]).tolist():
-            error = _error(values, candidates, f, quantizer)
+            error = _error(weight, values, candidates, f, quantizer)
             change = x @ error.T if x.is_floating_point() else error[x]
             samples[s, u, f] += 0.5 * float((squares * change.square()).sum()) / tokens.shape[1]
 
@@ -72,7 +72,7 @@ def measure_output_fisher(
 
 
 def measure_absolute_slope(
-    model: nn.Module, candidates: Candidates, tokens: Tensor, *, seed: int, quantizer: str = "rtn"
+    model: nn.Module, candidates: Candidates, tokens: Tensor, *, seed: int, quantizer: RenderingRule = "rtn"
 ) -> Estimate:
     """Returns the sum of |gradient x error| [U, F] over a unit's weights and its standard error [U, F].
 
@@ -81,7 +81,7 @@ def measure_absolute_slope(
         candidates: Units and formats; entries of pairs not allowed are zero.
         tokens: [S, T] int64, S >= 2 and T >= 2.
         seed: Not used, as nothing is drawn; the criteria share one signature.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
 
     Raises:
         ValueError: If there are fewer than two sequences, or they have fewer than two tokens.
@@ -90,7 +90,7 @@ def measure_absolute_slope(
 
     def receive(u: int, weight: Weight, values: Tensor, gradient: Tensor) -> None:
         for f in np.flatnonzero(candidates.allowed[u]).tolist():
-            samples[s, u, f] += float(_error(values, candidates, f, quantizer).mul_(gradient).abs().sum())
+            samples[s, u, f] += float(_error(weight, values, candidates, f, quantizer).mul_(gradient).abs().sum())
 
     with received_gradients(model, candidates, receive), torch.enable_grad():
         for s in range(len(tokens)):
@@ -99,7 +99,7 @@ def measure_absolute_slope(
 
 
 def measure_hessian_trace(
-    model: nn.Module, candidates: Candidates, tokens: Tensor, *, seed: int, quantizer: str = "rtn"
+    model: nn.Module, candidates: Candidates, tokens: Tensor, *, seed: int, quantizer: RenderingRule = "rtn"
 ) -> Estimate:
     """Returns the loss [U, F] by the average trace of the Hessian of the text's loss and its standard error [U, F].
 
@@ -110,7 +110,7 @@ def measure_hessian_trace(
         candidates: Units and formats; entries of pairs not allowed are zero.
         tokens: [S, T] int64, S >= 2 and T >= 2.
         seed: Seed of the signs.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
 
     Raises:
         ValueError: If there are fewer than two sequences, they have fewer than two tokens, or an operation of the
@@ -139,7 +139,7 @@ def measure_hessian_trace(
 
 
 def measure_fisher_trace(
-    model: nn.Module, candidates: Candidates, tokens: Tensor, *, seed: int, quantizer: str = "rtn"
+    model: nn.Module, candidates: Candidates, tokens: Tensor, *, seed: int, quantizer: RenderingRule = "rtn"
 ) -> Estimate:
     """Returns the loss [U, F] by the average trace of the Fisher information and its standard error [U, F].
 
@@ -148,7 +148,7 @@ def measure_fisher_trace(
         candidates: Units and formats; entries of pairs not allowed are zero.
         tokens: [S, T] int64, S >= 2.
         seed: Seed of the labels.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
 
     Raises:
         ValueError: If there are fewer than two sequences.
@@ -190,8 +190,8 @@ def _samples(candidates: Candidates, tokens: Tensor, *, least_tokens: int = 1) -
     return np.zeros((len(tokens), *candidates.allowed.shape))
 
 
-def _error(values: Tensor, candidates: Candidates, f: int, quantizer: str) -> Tensor:
-    return render(values, candidates.formats[f], quantizer).to(values.dtype).sub_(values)
+def _error(weight: Weight, values: Tensor, candidates: Candidates, f: int, quantizer: RenderingRule) -> Tensor:
+    return render_weight(weight, values, candidates.formats[f], quantizer).to(values.dtype).sub_(values)
 
 
 def _estimate(samples: NDArray[np.float64]) -> Estimate:
@@ -204,11 +204,11 @@ def _empty_traces(candidates: Candidates, sequences: int) -> dict[str, NDArray[n
 
 
 def _trace_estimate(
-    model: nn.Module, candidates: Candidates, traces: dict[str, NDArray[np.float64]], quantizer: str
+    model: nn.Module, candidates: Candidates, traces: dict[str, NDArray[np.float64]], quantizer: RenderingRule
 ) -> Estimate:
     samples = np.zeros((len(next(iter(traces.values()))), *candidates.allowed.shape))
     for u, f in zip(*np.nonzero(candidates.allowed), strict=True):
         for weight in candidates.units[u].weights:
-            error = _error(read_weight(model, weight), candidates, f, quantizer)
+            error = _error(weight, read_weight(model, weight), candidates, f, quantizer)
             samples[:, u, f] += 0.5 * traces[weight.name] / weight.weight_count * float(error.square().sum())
     return _estimate(samples)

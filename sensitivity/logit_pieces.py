@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from runtime.candidates import Candidates
+from runtime.rendering import RenderingRule
 from sensitivity.logit_sketch import LogitSketch, gram_of
 from sensitivity.pieces import Piece, read_or_measure
 from sensitivity.profile import NATS, LossTable
@@ -27,7 +28,7 @@ def measure_single_unit_kl(
     pairs: NDArray[np.bool_],
     cross_terms: bool,
     top_tokens: int,
-    quantizer: str,
+    quantizer: RenderingRule,
     pieces: Path,
     progress: Callable[[int, int], None],
 ) -> tuple[LossTable, NDArray[np.float32] | None]:
@@ -40,7 +41,7 @@ def measure_single_unit_kl(
         pairs: [U, F] bool, the allowed pairs to measure.
         cross_terms: Whether the inner products [2, U * F, U * F] are kept.
         top_tokens: Most likely tokens of a position that the sketches keep.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         pieces: Directory for the finished units; those already there are used.
         progress: Called with (units done, units with a pair).
     """

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from runtime.apply import simulated_formats
 from runtime.candidates import Candidates
 from runtime.formats import Format
-from runtime.quantizers import render
+from runtime.rendering import RenderingRule, render_weight
 from runtime.units import Unit, read_weight
 from sensitivity.suffix import SuffixRunner
 
@@ -49,11 +49,17 @@ class LogitSketch:
         candidates: Units and formats.
         tokens: [B, T] int64; N = B * T positions.
         top_tokens: K.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
     """
 
     def __init__(
-        self, model: nn.Module, candidates: Candidates, tokens: Tensor, *, top_tokens: int, quantizer: str = "rtn"
+        self,
+        model: nn.Module,
+        candidates: Candidates,
+        tokens: Tensor,
+        *,
+        top_tokens: int,
+        quantizer: RenderingRule = "rtn",
     ) -> None:
         self._model = model
         self._candidates = candidates
@@ -87,8 +93,8 @@ class LogitSketch:
         # Worth asking: a bfloat16 model loses nothing at bf16, and a pass of the model is saved.
         if format_.kind != "float":
             return False
-        weights = [read_weight(self._model, weight) for weight in unit.weights]
-        return all(torch.equal(render(w, format_, self._quantizer), w) for w in weights)
+        weights = [(weight, read_weight(self._model, weight)) for weight in unit.weights]
+        return all(torch.equal(render_weight(w, values, format_, self._quantizer), values) for w, values in weights)
 
     def _kl(self, logits: Tensor) -> Tensor:
         change = torch.log_softmax(logits, dim=-1).sub_(self._log_p)

@@ -23,6 +23,7 @@ from torch import Tensor
 from runtime.candidates import Candidates
 from runtime.checkpoint import fixed_bytes, reference_bytes, rest_bytes
 from runtime.loading import ReferenceModel
+from runtime.rendering import RenderingRule
 from sensitivity.combination import COMBINED, combine
 from sensitivity.completion import complete
 from sensitivity.estimator_input import EstimatorInput
@@ -45,6 +46,7 @@ from sensitivity.pair_design import choose_pairs
 from sensitivity.pieces import Piece, read_or_measure
 from sensitivity.profile import NATS, LossTable, SensitivityProfile, fingerprint_of
 from sensitivity.weight_error import measure_weight_error
+from sensitivity.weight_inputs import find_rendering
 
 # Raised whenever a change makes the same inputs give other numbers.
 MEASUREMENT_VERSION = 3
@@ -79,6 +81,7 @@ def measure_profile(
     *,
     pieces: Path,
     progress: Progress,
+    rendering: Path | None = None,
 ) -> SensitivityProfile:
     """Returns the profile of a model.
 
@@ -89,12 +92,16 @@ def measure_profile(
         config: Settings.
         pieces: Directory for the finished pieces; those already there are used.
         progress: Called with (stage, pieces done, pieces of the stage).
+        rendering: Directory for what a quantizer that reads input statistics keeps; None to keep it with the pieces.
     """
     started = time.monotonic()
+    rule = find_rendering(
+        reference.model, config.quantizer, text.fisher.tokens, directory=rendering or pieces / "rendering"
+    )
     losses: dict[str, LossTable] = {}
     for metric in (WEIGHT_ERROR, OUTPUT_ERROR):
         if metric in config.metrics:
-            losses[metric] = _measure_error(metric, reference, candidates, text.fisher.tokens, config, pieces, progress)
+            losses[metric] = _measure_error(metric, reference, candidates, text.fisher.tokens, rule, pieces, progress)
     sketch = gram = None
     if FISHER in config.metrics:
         sketch = measure_sketch(
@@ -102,7 +109,7 @@ def measure_profile(
             candidates,
             text.fisher.tokens,
             seed=config.seed,
-            quantizer=config.quantizer,
+            quantizer=rule,
             pieces=pieces / FISHER,
             progress=partial(progress, FISHER),
         )
@@ -115,11 +122,11 @@ def measure_profile(
         losses[FISHER_SHRUNK] = shrink_table(losses[FISHER], routing, candidates)
     if SINGLE_UNIT_KL in config.metrics:
         losses[SINGLE_UNIT_KL], gram = _measure_logit(
-            reference, candidates, text.logit.tokens, config, pieces, progress, losses=losses
+            reference, candidates, text.logit.tokens, config, rule, pieces, progress, losses=losses
         )
     if FISHER in losses and SINGLE_UNIT_KL in losses:
         losses[COMBINED] = combine(losses[FISHER], losses[SINGLE_UNIT_KL], candidates.allowed)
-    losses |= _measure_others(reference, candidates, text.fisher.tokens, config, pieces, progress, known=losses)
+    losses |= _measure_others(reference, candidates, text.fisher.tokens, config, rule, pieces, progress, known=losses)
     fits = {}
     if config.fit_plans is not None:
         fits = fit_profile(
@@ -128,7 +135,7 @@ def measure_profile(
             losses,
             text.fit.tokens,
             count=config.fit_plans,
-            quantizer=config.quantizer,
+            quantizer=rule,
             seed=config.seed,
             pieces=pieces / "fit",
             progress=partial(progress, "prediction_fit"),
@@ -157,15 +164,15 @@ def _measure_error(
     reference: ReferenceModel,
     candidates: Candidates,
     tokens: Tensor,
-    config: MeasureConfig,
+    rule: RenderingRule,
     pieces: Path,
     progress: Progress,
 ) -> LossTable:
     def measure() -> Piece:
         if metric == WEIGHT_ERROR:
-            return {"error": measure_weight_error(reference.model, candidates, quantizer=config.quantizer)}
+            return {"error": measure_weight_error(reference.model, candidates, quantizer=rule)}
         few = tokens[:_OUTPUT_SEQUENCES]
-        return {"error": measure_output_error(reference.model, candidates, few, quantizer=config.quantizer)}
+        return {"error": measure_output_error(reference.model, candidates, few, quantizer=rule)}
 
     progress(metric, 0, 1)
     error = read_or_measure(pieces / f"{metric}.safetensors", measure)["error"]
@@ -178,6 +185,7 @@ def _measure_others(
     candidates: Candidates,
     tokens: Tensor,
     config: MeasureConfig,
+    rule: RenderingRule,
     pieces: Path,
     progress: Progress,
     *,
@@ -188,7 +196,7 @@ def _measure_others(
         model=reference.model,
         candidates=candidates,
         tokens=tokens[:_OUTPUT_SEQUENCES],
-        quantizer=config.quantizer,
+        quantizer=rule,
         seed=config.seed,
     )
     tables = {}
@@ -215,6 +223,7 @@ def _measure_logit(
     candidates: Candidates,
     tokens: Tensor,
     config: MeasureConfig,
+    rule: RenderingRule,
     pieces: Path,
     progress: Progress,
     *,
@@ -223,7 +232,7 @@ def _measure_logit(
     pairs = lossy = candidates.allowed
     if config.logit_passes is not None and int(pairs.sum()) > config.logit_passes:
         if WEIGHT_ERROR not in losses:
-            error = _measure_error(WEIGHT_ERROR, reference, candidates, tokens, config, pieces, progress)
+            error = _measure_error(WEIGHT_ERROR, reference, candidates, tokens, rule, pieces, progress)
             losses = {**losses, WEIGHT_ERROR: error}
         # Not above zero: what is no number must not pass for lossless.
         lossy = candidates.allowed & (losses[WEIGHT_ERROR].loss != 0.0)
@@ -235,7 +244,7 @@ def _measure_logit(
         pairs=pairs,
         cross_terms=pairs.sum() == lossy.sum(),
         top_tokens=config.top_tokens,
-        quantizer=config.quantizer,
+        quantizer=rule,
         pieces=pieces / "logit",
         progress=partial(progress, SINGLE_UNIT_KL),
     )

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from runtime.quantizers import QUANTIZERS, STATISTICAL
+from runtime.quantizers import QUANTIZERS
 from sensitivity.calibration import TokenSequences
 from sensitivity.estimators import ESTIMATORS
 from sensitivity.prediction_fit import LEAST_PLANS
@@ -32,7 +32,7 @@ class MeasureConfig:
         selection_sequences: Sequences that choose between plans.
         evaluation_sequences: Sequences of the final evaluation.
         evaluation_sequence_tokens: Tokens of each selection and evaluation sequence.
-        quantizer: Rule that renders the candidates; one that needs no statistics of the inputs.
+        quantizer: Rule that renders the candidates, a name in ``QUANTIZERS``.
         seed: Seed of labels, sampled text and the pairs that are measured.
 
     Raises:
@@ -70,9 +70,8 @@ class MeasureConfig:
         if unknown or not self.metrics:
             msg = f"metrics must be among {', '.join(known)}: got {list(self.metrics)}. Correct the names."
             raise ValueError(msg)
-        plain = [name for name in QUANTIZERS if name not in STATISTICAL]
-        if self.quantizer not in plain:
-            msg = f"quantizer must be among {', '.join(plain)}: got '{self.quantizer}'. Correct the name."
+        if self.quantizer not in QUANTIZERS:
+            msg = f"quantizer must be among {', '.join(QUANTIZERS)}: got '{self.quantizer}'. Correct the name."
             raise ValueError(msg)
 
 

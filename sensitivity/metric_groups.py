@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from runtime.apply import simulated_formats
 from runtime.candidates import Candidates
+from runtime.rendering import RenderingRule
 from sensitivity.joint_kl import kl_by_position
 from sensitivity.profile import LossTable
 from sensitivity.suffix import SuffixRunner
@@ -99,7 +100,7 @@ def measure_metrics(
     texts: Mapping[str, Tensor],
     *,
     metrics: Sequence[str] = (KL,),
-    quantizer: str = "rtn",
+    quantizer: RenderingRule = "rtn",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MetricLosses:
     """Returns the losses of every allowed candidate, by every metric on every text, named ``text/metric``.
@@ -109,7 +110,7 @@ def measure_metrics(
         candidates: Units and formats.
         texts: Name -> tokens [S, T] int64, S >= 2 and T >= 2.
         metrics: Names in ``METRICS``.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         progress: Called with (units done, units in all).
 
     Raises:

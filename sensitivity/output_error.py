@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from runtime.candidates import Candidates
+from runtime.rendering import RenderingRule
 from runtime.units import Weight, list_weights, read_weight
 from sensitivity.weight_error import list_differences
 
@@ -28,8 +29,8 @@ _Address = tuple[int, int]
 class InputSecondMoments(TorchFunctionMode):
     """Sums x x' of what ``linear`` and ``embedding`` multiply with each weight, while the model runs under it.
 
-    Afterwards ``linear`` holds the sum [in_features, in_features] of each weight that a linear layer read, and
-    ``embedding`` the number of times [rows] that each row of an embedding was read.
+    Afterwards ``linear`` holds the sum [in_features, in_features] of each weight that a linear layer read, ``rows`` the
+    number of its inputs, and ``embedding`` the number of times [rows] that each row of an embedding was read.
 
     Args:
         model: The model; its weights are recognised by their storage, experts inside one parameter included.
@@ -39,6 +40,7 @@ class InputSecondMoments(TorchFunctionMode):
         super().__init__()
         self._names = {_address(read_weight(model, w)): name for name, w in list_weights(model, routers=True).items()}
         self.linear: dict[str, Tensor] = {}
+        self.rows: dict[str, int] = {}
         self.embedding: dict[str, Tensor] = {}
         # The input read last with its version, its product, and its readers: all weights that read one tensor in a
         # row share one sum.
@@ -76,6 +78,7 @@ class InputSecondMoments(TorchFunctionMode):
             rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
             self._input, self._product = (x, x._version), rows.T @ rows
         self._readers.append(name)
+        self.rows[name] = self.rows.get(name, 0) + x.shape[:-1].numel()
 
     def _add_product(self) -> None:
         if self._product is not None:
@@ -87,7 +90,7 @@ class InputSecondMoments(TorchFunctionMode):
 
 
 def measure_output_error(
-    model: Any, candidates: Candidates, tokens: Tensor, *, quantizer: str = "rtn"
+    model: Any, candidates: Candidates, tokens: Tensor, *, quantizer: RenderingRule = "rtn"
 ) -> NDArray[np.float64]:
     """Returns the Hessian-weighted output error [U, F], per token, of every allowed candidate (zero elsewhere).
 
@@ -95,7 +98,7 @@ def measure_output_error(
         model: The reference model in float32.
         candidates: Units and formats.
         tokens: [S, T] int64.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
     """
     moments = InputSecondMoments(model)
     run_under(moments, model, tokens)
@@ -115,7 +118,7 @@ def weigh_output_error(
     moments: InputSecondMoments,
     *,
     token_count: int,
-    quantizer: str = "rtn",
+    quantizer: RenderingRule = "rtn",
 ) -> NDArray[np.float64]:
     """Returns the Hessian-weighted output error [U, F], per token, from second moments collected before.
 
@@ -124,7 +127,7 @@ def weigh_output_error(
         candidates: Units and formats.
         moments: Sums over the tokens.
         token_count: Number of these tokens.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
     """
     error = np.zeros(candidates.allowed.shape)
     for d in list_differences(model, candidates, quantizer=quantizer):

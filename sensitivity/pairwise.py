@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from runtime.apply import simulated_formats
 from runtime.candidates import Candidates
+from runtime.rendering import RenderingRule
 from sensitivity.joint_kl import JointKL
 from sensitivity.pieces import Piece, read_or_measure
 
@@ -98,7 +99,7 @@ def measure_pairs(
     pairs: Sequence[Pair],
     tokens: Tensor,
     *,
-    quantizer: str = "rtn",
+    quantizer: RenderingRule = "rtn",
     pieces: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PairwiseLosses:
@@ -109,7 +110,7 @@ def measure_pairs(
         candidates: Units and formats.
         pairs: Two candidates (unit index, format index) each, of different units, each pair once.
         tokens: [S, T] int64, S >= 2, run in one batch.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         pieces: Directory of finished pieces, of these inputs alone; None to keep none.
         progress: Called with (candidates done, candidates in all), each with its pairs.
 
@@ -222,7 +223,12 @@ def _depth(candidates: Candidates, candidate: UnitFormat) -> tuple[int, int]:
 
 
 def _measure_with(
-    kl: JointKL, model: nn.Module, candidates: Candidates, first: UnitFormat, seconds: list[UnitFormat], quantizer: str
+    kl: JointKL,
+    model: nn.Module,
+    candidates: Candidates,
+    first: UnitFormat,
+    seconds: list[UnitFormat],
+    quantizer: RenderingRule,
 ) -> Piece:
     joint = []
     with kl.branch(), simulated_formats(model, _formats(candidates, first), quantizer=quantizer):

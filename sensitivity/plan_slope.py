@@ -25,6 +25,7 @@ from torch import Tensor
 
 from runtime.apply import simulated_formats
 from runtime.candidates import Candidates
+from runtime.rendering import RenderingRule
 from runtime.units import read_weight
 from sensitivity.fisher_sketch import measure_streamed_fisher_sketch
 from sensitivity.pieces import Piece, read_or_measure
@@ -38,7 +39,7 @@ def measure_plan_slope(
     *,
     directory: Path,
     progress: Callable[[int, int], None],
-    quantizer: str = "rtn",
+    quantizer: RenderingRule = "rtn",
 ) -> NDArray[np.float64]:
     """Returns slope [S, U, F] at a plan, nats per token; zero for the plan's own formats and those not allowed.
 
@@ -49,7 +50,7 @@ def measure_plan_slope(
         tokens: [S, T] int64.
         directory: Where the files of this measurement are, and of no other; an interrupted one goes on.
         progress: Called with (steps done, steps in all).
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
 
     Raises:
         NotLayerwise: If the layers of the model cannot be run one by one.

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.apply import simulated_formats
+from runtime.rendering import RenderingRule
 from sensitivity.expert_calls import ExpertCall, find_expert_modules, layer_index_of, watched_experts
 from sensitivity.routing import RoutingStatistics
 
@@ -126,7 +127,7 @@ def measure_routing(model: Any, tokens: Tensor, *, domains: Sequence[str] | None
 
 
 def measure_router_shift(
-    model: Any, formats_by_weight: Mapping[str, str], tokens: Tensor, *, quantizer: str = "rtn"
+    model: Any, formats_by_weight: Mapping[str, str], tokens: Tensor, *, quantizer: RenderingRule = "rtn"
 ) -> RouterShift:
     """Returns how far the routing of the model with formats is from the reference model's.
 
@@ -134,7 +135,7 @@ def measure_router_shift(
         model: The reference model, a mixture of experts.
         formats_by_weight: Weight name -> format name; weights not named keep their values.
         tokens: [S, T] int64.
-        quantizer: Name in ``QUANTIZERS``.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
 
     Raises:
         ValueError: If the model has no experts, a weight or format is unknown, or a format does not fit.

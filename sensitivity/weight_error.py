@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from runtime.candidates import Candidates
-from runtime.quantizers import render
+from runtime.rendering import RenderingRule, render_weight
 from runtime.units import Unit, Weight, read_weight
 
 
@@ -33,17 +33,21 @@ class WeightDifference:
     difference: Tensor
 
 
-def list_differences(model: nn.Module, candidates: Candidates, *, quantizer: str = "rtn") -> Iterator[WeightDifference]:
+def list_differences(
+    model: nn.Module, candidates: Candidates, *, quantizer: RenderingRule = "rtn"
+) -> Iterator[WeightDifference]:
     """Yields the difference of every weight at every allowed format of its unit, one at a time."""
     for u, unit in enumerate(candidates.units):
         for weight in unit.weights:
             values = read_weight(model, weight)
             for f in np.flatnonzero(candidates.allowed[u]).tolist():
-                rendered = render(values, candidates.formats[f], quantizer)
+                rendered = render_weight(weight, values, candidates.formats[f], quantizer)
                 yield WeightDifference(unit_index=u, format_index=f, weight=weight, difference=rendered - values)
 
 
-def measure_weight_error(model: nn.Module, candidates: Candidates, *, quantizer: str = "rtn") -> NDArray[np.float64]:
+def measure_weight_error(
+    model: nn.Module, candidates: Candidates, *, quantizer: RenderingRule = "rtn"
+) -> NDArray[np.float64]:
     """Returns the weight error [U, F] of every allowed candidate (zero elsewhere)."""
     error = np.zeros(candidates.allowed.shape)
     for d in list_differences(model, candidates, quantizer=quantizer):
