@@ -67,7 +67,8 @@ def plan(
 ) -> Plan:
     """Returns the best plan for a budget.
 
-    Without ``verify`` this is one exact solve of the cached profile: milliseconds. With it, plans by several
+    Without ``verify`` this is one solve of the cached profile: milliseconds, exact but where several limits bind and
+    the proof would take longer (the plan states its gap). With it, plans by several
     metrics, one with cross terms, and every uniform format that fits are measured on text that nothing else saw,
     and the best of them is returned, a uniform one included. With ``refine`` that best one is then improved around
     itself (``allocator.refinement``): minutes, worth them where plans lose much.
@@ -98,7 +99,7 @@ def plan(
     latency = find_latency(profile, store, progress) if LATENCY in budget.limits else None
     tables = build_cost_tables(profile, latency, batch_tokens=budget.batch)
     chosen = metric or default_metric(profile)
-    best = find_assignment(profile, budget, tables, metric=chosen)
+    best = find_assignment(profile, budget, tables, metric=chosen, draft=not verify)
     if not verify:
         return make_plan(profile, best, budget, tables, provenance())
     shared: dict[str, Any] = {

@@ -19,13 +19,15 @@ from sensitivity.combination import COMBINED
 from sensitivity.expert_tables import FISHER_SHRUNK
 from sensitivity.measure_config import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
 from sensitivity.profile import NATS, SensitivityProfile
-from solvers import AllocationProblem, SolveResult, solve, solve_least_cost
+from solvers import AllocationProblem, SolveParams, SolveResult, Termination, solve, solve_least_cost
 from solvers.least_cost import LOSS
 
 # The first of these that a profile holds predicts and plans when nothing else is asked for.
 METRIC_PREFERENCE = (FISHER_SHRUNK, COMBINED, SINGLE_UNIT_KL, FISHER, OUTPUT_ERROR, WEIGHT_ERROR)
 INTERACTIONS = "interactions"
 UNIFORM_RULE = "uniform rule"
+# Some 20 ms of search; a number of states, not a time, so that the same question has the same answer.
+DRAFT_STATES = 8_000
 
 
 def default_metric(profile: SensitivityProfile) -> str:
@@ -40,6 +42,7 @@ def find_assignment(
     *,
     metric: str,
     max_loss: float | None = None,
+    draft: bool = False,
 ) -> Assignment:
     """Returns the assignment that loses least under a budget, or the smallest one under a ceiling on loss.
 
@@ -49,6 +52,8 @@ def find_assignment(
         tables: Resource -> cost table.
         metric: Metric to minimise.
         max_loss: Overrides the budget's ceiling on loss.
+        draft: Whether an answer within milliseconds is worth more than the last part of the proof where several
+            limits bind: rarely needed, then a gap of some thousandths is left, and stated.
 
     Raises:
         InfeasibleBudget: If no assignment keeps the budget.
@@ -58,7 +63,10 @@ def find_assignment(
     problem = build_problem(profile, table.loss, limits, tables)
     ceiling = None
     if budget.max_kl is None:
-        result = solve(problem)
+        several = draft and len(problem.binding) > 1
+        result = solve(problem, params=SolveParams(node_limit=DRAFT_STATES) if several else None)
+        if several and result.termination is Termination.NO_SOLUTION_FOUND:
+            result = solve(problem)
     else:
         if table.unit_of_measure != NATS:
             msg = (

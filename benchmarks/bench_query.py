@@ -6,11 +6,10 @@ import sys
 import time
 from pathlib import Path
 
+from bench_allocation import measured_demo
 from machine import describe_machine
 
 import allocator
-from allocator.demo import demo_request
-from allocator.demo_model import prepare_demo_model
 from allocator.progress import shown_progress
 from allocator.store import Store
 
@@ -19,15 +18,24 @@ ROUNDS = 15
 
 def main() -> None:
     store = Store()
-    model = allocator.Model(str(prepare_demo_model(store.root)))
     with shown_progress() as progress:
-        profile = allocator.measure(model, request=demo_request(store), store=store, progress=progress)
+        _, profile = measured_demo(store, progress)
     queries = {
         "memory 70 MiB": allocator.Budget(memory_bytes=70 * 2**20),
         "3.5 bits per weight": allocator.Budget(bits_per_weight=3.5),
         "KL <= 0.05": allocator.Budget(max_kl=0.05),
         "memory 80 MiB, read <= 75 MiB": allocator.Budget(memory_bytes=80 * 2**20, limits={"read_bytes": 75 * 2**20}),
     }
+    # A latency limit below what the memory alone would give, so that both bind.
+    for mib in (60, 70, 90):
+        free = allocator.plan(
+            profile, allocator.Budget(memory_bytes=mib * 2**20, limits={"latency_us": 1e9}), verify=False
+        )
+        for share in (0.98, 0.95, 0.9):
+            limits = {"latency_us": share * free.use["latency_us"]}
+            queries[f"memory {mib} MiB, latency {share:g} of its plan's"] = allocator.Budget(
+                memory_bytes=mib * 2**20, limits=limits
+            )
     lines = [
         "# Time of a budget query",
         "",
@@ -38,6 +46,11 @@ def main() -> None:
         "|---|---|",
     ]
     for name, budget in queries.items():
+        try:
+            allocator.plan(profile, budget, verify=False)
+        except allocator.InfeasibleBudget:
+            lines.append(f"| {name} | infeasible |")
+            continue
         times = [_timed(lambda b=budget: allocator.plan(profile, b, verify=False)) for _ in range(ROUNDS)]  # type: ignore[misc]
         lines.append(f"| {name} | {_spread(times)} |")
     frontier = [_timed(lambda: allocator.frontier(profile)) for _ in range(3)]

@@ -108,6 +108,12 @@ def _output_error(given: EstimatorInput) -> _Float:
     )
 
 
+def _affinity_error(given: EstimatorInput) -> _Float:
+    if not any(unit.kind == "expert" for unit in given.candidates.units):
+        return _output_error(given)
+    return measure_affinity_error(given.model, given.candidates, given.text, quantizer=given.quantizer)
+
+
 def _linearity(given: EstimatorInput) -> tuple[_Float, _Float]:
     tokens = given.text[:_LINEARITY_SEQUENCES, :_LINEARITY_TOKENS]
     coefficients, std_error = measure_linearity_coefficients(
@@ -252,11 +258,7 @@ ESTIMATORS: dict[str, Estimator] = {
             unit_of_measure="squared activation/token",
             description="output error, each token of an expert weighted by its gate weight (MoEQuant)",
             paper="Chen et al. 2025 (arXiv:2505.03804)",
-            function=_exact(
-                lambda given: measure_affinity_error(
-                    given.model, given.candidates, given.text, quantizer=given.quantizer
-                )
-            ),
+            function=_exact(_affinity_error),
         ),
         Estimator(
             name="output_fisher",

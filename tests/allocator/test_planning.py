@@ -307,3 +307,17 @@ def test_a_profile_of_another_estimator_alone_plans_by_it(profile: SensitivityPr
     made = allocator.plan(only, Budget(bits_per_weight=6), verify=False)
     assert made.metric == "kurtosis"
     assert math.isnan(made.predicted_kl) and made.corrected_kl is None
+
+
+def test_a_draft_under_several_limits_is_feasible_and_states_its_gap(
+    profile: SensitivityProfile, tables: dict[str, CostTable]
+) -> None:
+    everything = Everything(profile, tables, "combined")
+    limits = {"latency_us": middle(everything, "latency_us", 0.4)}
+    budget = Budget(memory_bytes=middle(everything, "memory_bytes", 0.4), limits=limits)
+    draft = find_assignment(profile, budget, tables, metric="combined", draft=True).result
+    exact = find_assignment(profile, budget, tables, metric="combined").result
+    assert draft is not None and exact is not None
+    best = everything.loss[everything.kept(resolve_limits(profile, budget))].min()
+    assert exact.objective == pytest.approx(best, rel=1e-8)
+    assert draft.lower_bound <= best * (1 + 1e-9) <= draft.objective * (1 + 2e-9)

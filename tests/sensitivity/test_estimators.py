@@ -18,6 +18,8 @@ from tests.tiny_models import VOCABULARY_SIZE, build_tiny_llama, build_tiny_mixt
 
 FORMATS = ("int2_g64", "int4_g64", "int8_g64", "int4_g128", "bf16")
 TOKENS = torch.randint(0, VOCABULARY_SIZE, (3, 12), generator=torch.Generator().manual_seed(0))
+SIGNED = {"hessian_trace"}  # a Hessian has negative directions
+OWN_PASSES = {"affinity_error"}  # gate weights are not among the shared statistics
 RANKINGS = [name for name, estimator in ESTIMATORS.items() if estimator.score]
 
 
@@ -40,13 +42,14 @@ def test_tables_keep_the_contract(name: str, model: PreTrainedModel) -> None:
     for values in (table.loss, table.std_error):
         assert values.shape == allowed.shape
         assert values.dtype == np.float64
-        assert np.isfinite(values).all() and (values >= 0.0).all()
+        assert np.isfinite(values).all() and (name in SIGNED or (values >= 0.0).all())
         assert not values[~allowed].any()
     assert 0 < (~allowed).sum() < allowed.sum()
     assert table.unit_of_measure == estimator.unit_of_measure
-    assert (estimator.unit_of_measure == NATS) == table.std_error.any()
+    assert (estimator.inputs in ("gradients", "measured")) == table.std_error.any()
+    assert estimator.unit_of_measure != NATS or table.std_error.any()
     # A wider code of the same groups loses less, where anything is lost at all.
-    two, four, eight = table.loss[:, :3].T
+    two, four, eight = np.abs(table.loss[:, :3]).T
     either = allowed[:, 0] & (two > 0.0)
     assert either.any()
     assert np.all(two[either] > four[either]) and np.all(four[either] > eight[either])
@@ -74,7 +77,7 @@ def test_a_format_that_holds_the_weights_loses_nothing(name: str) -> None:
     model = build_tiny_llama().bfloat16().float().requires_grad_(False)
     loss = ESTIMATORS[name].estimate(make_input(model)).loss
     assert not loss[:, FORMATS.index("bf16")].any()
-    assert np.all(loss[:, FORMATS.index("int4_g64")] > 0)
+    assert np.all(np.abs(loss[:, FORMATS.index("int4_g64")]) > 0)
 
 
 @pytest.mark.parametrize("name", RANKINGS)
@@ -106,7 +109,7 @@ def test_one_pass_serves_all_estimators() -> None:
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
     for estimator in ESTIMATORS.values():
-        if estimator.inputs in ("weights", "forward"):
+        if estimator.inputs in ("weights", "forward") and estimator.name not in OWN_PASSES:
             estimator.estimate(given)
     assert len(passes) == len(TOKENS)
 
