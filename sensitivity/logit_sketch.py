@@ -23,9 +23,8 @@ from runtime.candidates import Candidates
 from runtime.formats import Format
 from runtime.rendering import RenderingRule, render_weight
 from runtime.units import Unit, read_weight
+from sensitivity.joint_kl import kl_by_position
 from sensitivity.suffix import SuffixRunner
-
-_LARGEST_CHANGE = 64.0  # in log p; e^88 overflows float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +84,7 @@ class LogitSketch:
             formats = {weight.name: candidates.formats[f].name for weight in unit.weights}
             with simulated_formats(self._model, formats, quantizer=self._quantizer):
                 logits = self._runner.logits(unit.layer_index).flatten(0, 1)
-            kl[f] = self._kl(logits).numpy()
+            kl[f] = kl_by_position(self._log_p, self._p, logits).numpy()
             sketch[f] = self._sketch(logits).to(torch.float16).numpy()
         return UnitLogits(kl=kl, sketch=sketch)
 
@@ -95,14 +94,6 @@ class LogitSketch:
             return False
         weights = [(weight, read_weight(self._model, weight)) for weight in unit.weights]
         return all(torch.equal(render_weight(w, values, format_, self._quantizer), values) for w, values in weights)
-
-    def _kl(self, logits: Tensor) -> Tensor:
-        change = torch.log_softmax(logits, dim=-1).sub_(self._log_p)
-        if float(change.max()) > _LARGEST_CHANGE:
-            return -(self._p * change).sum(dim=-1)
-        # -sum p c and sum p (e^c - 1 - c) are equal, as both distributions sum to one. The terms of the first cancel
-        # and leave the rounding of c, 1e-7 nats; no term of the second is negative.
-        return torch.expm1(change).sub_(change).mul_(self._p).sum(dim=-1)
 
     def _sketch(self, logits: Tensor) -> Tensor:
         change = torch.gather(logits, 1, self._top.indices) - self._top.values

@@ -8,8 +8,6 @@ H is summed as the model runs, once for all weights that read one input (query, 
 one float32 matrix in_features^2 for each distinct input.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from runtime.candidates import Candidates
 from runtime.rendering import RenderingRule
 from runtime.units import Weight, list_weights, read_weight
+from sensitivity.expert_calls import eager_experts
 from sensitivity.weight_error import list_differences
 
 _Address = tuple[int, int]
@@ -107,7 +106,7 @@ def measure_output_error(
 
 def run_under(mode: TorchFunctionMode, model: Any, tokens: Tensor) -> None:
     """Runs the model on tokens [S, T], sequence by sequence, with its products seen by a mode."""
-    with _eager_experts(model), torch.no_grad(), mode:
+    with eager_experts(model), torch.no_grad(), mode:
         for sequence in tokens:
             model(sequence.unsqueeze(0), use_cache=False)
 
@@ -133,22 +132,6 @@ def weigh_output_error(
     for d in list_differences(model, candidates, quantizer=quantizer):
         error[d.unit_index, d.format_index] += _weighted(d.difference, d.weight, moments) / token_count
     return error
-
-
-@contextmanager
-def _eager_experts(model: nn.Module) -> Iterator[None]:
-    # The batched expert kernels would hide the products with single experts. A model and its parts have configs of
-    # their own, and setting one sets those nested in it: the outer ones come first here.
-    found: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
-    configs = {id(config): config for config in found if hasattr(config, "_experts_implementation")}
-    saved = [(config, config._experts_implementation) for config in configs.values()]
-    try:
-        for config, _ in saved:
-            config._experts_implementation = "eager"
-        yield
-    finally:
-        for config, implementation in saved:
-            config._experts_implementation = implementation
 
 
 def _weighted(difference: Tensor, weight: Weight, moments: InputSecondMoments) -> float:
