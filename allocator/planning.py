@@ -27,7 +27,7 @@ METRIC_PREFERENCE = (FISHER_SHRUNK, COMBINED, SINGLE_UNIT_KL, FISHER, OUTPUT_ERR
 INTERACTIONS = "interactions"
 UNIFORM_RULE = "uniform rule"
 # Some 20 ms of search; a number of states, not a time, so that the same question has the same answer.
-DRAFT_STATES = 8_000
+DRAFT_STATES = 6_000
 
 
 def default_metric(profile: SensitivityProfile) -> str:
