@@ -5,7 +5,6 @@ plans lose most, and additive predictions are least to be trusted.
 """
 
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from allocator.verification import score_cached
 from sensitivity.evaluation import mean_interval
 from sensitivity.measure_config import FISHER, WEIGHT_ERROR
 
-WIDTHS = (3.0, 3.5, 4.0)
+WIDTHS = (3.0, 3.5)
 ROUNDS = 4
 
 
@@ -45,9 +44,7 @@ def main() -> None:
                 load_model=lambda: model.reference.model,
                 rounds=ROUNDS,
             )
-            started = time.perf_counter()
             refined = refinement.run(start)
-            seconds = time.perf_counter() - started
             named = {
                 "weight error": find_assignment(pinned, budget, tables, metric=WEIGHT_ERROR),
                 "Fisher diagonal": start,
@@ -65,13 +62,13 @@ def main() -> None:
                 progress=progress,
             )
             changed = int(np.sum(start.choice != refined.choice))
-            rows.append((width, {name: s.kl for name, s in scores.items()}, changed, seconds))
+            rows.append((width, {name: s.kl for name, s in scores.items()}, changed))
     text = render(rows)
     (Path(__file__).parent / "refinement.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
 
-def render(rows: list[tuple[float, dict[str, np.ndarray], int, float]]) -> str:
+def render(rows: list[tuple[float, dict[str, np.ndarray], int]]) -> str:
     """Returns the page."""
     lines = [
         "# Refinement by measurement, SmolLM2-135M",
@@ -82,10 +79,10 @@ def render(rows: list[tuple[float, dict[str, np.ndarray], int, float]]) -> str:
         f"allocated, the tied embedding stays {EMBEDDING_FORMAT}. Refined: at most {ROUNDS} rounds "
         "from the Fisher plan. Gain: Fisher plan minus refined, 95 % interval of the paired difference.",
         "",
-        "| bits | uniform | weight error | Fisher | refined | gain | × uniform | × weight error | changed | s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| bits | uniform | weight error | Fisher | refined | gain | × uniform | × weight error | changed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for width, kl, changed, seconds in rows:
+    for width, kl, changed in rows:
         gain, low, high = mean_interval(kl["Fisher diagonal"] - kl["refined"])
         ratios = [
             f"{kl['refined'].mean() / kl[name].mean():.3f}" if name in kl else "–"
@@ -94,7 +91,7 @@ def render(rows: list[tuple[float, dict[str, np.ndarray], int, float]]) -> str:
         cells = [_cell(kl.get(name)) for name in ("uniform", "weight error", "Fisher diagonal", "refined")]
         lines.append(
             f"| {width:g} | {' | '.join(cells)} | {gain:.4f} ({low:.4f} to {high:.4f}) | {' | '.join(ratios)} | "
-            f"{changed} | {seconds:.0f} |"
+            f"{changed} |"
         )
     return "\n".join(lines) + "\n"
 
