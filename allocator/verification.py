@@ -16,6 +16,7 @@ from allocator.plans import Evaluation
 from allocator.renderings import needs_statistics, rendering_of
 from allocator.store import Store
 from runtime.costs import CostTable
+from runtime.units import count_weights
 from sensitivity.evaluation import SequenceScores, mean_interval, score_assignments
 from sensitivity.profile import SensitivityProfile, fingerprint_of
 
@@ -130,15 +131,18 @@ def make_evaluation(
     nll, nll_low, nll_high = mean_interval(scores.nll)
     if assignment is None:
         name, kind, memory_bytes, predicted = REFERENCE, REFERENCE, profile.reference_bytes, None
+        # It has no packed file's header; the rest is in both.
+        stored_bits = 8.0 * (memory_bytes - profile.rest_bytes) / count_weights(profile.candidates.units)
     else:
         name, kind = assignment.name, assignment.kind
         memory_bytes = round(float(pick(memory.cost, assignment.choice).sum()) + memory.fixed)
         predicted = predicted_kl(profile, assignment)[0]
+        stored_bits = bits_per_weight(profile, memory_bytes)
     return Evaluation(
         name=name,
         kind=kind,
         memory_bytes=memory_bytes,
-        bits_per_weight=bits_per_weight(profile, memory_bytes),
+        bits_per_weight=stored_bits,
         predicted_kl=predicted,
         kl=kl,
         kl_low=max(kl_low, 0.0),

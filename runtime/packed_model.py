@@ -58,7 +58,9 @@ def save_packed_(
             f"'{reference.name}'. Use the plan that was made for this model."
         )
         raise ValueError(msg)
-    header_bytes = header_reserve_bytes(reference.model)
+    weights = list_weights(reference.model, routers=True)
+    routers = any(weight.kind == "router" and name in formats_by_weight for name, weight in weights.items())
+    header_bytes = header_reserve_bytes(reference.model, routers=routers)
     apply_formats_(reference.model, formats_by_weight, quantizer=quantizer)
     with atomic_directory(directory) as temporary:
         reference.tokenizer.save_pretrained(temporary)

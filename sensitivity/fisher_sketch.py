@@ -16,7 +16,6 @@ estimating curvature.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from runtime.candidates import Candidates
 from runtime.rendering import RenderingRule, render_weight
 from runtime.units import Weight
 from sensitivity.error_contraction import ErrorContraction
-from sensitivity.gradient_scope import only_gradients_of
+from sensitivity.gradient_probes import SampledScore, received_gradients
 from sensitivity.gradient_stream import DEFAULT_KEPT_BYTES, GradientStream, Loss
 from sensitivity.layerwise_model import Residency
 
@@ -56,15 +55,21 @@ def measure_fisher_sketch(
         quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         first: Index of the first sequence to measure (earlier ones are measured already).
     """
-    contraction = _Contraction(model, candidates, quantizer)
+    sketch = np.zeros(candidates.allowed.shape)
+
+    def contract(u: int, weight: Weight, values: Tensor, gradient: Tensor) -> None:
+        for f in np.flatnonzero(candidates.allowed[u]):
+            error = render_weight(weight, values, candidates.formats[f], quantizer).sub_(values)
+            sketch[u, f] += float(torch.dot(error.flatten(), gradient.flatten()))
+
     score = SampledScore(seed)
-    with contraction.hooked(model):
+    with received_gradients(model, candidates, contract):
         for s in range(first, tokens.shape[0]):
-            contraction.sketch.fill(0.0)
+            sketch.fill(0.0)
             with torch.enable_grad():
                 logits = model(tokens[s : s + 1], use_cache=False).logits[0].float()
                 torch.autograd.backward(score(logits, s))
-            yield (contraction.sketch / np.sqrt(tokens.shape[1])).astype(np.float32)
+            yield (sketch / np.sqrt(tokens.shape[1])).astype(np.float32)
 
 
 def measure_streamed_fisher_sketch(
@@ -134,72 +139,3 @@ def fisher_loss(sketch: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArr
     """
     squares = 0.5 * sketch.astype(np.float64) ** 2
     return squares.mean(axis=0), squares.std(axis=0, ddof=1) / np.sqrt(len(sketch))
-
-
-class SampledScore:
-    """Minus the log-likelihood of labels drawn from the model, summed over the positions of a sequence.
-
-    The sign of a score changes neither its square nor its cross terms. Labels that were drawn once are kept.
-
-    Args:
-        seed: Seed; the labels of a sequence depend on it and the sequence's index alone.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._labels: dict[int, Tensor] = {}
-
-    def __call__(self, logits: Tensor, index: int) -> Tensor:
-        """Returns the score of a sequence from its logits [T, V] in float32."""
-        if index not in self._labels:
-            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + index) % 2**63)
-            p = torch.softmax(logits.detach(), dim=-1)
-            self._labels[index] = torch.multinomial(p, 1, generator=generator)[:, 0]
-        return nn.functional.cross_entropy(logits, self._labels[index], reduction="sum")
-
-
-class _Contraction:
-    """Hooks that contract each parameter's gradient with the errors of its candidates and release it."""
-
-    def __init__(self, model: nn.Module, candidates: Candidates, quantizer: RenderingRule) -> None:
-        self.sketch = np.zeros(candidates.allowed.shape)
-        self._candidates = candidates
-        self._quantizer = quantizer
-        rows_by_parameter: dict[str, list[tuple[int, Weight]]] = {}
-        for u, unit in enumerate(candidates.units):
-            for weight in unit.weights:
-                rows_by_parameter.setdefault(weight.parameter, []).append((u, weight))
-        self._rows = {model.get_parameter(name): rows for name, rows in rows_by_parameter.items()}
-
-    @contextmanager
-    def hooked(self, model: nn.Module) -> Iterator[None]:
-        handles = []
-        try:
-            with only_gradients_of(model, self._rows):
-                for parameter, rows in self._rows.items():
-                    parameter.grad = None
-                    hook: Any = parameter.register_post_accumulate_grad_hook  # untyped in torch
-                    handles.append(hook(self._contract_rows(rows)))
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter in self._rows:
-                parameter.grad = None
-
-    def _contract_rows(self, rows: list[tuple[int, Weight]]) -> Callable[[Tensor], None]:
-        @torch.no_grad()
-        def contract(parameter: Tensor) -> None:
-            gradient = parameter.grad
-            assert gradient is not None
-            for u, weight in rows:
-                index = () if weight.expert_index is None else weight.expert_index
-                self._contract(u, weight, parameter.data[index], gradient[index])
-            parameter.grad = None
-
-        return contract
-
-    def _contract(self, u: int, weight: Weight, values: Tensor, gradient: Tensor) -> None:
-        for f in np.flatnonzero(self._candidates.allowed[u]):
-            error = render_weight(weight, values, self._candidates.formats[f], self._quantizer).sub_(values)
-            self.sketch[u, f] += float(torch.dot(error.flatten(), gradient.flatten()))

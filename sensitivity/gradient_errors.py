@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from runtime.candidates import Candidates
 from runtime.rendering import RenderingRule, render_weight
 from runtime.units import Weight, read_weight
-from sensitivity.gradient_probes import RademacherProbe, received_gradients, sampled_loss, text_loss
+from sensitivity.gradient_probes import RademacherProbe, SampledScore, received_gradients, text_loss
 from sensitivity.output_gradients import received_output_gradients
 
 Estimate = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -65,9 +65,10 @@ def measure_output_fisher(
             change = x @ error.T if x.is_floating_point() else error[x]
             samples[s, u, f] += 0.5 * float((squares * change.square()).sum()) / tokens.shape[1]
 
+    score = SampledScore(seed)
     with received_output_gradients(model, candidates, receive):
         for s in range(len(tokens)):
-            torch.autograd.backward(sampled_loss(model, tokens[s : s + 1], seed=seed, index=s))
+            torch.autograd.backward(score(model(tokens[s : s + 1], use_cache=False).logits[0], s))
     return _estimate(samples)
 
 
@@ -160,9 +161,10 @@ def measure_fisher_trace(
     def receive(_u: int, weight: Weight, _values: Tensor, gradient: Tensor) -> None:
         traces[weight.name][s] = float(gradient.square().sum()) / tokens.shape[1]
 
+    score = SampledScore(seed)
     with received_gradients(model, candidates, receive), torch.enable_grad():
         for s in range(len(tokens)):
-            torch.autograd.backward(sampled_loss(model, tokens[s : s + 1], seed=seed, index=s))
+            torch.autograd.backward(score(model(tokens[s : s + 1], use_cache=False).logits[0], s))
     return _trace_estimate(model, candidates, traces, quantizer)
 
 

@@ -61,21 +61,26 @@ def _hand_on(rows: list[tuple[int, Weight]], receive: Receive) -> Callable[[Tens
     return hand_on
 
 
-def sampled_loss(model: Any, tokens: Tensor, *, seed: int, index: int) -> Tensor:
-    """Returns minus the log-likelihood, summed over positions, of labels drawn from the model's own predictions.
+class SampledScore:
+    """Minus the log-likelihood of labels drawn from the model, summed over the positions of a sequence.
 
-    Its gradient is a sample of mean zero whose covariance is the Fisher information of all positions.
+    The sign of a score changes neither its square nor its cross terms. Labels that were drawn once are kept.
 
     Args:
-        model: The model.
-        tokens: [1, T] int64.
-        seed: Any integer.
-        index: Index of the sequence; the labels depend on the seed and the index alone.
+        seed: Seed; the labels of a sequence depend on it and the sequence's index alone.
     """
-    logits = model(tokens, use_cache=False).logits[0]
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
-    labels = torch.multinomial(torch.softmax(logits.detach(), dim=-1), 1, generator=generator)[:, 0]
-    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._labels: dict[int, Tensor] = {}
+
+    def __call__(self, logits: Tensor, index: int) -> Tensor:
+        """Returns the score of a sequence from its logits [T, V] in float32."""
+        if index not in self._labels:
+            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + index) % 2**63)
+            p = torch.softmax(logits.detach(), dim=-1)
+            self._labels[index] = torch.multinomial(p, 1, generator=generator)[:, 0]
+        return nn.functional.cross_entropy(logits, self._labels[index], reduction="sum")
 
 
 def text_loss(model: Any, tokens: Tensor) -> Tensor:

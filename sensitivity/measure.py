@@ -45,6 +45,7 @@ from sensitivity.output_error import measure_output_error
 from sensitivity.pair_design import choose_pairs
 from sensitivity.pieces import Piece, read_or_measure
 from sensitivity.profile import NATS, LossTable, SensitivityProfile, fingerprint_of
+from sensitivity.routing import RoutingStatistics
 from sensitivity.weight_error import measure_weight_error
 from sensitivity.weight_inputs import find_rendering
 
@@ -98,35 +99,10 @@ def measure_profile(
     rule = find_rendering(
         reference.model, config.quantizer, text.fisher.tokens, directory=rendering or pieces / "rendering"
     )
-    losses: dict[str, LossTable] = {}
-    for metric in (WEIGHT_ERROR, OUTPUT_ERROR):
-        if metric in config.metrics:
-            losses[metric] = _measure_error(metric, reference, candidates, text.fisher.tokens, rule, pieces, progress)
-    sketch = gram = None
-    if FISHER in config.metrics:
-        sketch = measure_sketch(
-            reference.model,
-            candidates,
-            text.fisher.tokens,
-            seed=config.seed,
-            quantizer=rule,
-            pieces=pieces / FISHER,
-            progress=partial(progress, FISHER),
-        )
-        loss, std_error = fisher_loss(sketch)
-        losses[FISHER] = LossTable(loss=loss, std_error=std_error, unit_of_measure=NATS)
     routing = find_routing(
         reference.model, candidates, text.fisher.tokens, path=pieces / "routing.safetensors", progress=progress
     )
-    if routing is not None and FISHER in losses:
-        losses[FISHER_SHRUNK] = shrink_table(losses[FISHER], routing, candidates)
-    if SINGLE_UNIT_KL in config.metrics:
-        losses[SINGLE_UNIT_KL], gram = _measure_logit(
-            reference, candidates, text.logit.tokens, config, rule, pieces, progress, losses=losses
-        )
-    if FISHER in losses and SINGLE_UNIT_KL in losses:
-        losses[COMBINED] = combine(losses[FISHER], losses[SINGLE_UNIT_KL], candidates.allowed)
-    losses |= _measure_others(reference, candidates, text.fisher.tokens, config, rule, pieces, progress, known=losses)
+    losses, sketch, gram = _measure_losses(reference, candidates, text, config, rule, pieces, progress, routing)
     fits = {}
     if config.fit_plans is not None:
         fits = fit_profile(
@@ -157,6 +133,46 @@ def measure_profile(
         routing=routing,
         provenance=_provenance(reference, candidates, text, config, time.monotonic() - started),
     )
+
+
+def _measure_losses(
+    reference: ReferenceModel,
+    candidates: Candidates,
+    text: MeasurementText,
+    config: MeasureConfig,
+    rule: RenderingRule,
+    pieces: Path,
+    progress: Progress,
+    routing: RoutingStatistics | None,
+) -> tuple[dict[str, LossTable], NDArray[np.float32] | None, NDArray[np.float32] | None]:
+    """Returns metric -> table, the Fisher sketch and the Gram matrix of the logit sketch, where they are measured."""
+    losses: dict[str, LossTable] = {}
+    for metric in (WEIGHT_ERROR, OUTPUT_ERROR):
+        if metric in config.metrics:
+            losses[metric] = _measure_error(metric, reference, candidates, text.fisher.tokens, rule, pieces, progress)
+    sketch = gram = None
+    if FISHER in config.metrics:
+        sketch = measure_sketch(
+            reference.model,
+            candidates,
+            text.fisher.tokens,
+            seed=config.seed,
+            quantizer=rule,
+            pieces=pieces / FISHER,
+            progress=partial(progress, FISHER),
+        )
+        loss, std_error = fisher_loss(sketch)
+        losses[FISHER] = LossTable(loss=loss, std_error=std_error, unit_of_measure=NATS)
+        if routing is not None:
+            losses[FISHER_SHRUNK] = shrink_table(losses[FISHER], routing, candidates)
+    if SINGLE_UNIT_KL in config.metrics:
+        losses[SINGLE_UNIT_KL], gram = _measure_logit(
+            reference, candidates, text.logit.tokens, config, rule, pieces, progress, losses=losses
+        )
+    if FISHER in losses and SINGLE_UNIT_KL in losses:
+        losses[COMBINED] = combine(losses[FISHER], losses[SINGLE_UNIT_KL], candidates.allowed)
+    losses |= _measure_others(reference, candidates, text.fisher.tokens, config, rule, pieces, progress, known=losses)
+    return losses, sketch, gram
 
 
 def _measure_error(

@@ -231,3 +231,13 @@ def test_metric_that_despairs_of_a_ceiling_does_not_stop_the_others(
     )
     made = allocator.plan(str(tiny_llama_dir), Budget(max_kl=0.2), profile=dark, store=tiny_store)
     assert made.shipped is not None and made.shipped.kl <= 0.2
+
+
+def test_the_reference_has_the_bits_of_its_own_type(
+    tiny_profile: SensitivityProfile, score: Callable[..., dict[str, SequenceScores]]
+) -> None:
+    """The tiny model is stored in float32: 32 bits for every weight of a unit, whatever a packed file adds."""
+    tables = build_cost_tables(tiny_profile)
+    scores = score({"reference": {}})["reference"]
+    made = make_evaluation(tiny_profile, None, scores, tiny_profile.selection_tokens, tables["memory_bytes"])
+    assert made.bits_per_weight == 32.0
