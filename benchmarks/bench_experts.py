@@ -84,8 +84,10 @@ def introduction() -> list[str]:
     ]
 
 
-def compare_granularities(reference: ReferenceModel, calibration: Tensor, evaluation: Tensor) -> list[str]:
-    """Returns the table of held-out KL by granularity, with paired gains."""
+def plan_granularities(
+    reference: ReferenceModel, calibration: Tensor
+) -> tuple[dict[str, dict[str, str]], dict[str, float]]:
+    """Returns the formats of every plan and what was predicted of it, by width and granularity."""
     candidates = list_candidates(find_units(reference.model), FORMATS, embedding_formats=FORMATS)
     sketch = np.stack(list(measure_fisher_sketch(reference.model, candidates, calibration, seed=0)))
     loss, std_error = fisher_loss(sketch)
@@ -112,6 +114,12 @@ def compare_granularities(reference: ReferenceModel, calibration: Tensor, evalua
             assert result.choice is not None
             formats[f"{width} {granularity}"] = name_formats(merged.candidates, result.choice)
             predicted[f"{width} {granularity}"] = result.objective
+    return formats, predicted
+
+
+def compare_granularities(reference: ReferenceModel, calibration: Tensor, evaluation: Tensor) -> list[str]:
+    """Returns the table of held-out KL by granularity, with paired gains."""
+    formats, predicted = plan_granularities(reference, calibration)
     scores = score_assignments(reference.model, formats, evaluation)
     lines = [
         "## One format for each …",
