@@ -19,11 +19,11 @@ from sensitivity.calibration import (
     split_documents,
     tokenize_documents,
 )
+from sensitivity.experts.self_sampling import sample_balanced_sequences
 from sensitivity.measure import measure_profile, measurement_fingerprint
 from sensitivity.measure_config import MeasureConfig, MeasurementText
 from sensitivity.pieces import Piece, read_or_measure
 from sensitivity.profile import SensitivityProfile, fingerprint_of
-from sensitivity.self_sampling import sample_balanced_sequences
 
 SELF_BALANCED = "self-balanced"
 # Raised whenever the same model would sample other text.

@@ -11,10 +11,10 @@ from allocator.planning import default_metric, predicting_metric
 from allocator.plans import Evaluation, Plan
 from allocator.problems import build_cost_tables
 from runtime.costs import memory_cost
-from sensitivity.fisher_sketch import fisher_loss
-from sensitivity.granularity import list_granularities, merge_candidates
+from sensitivity.experts.granularity import list_granularities, merge_candidates
+from sensitivity.experts.shrinkage import LEAST_TOKENS
 from sensitivity.profile import NATS, SensitivityProfile
-from sensitivity.shrinkage import LEAST_TOKENS
+from sensitivity.sketches.fisher_sketch import fisher_loss
 from solvers import AllocationProblem, solve
 
 _MOST_NAMED = 12

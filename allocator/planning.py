@@ -15,10 +15,10 @@ from allocator.plans import Plan, UnitPlan
 from allocator.problems import build_problem, resolve_limits
 from allocator.reachable import MAX_KL, find_least_values
 from runtime.costs import CostTable
-from sensitivity.combination import COMBINED
-from sensitivity.expert_tables import FISHER_SHRUNK
+from sensitivity.experts.expert_tables import FISHER_SHRUNK
 from sensitivity.measure_config import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
 from sensitivity.profile import NATS, SensitivityProfile
+from sensitivity.sketches.combination import COMBINED
 from solvers import AllocationProblem, SolveParams, SolveResult, Termination, solve, solve_least_cost
 from solvers.least_cost import LOSS
 

@@ -24,10 +24,10 @@ from allocator.progress import Progress, shown_progress
 from allocator.store import Store
 from allocator.verification import score_cached
 from runtime.costs import CostTable
-from sensitivity.combination import COMBINED
 from sensitivity.evaluation import mean_interval
 from sensitivity.measure_config import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
 from sensitivity.profile import SensitivityProfile
+from sensitivity.sketches.combination import COMBINED
 from solvers import solve
 
 Columns = dict[float, dict[str, Assignment]]

@@ -27,14 +27,14 @@ from allocator.progress import Progress, shown_progress
 from allocator.store import Store
 from allocator.verification import score_cached
 from runtime.files import atomic_path
-from sensitivity.combination import COMBINED
-from sensitivity.conversion import fit_conversion
-from sensitivity.cross_validation import judge
-from sensitivity.estimator_input import EstimatorInput
+from sensitivity.criteria.estimator_input import EstimatorInput
 from sensitivity.estimators import ESTIMATORS
 from sensitivity.measure_config import FISHER, SINGLE_UNIT_KL
-from sensitivity.predictor import Features, build_features, fit_predictor, predict_loss
+from sensitivity.prediction.conversion import fit_conversion
+from sensitivity.prediction.cross_validation import judge
+from sensitivity.prediction.predictor import Features, build_features, fit_predictor, predict_loss
 from sensitivity.profile import NATS, LossTable, SensitivityProfile
+from sensitivity.sketches.combination import COMBINED
 
 SEQUENCES = 16
 GRADIENT_SEQUENCES = 8  # of these, for estimators that take a backward pass of each
@@ -250,8 +250,8 @@ def render(
         f"of {text_shape[1]} tokens, each timed alone in processor time. The measured KL is of other windows of the "
         f"same documents; its median standard error is {median_relative_error(profile):.0%}. ρ: Spearman's rank "
         "correlation with it; r: Pearson's, of logarithms; over all pairs with an error, and within one format. Slope, "
-        "R² and factor: log-log fit to the measured KL (`sensitivity/conversion.py`), its slope, its R² and the "
-        "factor that half of the pairs are within, in five-fold cross-validation by unit. KL at a width: held-out KL "
+        "R² and factor: log-log fit to the measured KL (`sensitivity/prediction/conversion.py`), its slope, its R² and "
+        "the factor that half of the pairs are within, in five-fold cross-validation by unit. KL at a width: held-out KL "
         "of the plan by that estimator at the bytes of the uniform format, embedding at 8 bits, as in allocation.md. "
         f"Estimators that need gradients saw {GRADIENT_SEQUENCES} of the sequences, those of the profile its own.",
         "",
@@ -261,7 +261,7 @@ def render(
     lines += [f"| {name} | " + " | ".join(c.get(name, "–") for c in columns.values()) + " |" for name in tables]
     lines += [
         "",
-        f"{DATA_FREE}, {ONE_PASS}: ridge regression (`sensitivity/predictor.py`) on "
+        f"{DATA_FREE}, {ONE_PASS}: ridge regression (`sensitivity/prediction/predictor.py`) on "
         + "; ".join(f"{', '.join((*PREDICTOR_TABLES[n], *PREDICTOR_SCORES[n]))}" for n in PREDICTOR_TABLES)
         + "; each unit predicted from the other folds' units.",
         "",

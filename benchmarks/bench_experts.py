@@ -19,12 +19,12 @@ from runtime.loading import ReferenceModel, load_reference
 from runtime.units import find_units
 from sensitivity.calibration import sample_sequences, tokenize_documents
 from sensitivity.evaluation import mean_interval, score_assignments
-from sensitivity.expert_tables import shrink_table
-from sensitivity.fisher_sketch import fisher_loss, measure_fisher_sketch
-from sensitivity.granularity import merge_candidates
+from sensitivity.experts.expert_tables import shrink_table
+from sensitivity.experts.granularity import merge_candidates
+from sensitivity.experts.routing_measurement import measure_router_shift, measure_routing
+from sensitivity.experts.self_sampling import BalancedSampling, sample_balanced_sequences
 from sensitivity.profile import NATS, LossTable
-from sensitivity.routing_measurement import measure_router_shift, measure_routing
-from sensitivity.self_sampling import BalancedSampling, sample_balanced_sequences
+from sensitivity.sketches.fisher_sketch import fisher_loss, measure_fisher_sketch
 from solvers import AllocationProblem, solve
 
 MODEL = Path(__file__).parents[1] / "tests" / "data" / "small_moe"

@@ -18,7 +18,7 @@ from allocator.progress import shown_progress
 from allocator.store import Store
 from allocator.verification import score_cached
 from sensitivity.measure_config import FISHER
-from sensitivity.prediction_fit import draw_choices
+from sensitivity.prediction.prediction_fit import draw_choices
 
 PLANS = 36
 SEED = 100  # not the measurement's

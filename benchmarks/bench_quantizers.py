@@ -26,8 +26,8 @@ from runtime.quantizers import InputStatistics, find_activation_scale, render
 from runtime.quantizers.automatic import AUTOMATIC, SINGLE_QUANTIZERS
 from runtime.quantizers.hqq import find_half_quadratic_grid
 from runtime.units import list_weights, read_weight
+from sensitivity.criteria.output_error import InputSecondMoments, run_under
 from sensitivity.evaluation import mean_interval
-from sensitivity.output_error import InputSecondMoments, run_under
 
 LAYERS = (
     "0.self_attn.q_proj",

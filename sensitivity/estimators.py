@@ -14,20 +14,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sensitivity.affinity import measure_affinity_error
-from sensitivity.column_loss import measure_column_loss, score_inverse_hessian
-from sensitivity.crest_factor import predict_grid_noise
-from sensitivity.estimator_input import EstimatorInput
-from sensitivity.gradient_errors import (
+from sensitivity.criteria.column_loss import measure_column_loss, score_inverse_hessian
+from sensitivity.criteria.crest_factor import predict_grid_noise
+from sensitivity.criteria.estimator_input import EstimatorInput
+from sensitivity.criteria.gradient_errors import (
     measure_absolute_slope,
     measure_fisher_trace,
     measure_hessian_trace,
     measure_output_fisher,
 )
-from sensitivity.linearity import measure_linearity_coefficients
-from sensitivity.output_error import weigh_output_error
-from sensitivity.profile import NATS, LossTable
-from sensitivity.unit_scores import (
+from sensitivity.criteria.linearity import measure_linearity_coefficients
+from sensitivity.criteria.output_error import weigh_output_error
+from sensitivity.criteria.unit_scores import (
     score_kurtosis,
     score_layer_influence,
     score_max_variance,
@@ -36,6 +34,8 @@ from sensitivity.unit_scores import (
     score_z_distribution,
     spread_over_formats,
 )
+from sensitivity.experts.affinity import measure_affinity_error
+from sensitivity.profile import NATS, LossTable
 
 Inputs = Literal["weights", "forward", "gradients", "measured"]
 _Float = NDArray[np.float64]

@@ -24,15 +24,12 @@ from runtime.candidates import Candidates
 from runtime.checkpoint import fixed_bytes, reference_bytes, rest_bytes
 from runtime.loading import ReferenceModel
 from runtime.rendering import RenderingRule
-from sensitivity.combination import COMBINED, combine
-from sensitivity.completion import complete
-from sensitivity.estimator_input import EstimatorInput
+from sensitivity.criteria.estimator_input import EstimatorInput
+from sensitivity.criteria.output_error import measure_output_error
+from sensitivity.criteria.weight_error import measure_weight_error
 from sensitivity.estimators import Estimator, find_estimator
-from sensitivity.expert_tables import FISHER_SHRUNK, find_routing, shrink_table
-from sensitivity.fisher_pieces import measure_sketch
-from sensitivity.fisher_sketch import fisher_loss
-from sensitivity.fitted_plans import fit_profile
-from sensitivity.logit_pieces import measure_single_unit_kl
+from sensitivity.experts.expert_tables import FISHER_SHRUNK, find_routing, shrink_table
+from sensitivity.experts.routing import RoutingStatistics
 from sensitivity.measure_config import (
     FISHER,
     OUTPUT_ERROR,
@@ -41,12 +38,15 @@ from sensitivity.measure_config import (
     MeasureConfig,
     MeasurementText,
 )
-from sensitivity.output_error import measure_output_error
-from sensitivity.pair_design import choose_pairs
 from sensitivity.pieces import Piece, read_or_measure
+from sensitivity.prediction.fitted_plans import fit_profile
 from sensitivity.profile import NATS, LossTable, SensitivityProfile, fingerprint_of
-from sensitivity.routing import RoutingStatistics
-from sensitivity.weight_error import measure_weight_error
+from sensitivity.sketches.combination import COMBINED, combine
+from sensitivity.sketches.completion import complete
+from sensitivity.sketches.fisher_pieces import measure_sketch
+from sensitivity.sketches.fisher_sketch import fisher_loss
+from sensitivity.sketches.logit_pieces import measure_single_unit_kl
+from sensitivity.sketches.pair_design import choose_pairs
 from sensitivity.weight_inputs import find_rendering
 
 # Raised whenever a change makes the same inputs give other numbers.

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from runtime.quantizers import QUANTIZERS
 from sensitivity.calibration import TokenSequences
 from sensitivity.estimators import ESTIMATORS
-from sensitivity.prediction_fit import LEAST_PLANS
+from sensitivity.prediction.prediction_fit import LEAST_PLANS
 
 WEIGHT_ERROR = "weight_error"
 OUTPUT_ERROR = "output_error"

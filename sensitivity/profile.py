@@ -20,8 +20,8 @@ from runtime.candidates import Candidates
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.formats import find_formats
 from runtime.units import Unit, Weight
-from sensitivity.prediction_fit import PredictionFit
-from sensitivity.routing import RoutingStatistics
+from sensitivity.experts.routing import RoutingStatistics
+from sensitivity.prediction.prediction_fit import PredictionFit
 
 SCHEMA_VERSION = 2
 NATS = "nats/token"

@@ -24,7 +24,7 @@ from runtime.quantizers import STATISTICAL, InputStatistics
 from runtime.rendered_files import RenderedFiles
 from runtime.rendering import Rendering, RenderingRule
 from runtime.units import Weight, list_weights
-from sensitivity.output_error import InputSecondMoments, run_under
+from sensitivity.criteria.output_error import InputSecondMoments, run_under
 from sensitivity.pieces import Piece, read_or_measure
 
 _INPUTS = "inputs.safetensors"

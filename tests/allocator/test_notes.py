@@ -14,9 +14,9 @@ from allocator.budget import Budget
 from allocator.notes import list_notes
 from allocator.plans import Evaluation, Plan
 from allocator.store import Store
-from sensitivity.fisher_sketch import fisher_loss
-from sensitivity.granularity import merge_candidates
+from sensitivity.experts.granularity import merge_candidates
 from sensitivity.profile import SensitivityProfile
+from sensitivity.sketches.fisher_sketch import fisher_loss
 from tests.tiny_measurements import make_request
 
 BUDGET = Budget(bits_per_weight=5)

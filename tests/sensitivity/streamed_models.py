@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from runtime.candidates import Candidates, list_candidates
 from runtime.units import find_units
-from sensitivity.fisher_sketch import measure_streamed_fisher_sketch
+from sensitivity.sketches.fisher_sketch import measure_streamed_fisher_sketch
 from tests.tiny_models import VOCABULARY_SIZE, build_tiny_mixtral
 
 FORMATS = ("int2_g64", "int4_g32_sym", "bf16")

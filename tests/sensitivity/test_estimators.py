@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from runtime.candidates import Candidates, list_candidates
 from runtime.units import find_units
-from sensitivity.estimator_input import EstimatorInput
+from sensitivity.criteria.estimator_input import EstimatorInput
+from sensitivity.criteria.output_error import measure_output_error
+from sensitivity.criteria.weight_error import measure_weight_error
 from sensitivity.estimators import ESTIMATORS, find_estimator
-from sensitivity.output_error import measure_output_error
 from sensitivity.profile import NATS
-from sensitivity.weight_error import measure_weight_error
 from tests.tiny_models import VOCABULARY_SIZE, build_tiny_llama, build_tiny_mixtral
 
 FORMATS = ("int2_g64", "int4_g64", "int8_g64", "int4_g128", "bf16")

@@ -14,19 +14,19 @@ from runtime.checkpoint import fixed_bytes, reference_bytes, rest_bytes
 from runtime.units import find_units
 from sensitivity import measure
 from sensitivity.calibration import TokenSequences
-from sensitivity.combination import COMBINED, combine
-from sensitivity.estimator_input import EstimatorInput
+from sensitivity.criteria.estimator_input import EstimatorInput
+from sensitivity.criteria.output_error import measure_output_error
+from sensitivity.criteria.weight_error import measure_weight_error
 from sensitivity.estimators import find_estimator
-from sensitivity.expert_tables import FISHER_SHRUNK
-from sensitivity.fisher_sketch import fisher_loss, measure_streamed_fisher_sketch
-from sensitivity.logit_sketch import LogitSketch, gram_of
+from sensitivity.experts.expert_tables import FISHER_SHRUNK
+from sensitivity.experts.routing_measurement import measure_routing
+from sensitivity.experts.shrinkage import shrink_rare_losses
 from sensitivity.measure import measurement_fingerprint
 from sensitivity.measure_config import FISHER, METRICS, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR, MeasureConfig
-from sensitivity.output_error import measure_output_error
 from sensitivity.profile import NATS, SensitivityProfile, load_profile, save_profile
-from sensitivity.routing_measurement import measure_routing
-from sensitivity.shrinkage import shrink_rare_losses
-from sensitivity.weight_error import measure_weight_error
+from sensitivity.sketches.combination import COMBINED, combine
+from sensitivity.sketches.fisher_sketch import fisher_loss, measure_streamed_fisher_sketch
+from sensitivity.sketches.logit_sketch import LogitSketch, gram_of
 from tests.sensitivity.measured_models import (
     FORMATS,
     Measurement,

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from torch import Tensor, nn
 
-from sensitivity.fisher_sketch import measure_fisher_sketch
 from sensitivity.measure_config import FISHER
 from sensitivity.profile import SensitivityProfile
+from sensitivity.sketches.fisher_sketch import measure_fisher_sketch
 from tests.sensitivity.measured_models import Measurement
 
 STEPS, SEQUENCES = 7, 4

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from runtime.candidates import list_candidates
 from runtime.units import find_units
-from sensitivity.prediction_fit import PredictionFit
+from sensitivity.experts.routing import RoutingStatistics
+from sensitivity.prediction.prediction_fit import PredictionFit
 from sensitivity.profile import (
     NATS,
     SCHEMA_VERSION,
@@ -24,7 +25,6 @@ from sensitivity.profile import (
     load_profile,
     save_profile,
 )
-from sensitivity.routing import RoutingStatistics
 from tests.tiny_models import build_tiny_llama, build_tiny_mixtral
 
 FORMATS = ("int2_g64", "int4_g128", "int8_channel_sym", "bf16")
