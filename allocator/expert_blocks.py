@@ -4,8 +4,9 @@
     such that sum bits[f] n[u] <= mean_bits sum n,   and at least one expert in each of some formats,
 
 bits being the code width and n the weights of a unit. The loss is
-`sensitivity.experts.expert_error.weigh_by_routing`; any other table does as well, which tells what the loss and what the blocks are worth. The published settings are widths
-of 1, 2 and 3 bits, at least one expert at 2 and at 3, and 4 bits for everything else.
+`sensitivity.experts.expert_error.weigh_by_routing`; any other table does as well, which tells what the loss and what
+the blocks are worth. The published settings are widths of 1, 2 and 3 bits, at least one expert at 2 and at 3, and 4
+bits for everything else.
 
 Complexity: one integer program a layer. Limits: code widths, not bytes, are what the paper budgets; no layer gives
 bits to another.

@@ -6,10 +6,11 @@ interact, and around the plan another model is truer: for a further change of un
     change[u, f] = mean_s slope[s, u, f] + 1/2 mean_s (sketch[s, u, f] - sketch[s, u, plan_u])^2 + caution * std_error,
 
 the slope of the measured KL at the plan (`sensitivity.sketches.plan_slope`), which holds the interactions with all
-other units, the curvature of the Fisher sketch, and an allowance for what is not known: an optimizer takes what looks good
-by chance first. Each round solves this for at most k changed units (a trust region, several k), measures the results
-on calibration text that the slope was not taken from, and goes on from the best, if it is better at all. The slopes of
-earlier rounds count on, less and less. Whether the refined plan ships is decided on selection text, like any rival's.
+other units, the curvature of the Fisher sketch, and an allowance for what is not known: an optimizer takes what looks
+good by chance first. Each round solves this for at most k changed units (a trust region, several k), measures the
+results on calibration text that the slope was not taken from, and goes on from the best, if it is better at all. The
+slopes of earlier rounds count on, less and less. Whether the refined plan ships is decided on selection text, like any
+rival's.
 
 Source: successive linearisation with a trust region, Conn, Gould and Toint, "Trust-region methods" (2000); compare
 EvoPress (Sieberling et al. 2024, arXiv:2410.14649), which searches by mutation, without a slope.

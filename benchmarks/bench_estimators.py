@@ -251,8 +251,8 @@ def render(
         f"same documents; its median standard error is {median_relative_error(profile):.0%}. ρ: Spearman's rank "
         "correlation with it; r: Pearson's, of logarithms; over all pairs with an error, and within one format. Slope, "
         "R² and factor: log-log fit to the measured KL (`sensitivity/prediction/conversion.py`), its slope, its R² and "
-        "the factor that half of the pairs are within, in five-fold cross-validation by unit. KL at a width: held-out KL "
-        "of the plan by that estimator at the bytes of the uniform format, embedding at 8 bits, as in allocation.md. "
+        "the factor that half of the pairs are within, in five-fold cross-validation by unit. KL at a width: held-out "
+        "KL of the plan by that estimator at the bytes of the uniform format, embedding at 8 bits as in allocation.md. "
         f"Estimators that need gradients saw {GRADIENT_SEQUENCES} of the sequences, those of the profile its own.",
         "",
         "| estimator | " + " | ".join(columns) + " |",
