@@ -5,31 +5,46 @@ part here; packed bits are the codes alone; budgets use ``storage_bytes``, which
 zero points and the padding of every row.
 """
 
+import difflib
 from collections.abc import Iterable
 
 from runtime.storage import Format, packed_row_bytes
 
 __all__ = ["DEFAULT_FORMATS", "FORMATS", "Format", "find_format", "find_formats", "packed_row_bytes"]
 
-INTEGER_BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128, None)
-
-
-def _integer_format(bits: int, group_size: int | None, symmetric: bool) -> Format:
-    name = f"int{bits}_{_group_name(group_size)}" + ("_sym" if symmetric else "")
-    return Format(name=name, kind="int", bits=bits, group_size=group_size, symmetric=symmetric)
+INTEGER_BITS = (2, 3, 4, 5, 6, 7, 8)
+GROUP_SIZES = (16, 32, 64, 128, 256, None)
 
 
 def _group_name(group_size: int | None) -> str:
     return "channel" if group_size is None else f"g{group_size}"
 
 
+def _integer_format(bits: int, group_size: int | None, symmetric: bool, scale_type: str) -> Format:
+    suffix = ("_sym" if symmetric else "") + ("" if scale_type == "fp16" else f"_{scale_type}")
+    return Format(
+        name=f"int{bits}_{_group_name(group_size)}{suffix}",
+        # One bit has no grid with a zero: two values a group.
+        kind="int" if bits > 1 else "binary",
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        scale_type=scale_type,
+    )
+
+
 _FAMILIES: tuple[Iterable[Format], ...] = (
     (
-        _integer_format(bits, group_size, symmetric)
+        _integer_format(bits, group_size, symmetric, scale_type)
+        for scale_type in ("fp16", "pow2")
         for bits in INTEGER_BITS
         for group_size in GROUP_SIZES
         for symmetric in (False, True)
+    ),
+    (
+        _integer_format(1, group_size, symmetric, scale_type)
+        for symmetric, scale_type in ((False, "fp16"), (True, "fp16"), (True, "pow2"))
+        for group_size in GROUP_SIZES
     ),
     (
         Format(name="bf16", kind="float", bits=16, element="bfloat16"),
@@ -45,10 +60,14 @@ def find_format(name: str) -> Format:
     """Returns the format called ``name``.
 
     Raises:
-        ValueError: If there is none; the message lists the known names.
+        ValueError: If there is none; the message names those that are spelled alike.
     """
     if name not in FORMATS:
-        msg = f"format must be a known name: got '{name}'. Known formats: {', '.join(sorted(FORMATS))}."
+        alike = difflib.get_close_matches(name, FORMATS, n=3, cutoff=0.0)
+        msg = (
+            f"format must be a known name: got '{name}'. Spelled alike: {', '.join(alike)}. 'bitplan formats' lists all "
+            f"{len(FORMATS)}."
+        )
         raise ValueError(msg)
     return FORMATS[name]
 

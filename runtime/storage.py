@@ -123,10 +123,18 @@ def _lay_out_integer(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
     return (*tensors, StoredTensor("zero_point", (rows, packed_row_bytes(groups, format_.bits)), "uint8"))
 
 
+def _lay_out_binary(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
+    values = (shape[0], format_.group_count(shape[1]))
+    if format_.symmetric:
+        return (_codes(format_, shape), StoredTensor("scale", values, _SCALE_DTYPES[format_.scale_type]))
+    return (_codes(format_, shape), StoredTensor("low", values, "float16"), StoredTensor("high", values, "float16"))
+
+
 # A power of two is stored as its exponent.
 _SCALE_DTYPES = {"fp16": "float16", "pow2": "int8"}
 
 LAYOUTS: dict[str, Callable[[Format, Shape], tuple[StoredTensor, ...]]] = {
     "float": _lay_out_unquantized,
     "int": _lay_out_integer,
+    "binary": _lay_out_binary,
 }
