@@ -1,6 +1,9 @@
-"""What belongs together: a model and its files, a model and its profile, a plan and the profile it was made from."""
+"""What belongs together: a model and its files, its profile, a plan and the profile and versions it was made with."""
 
+import platform
+from datetime import UTC, datetime
 from functools import cached_property
+from importlib.metadata import version
 
 import numpy as np
 
@@ -96,3 +99,14 @@ def assignment_of_plan(profile: SensitivityProfile, plan: Plan) -> Assignment:
     choice = [profile.candidates.format_index(plan.weights[u.weights[0].name]) for u in profile.candidates.units]
     kind = "uniform" if plan.termination == UNIFORM_RULE else "plan"
     return Assignment(name=plan.name, kind=kind, metric=plan.metric, choice=np.array(choice, dtype=np.int64))
+
+
+def provenance() -> dict[str, str]:
+    """Returns the versions and the moment of a plan."""
+    return {
+        "bitplan": version("bitplan"),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }

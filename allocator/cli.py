@@ -83,6 +83,14 @@ def measure(model: str, out: Path | None, as_json: bool, **options: Any) -> str:
     metavar="ROUNDS",
     help="Improve the best measured plan around itself, at most so many rounds. Minutes each; for 4 bits and below.",
 )
+@click.option(
+    "--evolve",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="PASSES",
+    help="Improve it by random switches of formats, at most so many passes of one sequence; after --refine.",
+)
 @click.option("--profile", type=click.Path(path_type=Path), help="Profile directory; default: the model's latest.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the plan to this file.")
 @_json_option
@@ -92,6 +100,7 @@ def plan(
     metric: str | None,
     verify: bool,
     refine: int,
+    evolve: int,
     profile: Path | None,
     out: Path | None,
     as_json: bool,
@@ -105,12 +114,11 @@ def plan(
     if out is not None and out.is_dir():
         msg = f"a plan is written to a file: got --out '{out}', a directory. Name a file in it, such as plan.json."
         raise click.UsageError(msg)
-    if refine and not verify:
-        msg = "refinement measures: got --refine with --no-verify. Leave one of them out."
+    if (refine or evolve) and not verify:
+        msg = "refinement and evolution measure: got --refine or --evolve with --no-verify. Leave one of them out."
         raise click.UsageError(msg)
-    made = _with_progress(
-        run, model, asked, verify=verify, metric=metric, refine=refine, profile=_load_profile(profile)
-    )
+    options = {"verify": verify, "metric": metric, "refine": refine, "evolve": evolve}
+    made = _with_progress(run, model, asked, **options, profile=_load_profile(profile))
     if out is not None:
         save_plan(made, out)
     return render(made.to_dict(), as_json, lambda _: plan_text(made))

@@ -10,6 +10,7 @@ from typing import Any
 
 from allocator.assignments import Assignment, list_uniform, use_of
 from allocator.budget import MEMORY, Budget, InfeasibleBudget
+from allocator.improvement import Improve
 from allocator.planning import find_assignment, find_interacting_assignment, find_least_loss, make_plan
 from allocator.plans import Plan
 from allocator.problems import resolve_limits
@@ -82,14 +83,14 @@ class Competition:
         self,
         best: Assignment,
         rivals: Sequence[Assignment],
-        refine: Callable[[Assignment], Assignment] | None = None,
+        improvements: Sequence[Improve] = (),
     ) -> Plan:
         """Returns the plan of the best measured assignment.
 
         Args:
             best: The best predicted assignment.
             rivals: What is measured beside it.
-            refine: Improves the best measured assignment, which the result is then measured against.
+            improvements: Each improves the best measured assignment, which its result is then measured against.
 
         Raises:
             InfeasibleBudget: If nothing keeps a ceiling on KL as measured.
@@ -106,8 +107,8 @@ class Competition:
             winner = choose_best(assignments, scores, self.tables[MEMORY], self.budget)
         if winner is None:
             raise self._unreachable(best.metric, assignments, scores)
-        if refine is not None:
-            assignments = _distinct([*assignments, refine(winner)])
+        for improve in improvements:
+            assignments = _distinct([*assignments, improve(winner)])
             scores = self._score(assignments)
             winner = choose_best(assignments, scores, self.tables[MEMORY], self.budget) or winner
         made = make_plan(self.profile, winner, self.budget, self.tables, self.provenance)

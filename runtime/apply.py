@@ -16,6 +16,8 @@ from runtime.rendering import RenderingRule, quantize_weight, render_weight
 from runtime.units import EMBEDDING_SCALE, Weight, list_weights, read_weight
 
 FormatsByWeight = Mapping[str, str]
+# Weight name -> format name and the weight's values as rendered in it.
+KeptRenderings = dict[str, tuple[str, Tensor]]
 _Pack = Callable[[Weight], PackedWeight]
 
 
@@ -46,7 +48,11 @@ def check_formats_by_weight(model: nn.Module, formats_by_weight: FormatsByWeight
 
 @contextmanager
 def simulated_formats(
-    model: nn.Module, formats_by_weight: FormatsByWeight, *, quantizer: RenderingRule = "rtn"
+    model: nn.Module,
+    formats_by_weight: FormatsByWeight,
+    *,
+    quantizer: RenderingRule = "rtn",
+    kept: KeptRenderings | None = None,
 ) -> Iterator[None]:
     """Gives the model the weights it would read back from the formats, and its own again on exit.
 
@@ -54,20 +60,24 @@ def simulated_formats(
         model: The reference model.
         formats_by_weight: Weight name -> format name; weights not named keep their values.
         quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
+        kept: What the last context with the same quantizer rendered, brought up to date: where assignments differ in
+            few weights, only these are rendered. Holds as many bytes as the weights; experts are rendered each time.
 
     Raises:
         ValueError: If a name is not a weight of the model, a format is unknown, or its groups do not divide a row.
     """
     weights = check_formats_by_weight(model, formats_by_weight)
+    kept = {} if kept is None else kept
     saved: dict[str, Tensor] = {}
     with _eager_experts(model, weights):
         try:
             for name, weight in weights.items():
-                parameter = model.get_parameter(weight.parameter)
-                rendered = render_weight(
-                    weight, read_weight(model, weight), find_format(formats_by_weight[name]), quantizer
-                )
+                parameter, format_name = model.get_parameter(weight.parameter), formats_by_weight[name]
+                earlier_format, rendered = kept.pop(name, (None, None))
+                if rendered is None or earlier_format != format_name:
+                    rendered = render_weight(weight, read_weight(model, weight), find_format(format_name), quantizer)
                 if weight.expert_index is None:
+                    kept[name] = (format_name, rendered)
                     saved[weight.parameter] = parameter.data
                     parameter.data = rendered.to(parameter.dtype)
                     continue
