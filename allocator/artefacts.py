@@ -14,6 +14,7 @@ from allocator.plans import ArtefactMismatch, Plan
 from allocator.progress import Progress, silent
 from allocator.store import Store
 from runtime.loading import ReferenceModel, find_model, fingerprint_model, load_reference
+from runtime.stored_weights import load_stored_reference
 from sensitivity.profile import SensitivityProfile
 
 
@@ -22,10 +23,12 @@ class Model:
 
     Args:
         source: A Hugging Face directory or id, or a GGUF file.
+        low_memory: Whether its weights stay in its files and are read block by block: more time, less memory.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, *, low_memory: bool = False) -> None:
         self.source = source
+        self.low_memory = low_memory
         self.path = find_model(source)
         self.fingerprint = fingerprint_model(self.path)
 
@@ -36,7 +39,7 @@ class Model:
 
     def load_again(self) -> ReferenceModel:
         """Returns a copy of its own, which may be packed."""
-        return load_reference(self.source)
+        return load_stored_reference(self.source) if self.low_memory else load_reference(self.source)
 
 
 def open_model(model: str | Model) -> Model:

@@ -98,6 +98,9 @@ def plan(
         raise ValueError(msg)
     store = store or Store()
     model = model if isinstance(model, SensitivityProfile) else open_model(model)
+    if refine and isinstance(model, Model) and model.low_memory:
+        msg = f"refinement needs the whole model in memory: got refine={refine} with low_memory. Leave out one of them."
+        raise ValueError(msg)
     if profile is not None and isinstance(model, Model):
         check_same_profile(profile.provenance["model_fingerprint"], model.fingerprint, model.source)
     profile = profile or find_profile(model, store=store, progress=progress)
