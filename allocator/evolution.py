@@ -125,7 +125,7 @@ class Evolution:
         )
         if np.array_equal(choice, start.choice):
             return start
-        return make_improved(self.profile, start, choice, how="evolved")
+        return make_improved(self.profile, self.tables, start, choice, how="evolved")
 
     def _measure(self, choices: Sequence[Choice], sequences: NDArray[np.int64]) -> list[float]:
         self.progress("evolve", min(self.count.passes, self.passes), self.passes)

@@ -4,7 +4,7 @@ An improvement takes the best measured assignment and returns a better one, or t
 text; whether its result ships is decided on selection text, like any rival's (`allocator.competition`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from allocator.assignments import Assignment, pick
 from allocator.budget import Budget
+from runtime.costs import CostTable
 from sensitivity.profile import SensitivityProfile
-from solvers import Termination
+from solvers import SolveResult, Termination
 
 Improve = Callable[[Assignment], Assignment]
 
@@ -58,23 +59,52 @@ def check_lowers_loss(budget: Budget, what: str) -> None:
         raise ValueError(msg)
 
 
-def make_improved(profile: SensitivityProfile, start: Assignment, choice: NDArray[np.int64], *, how: str) -> Assignment:
+def make_improved(
+    profile: SensitivityProfile,
+    tables: Mapping[str, CostTable],
+    start: Assignment,
+    choice: NDArray[np.int64],
+    *,
+    how: str,
+) -> Assignment:
     """Returns the assignment of an improved choice, with the bound of the additive optimum where the start has one.
 
     Args:
         profile: The profile.
+        tables: Resource -> cost table.
         start: What was improved.
         choice: [U] format indices.
         how: One word for the way, a part of the name.
     """
-    name = f"{start.name}, {how}"
-    if start.result is None:
-        return replace(start, name=name, kind="plan", choice=choice)
-    result = replace(
-        start.result,
+    detail = "" if start.result is None else f"{start.result.detail}; then {how} by measurement"
+    result = bound_by(profile, tables, start, choice, detail=f"{detail}, away from the additive optimum")
+    return replace(start, name=f"{start.name}, {how}", kind="plan", choice=choice, result=result)
+
+
+def bound_by(
+    profile: SensitivityProfile,
+    tables: Mapping[str, CostTable],
+    optimum: Assignment,
+    choice: NDArray[np.int64],
+    *,
+    detail: str,
+) -> SolveResult | None:
+    """Returns what the proof of an optimum says about another choice under the same limits; None without a proof.
+
+    Args:
+        profile: The profile.
+        tables: Resource -> cost table.
+        optimum: The solver's answer by the metric that is to predict the choice as well.
+        choice: [U] format indices within the limits.
+        detail: Where the choice comes from.
+    """
+    if optimum.result is None:
+        return None
+    return replace(
+        optimum.result,
         choice=choice,
-        objective=float(pick(profile.table(start.metric).loss, choice).sum()),
+        objective=float(pick(profile.table(optimum.metric).loss, choice).sum()),
+        use=np.array([pick(tables[name].cost, choice).sum() for name in optimum.result.resources]),
         termination=Termination.FEASIBLE,
-        detail=f"{start.result.detail}; then {how} by measurement, away from the additive optimum",
+        detail=detail,
     )
-    return replace(start, name=name, choice=choice, result=result)

@@ -109,7 +109,7 @@ class Refinement:
                 break
         if choice is start.choice:
             return start
-        return make_improved(self.profile, start, choice, how="refined")
+        return make_improved(self.profile, self.tables, start, choice, how="refined")
 
     def _slope(self, choice: NDArray[np.int64], tokens: NDArray[np.int64], round_index: int) -> FloatArray:
         key = fingerprint_of(
