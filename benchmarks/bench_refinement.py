@@ -109,17 +109,16 @@ def render(rows: list[Row]) -> str:
         f"Made by `python benchmarks/bench_refinement.py`. Machine: {describe_machine()}.",
         "",
         "KL in nats per token on text that nothing else saw, with half its 95 % interval. The linear layers are "
-        f"allocated, the tied embedding stays {EMBEDDING_FORMAT}. Refined: at most {ROUNDS} rounds from the Fisher plan "
-        "(`--refine`). Evolved: EvoPress (`--evolve`) from the same plan, with as many passes of one sequence (a "
+        f"allocated, the tied embedding stays {EMBEDDING_FORMAT}. Refined: at most {ROUNDS} rounds from the Fisher "
+        "plan (`--refine`). Evolved: EvoPress (`--evolve`) from the same plan, with as many passes of one sequence (a "
         "backward pass counts two). Gain: Fisher plan minus improved, 95 % interval of the paired difference.",
         "",
         "| bits | plan | KL | gain | × uniform | × weight error | passes | units changed |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        for name in ("uniform", "weight error", START, "refined", "evolved"):
-            if name in row.kl:
-                lines.append(f"| {row.width:g} | {name} | {' | '.join(_cells(row, name))} |")
+        names = [name for name in ("uniform", "weight error", START, "refined", "evolved") if name in row.kl]
+        lines += [f"| {row.width:g} | {name} | {' | '.join(_cells(row, name))} |" for name in names]
     return "\n".join(lines) + "\n"
 
 
