@@ -22,7 +22,7 @@ class MeasureConfig:
 
     Args:
         metrics: Names in ``METRICS``, or of further estimators in ``ESTIMATORS``.
-        fisher_sequences: Sequences of the Fisher sketch.
+        fisher_sequences: Sequences of the Fisher sketch; the most, with ``until_stable``.
         sequence_tokens: Tokens of each of these.
         logit_sequences: Sequences of the logit sketch, run in one batch; even, as its halves are compared.
         logit_sequence_tokens: Tokens of each of these.
@@ -36,6 +36,7 @@ class MeasureConfig:
         evaluation_sequence_tokens: Tokens of each selection and evaluation sequence.
         quantizer: Rule that renders the candidates, a name in ``QUANTIZERS``.
         seed: Seed of labels, sampled text and the pairs that are measured.
+        until_stable: Whether the Fisher sketch ends before its last sequence, when plans stop changing.
 
     Raises:
         ValueError: If a count is not positive, or a name is unknown.
@@ -55,10 +56,11 @@ class MeasureConfig:
     evaluation_sequence_tokens: int = 256
     quantizer: str = "rtn"
     seed: int = 0
+    until_stable: bool = False
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(value, int) and name != "seed" and value < 2:
+            if isinstance(value, int) and name not in ("seed", "until_stable") and value < 2:
                 msg = f"{name} must be at least 2 (a standard error needs two samples): got {value}. Raise it."
                 raise ValueError(msg)
         if self.logit_sequences % 2:

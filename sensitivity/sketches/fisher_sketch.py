@@ -139,3 +139,9 @@ def fisher_loss(sketch: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArr
     """
     squares = 0.5 * sketch.astype(np.float64) ** 2
     return squares.mean(axis=0), squares.std(axis=0, ddof=1) / np.sqrt(len(sketch))
+
+
+def sequence_losses(sketch: NDArray[np.float32], choice: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Returns the additive loss of a choice [U] by every sequence of a Fisher sketch, nats per token, [S]."""
+    chosen = sketch[:, np.arange(len(choice)), choice].astype(np.float64)
+    return np.asarray(0.5 * np.square(chosen).sum(axis=1))
