@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -184,6 +185,7 @@ def _measure_sketch(
         quantizer=rule,
         progress=partial(progress, FISHER),
         residency=reference.stored_weights,
+        dtype=getattr(torch, config.gradient_dtype),
     )
     if not config.until_stable:
         return measure(pieces=pieces / FISHER)

@@ -10,7 +10,7 @@ from sensitivity.profile import fingerprint_of
 # Raised whenever a change makes the same inputs give other numbers.
 MEASUREMENT_VERSION = 3
 # Settings that came later, with what they then stood at: profiles measured before keep their fingerprints.
-_LATER_SETTINGS = {"until_stable": False}
+_LATER_SETTINGS = {"until_stable": False, "gradient_dtype": "float32"}
 
 
 def measurement_fingerprint(

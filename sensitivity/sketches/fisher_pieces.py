@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -38,6 +39,7 @@ def measure_sketch(
     residency: Residency | None = None,
     first: int = 0,
     last: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> NDArray[np.float32]:
     """Returns the Fisher sketch [S, U, F] of the sequences from ``first`` to ``last``.
 
@@ -52,6 +54,7 @@ def measure_sketch(
         residency: Brings the weights into memory, which they all are without.
         first: Index of the first sequence.
         last: Index after that of the last; None for all.
+        dtype: Type that products are computed in.
 
     Raises:
         NotLayerwise: If the layers cannot be run one by one though their weights are not in memory together.
@@ -73,9 +76,14 @@ def measure_sketch(
                     progress=progress,
                     quantizer=quantizer,
                     residency=residency,
+                    dtype=dtype,
                 )
                 return {"sketch": sketch}
-        return {"sketch": _measure_whole(model, candidates, tokens[:last], seed, quantizer, sequences, progress, first)}
+        return {
+            "sketch": _measure_whole(
+                model, candidates, tokens[:last], seed, quantizer, sequences, progress, first, dtype
+            )
+        }
 
     sketch = read_or_measure(pieces / "sketch.safetensors", measure)["sketch"]
     for parts in (stream, sequences):
@@ -92,9 +100,12 @@ def _measure_whole(
     pieces: Path,
     progress: Progress,
     first: int,
+    dtype: torch.dtype,
 ) -> NDArray[np.float32]:
     def measure(s: int) -> Piece:
-        [sketch] = measure_fisher_sketch(model, candidates, tokens[: s + 1], seed=seed, quantizer=quantizer, first=s)
+        [sketch] = measure_fisher_sketch(
+            model, candidates, tokens[: s + 1], seed=seed, quantizer=quantizer, first=s, dtype=dtype
+        )
         return {"sketch": sketch}
 
     total = len(tokens) - first

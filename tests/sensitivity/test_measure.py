@@ -211,6 +211,7 @@ BOUNDS = r"must be at least 2 \(a standard error needs two samples\): got "
             r"metrics must be among weight_error, output_error, fisher, single_unit_kl, .*kurtosis.*: got \[\]",
         ),
         ({"metrics": ("fisher", "hessian")}, r"metrics must be among .*: got \['fisher', 'hessian'\]"),
+        ({"gradient_dtype": "float16"}, "gradient_dtype must be among float32, bfloat16: got 'float16'"),
         ({"quantizer": "magic"}, "quantizer must be among .*rtn.*: got 'magic'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -265,6 +266,7 @@ CHANGES: dict[str, Callable[[Measurement], Measurement]] = {
     "no_fit": change_config(fit_plans=None),
     "metrics": change_config(metrics=(FISHER,)),
     "until_stable": change_config(until_stable=True),
+    "gradient_dtype": change_config(gradient_dtype="bfloat16"),
 }
 
 
