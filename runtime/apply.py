@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from runtime.decoder_layers import find_layers
 from runtime.formats import Format, find_format
 from runtime.packed import PackedExperts, PackedWeight, QuantizedEmbedding, QuantizedLinear, pack_in_place_
-from runtime.quantizers import quantize
-from runtime.rendering import RenderingRule, quantize_weight, render_weight
+from runtime.rendering import RenderingRule, encode, encode_weight, render_weight
 from runtime.residency import InMemory, Residency
 from runtime.units import EMBEDDING_SCALE, Weight, list_weights, read_weight
 
@@ -28,7 +27,7 @@ def check_formats_by_weight(model: nn.Module, formats_by_weight: FormatsByWeight
     """Returns the weights that get a format, by name.
 
     Raises:
-        ValueError: If a name is not a weight of the model, a format is unknown, or its groups do not divide a row.
+        ValueError: If a name is not a weight of the model, a format is unknown, or a weight does not fit it.
     """
     weights = list_weights(model, routers=True)
     unknown = [name for name in formats_by_weight if name not in weights]
@@ -40,10 +39,11 @@ def check_formats_by_weight(model: nn.Module, formats_by_weight: FormatsByWeight
         raise ValueError(msg)
     for name, format_name in formats_by_weight.items():
         format_, in_features = find_format(format_name), weights[name].shape[1]
-        if not format_.fits(in_features):
+        refusal = format_.refusal(in_features)
+        if refusal is not None:
             msg = (
-                f"group_size must divide in_features: got group_size={format_.group_size}, "
-                f"in_features={in_features} in weight '{name}'. Use another group size or a channel format."
+                f"a weight must fit its format: got format '{format_name}' for weight '{name}', but {refusal}. "
+                "Use another group size or a channel format."
             )
             raise ValueError(msg)
     return {name: weights[name] for name in formats_by_weight}
@@ -67,7 +67,7 @@ def simulated_formats(
             few weights, only these are rendered. Holds as many bytes as the weights; experts are rendered each time.
 
     Raises:
-        ValueError: If a name is not a weight of the model, a format is unknown, or its groups do not divide a row.
+        ValueError: If a name is not a weight of the model, a format is unknown, or a weight does not fit it.
     """
     weights = check_formats_by_weight(model, formats_by_weight)
     absent = {name: w for name, w in weights.items() if model.get_parameter(w.parameter).device.type == "meta"}
@@ -168,10 +168,8 @@ def apply_formats_(
 
     def pack(weight: Weight) -> PackedWeight:
         format_ = find_format(formats_by_weight[weight.name])
-        values = read_weight(model, weight)
-        if format_.kind == "float":
-            return pack_weight(values, format_)
-        return PackedWeight.from_quantized(quantize_weight(weight, values, format_, quantizer))
+        tensors = encode_weight(weight, read_weight(model, weight), format_, quantizer)
+        return PackedWeight.from_tensors(tensors, format_, weight.shape)
 
     residency = residency or InMemory()
     _check_all_experts(model, weights)
@@ -193,9 +191,8 @@ def install_empty_formats_(model: nn.Module, formats_by_weight: FormatsByWeight)
 
 def pack_weight(weight: Tensor, format_: Format, quantizer: str = "rtn") -> PackedWeight:
     """Returns the weight [out_features, in_features] packed in a format."""
-    if format_.kind == "float":
-        return PackedWeight.from_dense(weight, format_)
-    return PackedWeight.from_quantized(quantize(weight, format_, quantizer))
+    shape = (weight.shape[0], weight.shape[1])
+    return PackedWeight.from_tensors(encode(weight, format_, quantizer), format_, shape)
 
 
 def _install_packed(model: nn.Module, weights: Mapping[str, Weight], pack: _Pack) -> None:
