@@ -29,7 +29,7 @@ def encode_ggml(weight: Tensor, format_: Format, importance: Tensor | None = Non
     h = torch.ones(1, 1, 1, 1) if importance is None else importance.view(1, *shape)
     rows = max(1, _CHUNK_WEIGHTS // in_features)
     chunks = []
-    for chunk in weight.split(rows):
+    for chunk in torch.split(weight, rows):
         blocks = chunk.reshape(len(chunk), *shape)
         fields = search_blocks(blocks.flatten(0, 1), h.expand_as(blocks).flatten(0, 1), layout)
         chunks.append(layout.pack(fields).view(len(chunk), -1))

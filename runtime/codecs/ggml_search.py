@@ -11,8 +11,8 @@
 The plain rule (no clipping, no fit) is among the starts, so its error is never exceeded. Linear time. Parts of a block
 meet only through d and dmin.
 
-The search of llama.cpp (``make_qx_quants``, ``make_qkx2_quants``) has the first two steps; without importance it weights
-squares by w^2 or by |w| plus a constant, this one by one.
+The search of llama.cpp (``make_qx_quants``, ``make_qkx2_quants``) has the first two steps; without importance it
+weights squares by w^2 or by |w| plus a constant, this one by one.
 """
 
 from collections.abc import Iterator
