@@ -12,8 +12,8 @@ from math import prod
 Shape = tuple[int, int]
 # Bytes of one number, by the names that torch gives the types.
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1}
-# Names of the tensors that hold codes; the others are metadata.
-CODE_TENSORS = frozenset({"codes", "values"})
+# How the names of tensors that hold codes begin; the others are metadata.
+CODE_TENSORS = ("codes", "values")
 # Bytes of a block of llama.cpp's formats: 32 weights, 256 of those that end in k.
 GGML_BLOCKS = {
     "q4_0": 18,
@@ -126,7 +126,7 @@ class Format:
         if self.kind == "ggml":
             # Codes lie in the blocks, between scales, without padding.
             return prod(shape) * self.bits // 8
-        return sum(tensor.nbytes for tensor in tensors if tensor.name in CODE_TENSORS)
+        return sum(tensor.nbytes for tensor in tensors if tensor.name.startswith(CODE_TENSORS))
 
 
 def packed_row_bytes(count: int, bits: int) -> int:
