@@ -67,6 +67,8 @@ def plan_text(made: "Plan") -> str:
         "formats: " + ", ".join(f"{name} x {count}" for name, count in counts.most_common()),
         made.verdict,
     ]
+    if transforms := made.provenance.get("transforms"):
+        lines.insert(1, f"under the transforms {transforms} ({made.provenance['transforms_added_weights']} weights more)")
     rows = [_brief(vars(evaluation)) for evaluation in made.evaluations]
     return "\n".join(lines + ([table(rows)] if rows else []))
 

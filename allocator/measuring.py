@@ -8,6 +8,7 @@ import torch
 
 from allocator.progress import Progress
 from allocator.store import Store
+from allocator.transformed import transform_
 from runtime.candidates import Candidates, list_candidates
 from runtime.formats import DEFAULT_FORMATS
 from runtime.loading import ReferenceModel
@@ -46,6 +47,7 @@ class MeasureRequest:
         experts: What of a mixture of experts is one unit, a name in ``EXPERT_GRANULARITIES``.
         routers: Whether routers take formats too.
         pins: Regular expression on unit names -> format.
+        transforms: Transforms of the reference model with their options, in order, such as ``smoothquant:alpha=0.7``.
         config: Amounts and seed.
     """
 
@@ -58,16 +60,26 @@ class MeasureRequest:
     experts: str = "projection"
     routers: bool = False
     pins: Mapping[str, str] = field(default_factory=dict)
+    transforms: tuple[str, ...] = ()
     config: MeasureConfig = field(default_factory=MeasureConfig)
 
 
 def run_measurement(
     reference: ReferenceModel, request: MeasureRequest, store: Store, progress: Progress
 ) -> SensitivityProfile:
-    """Returns the profile of a request: from the store, or measured (and resumed) piece by piece."""
-    candidates = find_candidates(reference, request)
+    """Returns the profile of a request: from the store, or measured (and resumed) piece by piece.
+
+    Args:
+        reference: The model as it was trained; rewritten in place where the request names transforms.
+        request: The request.
+        store: Where profiles and their pieces are kept.
+        progress: Called with (stage, done, total).
+    """
     text = prepare_text(reference, request, kept=store.root / "texts")
-    fingerprint = measurement_fingerprint(reference.fingerprint, candidates, text, request.config)
+    if request.transforms:
+        reference = transform_(reference, request.transforms, text.fisher.tokens, store)
+    candidates = find_candidates(reference, request)
+    fingerprint = measurement_fingerprint(reference.weights_fingerprint, candidates, text, request.config)
     profile = store.find_profile(fingerprint)
     if profile is None:
         profile = measure_profile(

@@ -14,6 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from runtime.checkpoint import reference_bytes
+from runtime.transforms.record import TransformRecord
+
 PACKED_CONFIG_KEY = "bitplan"
 _Loaded = TypeVar("_Loaded")
 _FINGERPRINTED = ("*.safetensors", "*.gguf", "config.json", "tokenizer.json", "tokenizer.model")
@@ -21,19 +24,33 @@ _FINGERPRINTED = ("*.safetensors", "*.gguf", "config.json", "tokenizer.json", "t
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceModel:
-    """A model as it was trained, in float32, with its tokenizer.
+    """A model as it was trained, in float32, with its tokenizer; its function may be written in other weights.
 
     Args:
         model: The causal language model, in evaluation mode, without gradients.
         tokenizer: Its tokenizer.
         name: Directory or file name, or hub id.
         fingerprint: Hash of the content of its files.
+        transforms: What rewrote its weights, or None where they are those of the files.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     name: str
     fingerprint: str
+    transforms: TransformRecord | None = None
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """Hash of everything the weights depend on: that of the files, and of the transforms where there are any."""
+        if self.transforms is None:
+            return self.fingerprint
+        return hashlib.sha256(f"{self.fingerprint} {self.transforms.content}".encode()).hexdigest()
+
+    @property
+    def reference_bytes(self) -> int:
+        """Bytes of the model of the files, each tensor in its narrowest exact type."""
+        return reference_bytes(self.model) if self.transforms is None else self.transforms.reference_bytes
 
 
 def find_model(source: str) -> Path:

@@ -24,9 +24,12 @@ from runtime.checkpoint import (
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
 from runtime.rendering import RenderingRule
+from runtime.transforms import has_map, install_map_
 from runtime.units import list_weights
 
 FORMATS_KEY = "bitplan.formats"
+# In the configuration: a rotated model whose embedding is tied has a matrix behind its last norm.
+MAP_KEY = "matrix_after_norm"
 
 
 def save_packed_(
@@ -66,7 +69,7 @@ def save_packed_(
         reference.tokenizer.save_pretrained(temporary)
         config = reference.model.config.to_dict()
         config.pop("quantization_config", None)
-        config[PACKED_CONFIG_KEY] = {"schema_version": 1}
+        config[PACKED_CONFIG_KEY] = {"schema_version": 1, **({MAP_KEY: True} if has_map(reference.model) else {})}
         write_text(temporary / "config.json", json.dumps(config, indent=2, default=str) + "\n")
         formats = json.dumps(dict(formats_by_weight), separators=(",", ":"))
         return save_checkpoint(
@@ -117,6 +120,8 @@ def _build_empty(directory: Path) -> Any:
     with init_empty_weights(include_buffers=False):
         model = auto_model.from_config(config, dtype=torch.float32)
     model.tie_weights()
+    if getattr(config, PACKED_CONFIG_KEY, {}).get(MAP_KEY):
+        install_map_(model, device="meta")
     return model
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.candidates import Candidates
-from runtime.checkpoint import fixed_bytes, reference_bytes, rest_bytes
+from runtime.checkpoint import fixed_bytes, rest_bytes
 from runtime.loading import ReferenceModel
 from runtime.rendering import RenderingRule
 from sensitivity.criteria.estimator_input import EstimatorInput
@@ -58,13 +58,13 @@ Progress = Callable[[str, int, int], None]
 
 
 def measurement_fingerprint(
-    model_fingerprint: str, candidates: Candidates, text: MeasurementText, config: MeasureConfig
+    weights_fingerprint: str, candidates: Candidates, text: MeasurementText, config: MeasureConfig
 ) -> str:
     """Returns the hash of everything that the numbers of a measurement depend on."""
     return fingerprint_of(
         {
             "version": MEASUREMENT_VERSION,
-            "model": model_fingerprint,
+            "model": weights_fingerprint,
             "units": [[w.name for w in unit.weights] for unit in candidates.units],
             "formats": [f.name for f in candidates.formats],
             "allowed": candidates.allowed.astype(int).tolist(),
@@ -128,7 +128,7 @@ def measure_profile(
         evaluation_tokens=text.evaluation.tokens.numpy(),
         fixed_bytes=fixed_bytes(reference.model, routers=routers),
         rest_bytes=rest_bytes(reference.model, routers=routers),
-        reference_bytes=reference_bytes(reference.model),
+        reference_bytes=reference.reference_bytes,
         expert_share=_expert_share(reference.model.config),
         routing=routing,
         provenance=_provenance(reference, candidates, text, config, time.monotonic() - started),
@@ -283,7 +283,7 @@ def _provenance(
     return {
         "model": reference.name,
         "model_fingerprint": reference.fingerprint,
-        "profile": measurement_fingerprint(reference.fingerprint, candidates, text, config),
+        "profile": measurement_fingerprint(reference.weights_fingerprint, candidates, text, config),
         "calibration": f"{text.fisher.source} ({text.fisher.fingerprint[:16]})",
         "selection": f"{text.selection.source} ({text.selection.fingerprint[:16]})",
         "evaluation": f"{text.evaluation.source} ({text.evaluation.fingerprint[:16]})",
@@ -291,4 +291,18 @@ def _provenance(
         "seed": str(config.seed),
         "measurement_version": str(MEASUREMENT_VERSION),
         "measured_in_s": f"{seconds:.1f}",
+        **_transform_provenance(reference),
+    }
+
+
+def _transform_provenance(reference: ReferenceModel) -> dict[str, str]:
+    made = reference.transforms
+    if made is None:
+        return {}
+    return {
+        "transforms": ",".join(made.names),
+        "transforms_recipe": made.recipe,
+        "transforms_content": made.content,
+        "transforms_added_weights": str(made.added_weights),
+        "reference_bits_per_weight": f"{made.reference_bits_per_weight:.6g}",
     }
