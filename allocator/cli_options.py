@@ -44,9 +44,9 @@ def measure_options(command: Command) -> Command:
             "--transform",
             "transforms",
             metavar="NAME[,NAME]",
-            help="Rewrite the reference model first, its function unchanged: smoothquant, outliertune, mergequant, awq, "
-            "exponent_bias, hadamard, random_rotation, pca, head_hadamard, untie, random_rescaling. Options follow a "
-            "name, as in smoothquant:alpha=0.7.",
+            help="Rewrite the reference model first, its function unchanged: smoothquant, outliertune, mergequant, "
+            "awq, exponent_bias, hadamard, random_rotation, pca, head_hadamard, untie, random_rescaling. Options as in "
+            "smoothquant:alpha=0.7.",
         ),
         click.option("--metrics", help="Comma-separated metrics to measure."),
         click.option("--sequences", type=int, help="Calibration sequences of the Fisher sketch."),

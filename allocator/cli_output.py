@@ -68,7 +68,8 @@ def plan_text(made: "Plan") -> str:
         made.verdict,
     ]
     if transforms := made.provenance.get("transforms"):
-        lines.insert(1, f"under the transforms {transforms} ({made.provenance['transforms_added_weights']} weights more)")
+        added = made.provenance["transforms_added_weights"]
+        lines.insert(1, f"under the transforms {transforms} ({added} weights added)")
     rows = [_brief(vars(evaluation)) for evaluation in made.evaluations]
     return "\n".join(lines + ([table(rows)] if rows else []))
 

@@ -1,7 +1,7 @@
 """Activation-aware scales, folded: per site, the power of the inputs' magnitude that leaves least after rounding.
 
-``runtime.quantizers.activation_scaling`` searches the exponent for one weight; here all weights that read one input take
-one scale, so their rows are searched together, and the scale is folded into what writes the input, where it costs
+``runtime.quantizers.activation_scaling`` searches the exponent for one weight; here all weights that read one input
+take one scale, so their rows are searched together, and the scale is folded into what writes the input, where it costs
 nothing. Where query heads share a value head, its channels reach o_proj several times: the columns of each copy are
 stacked as rows of their own and share the mean of the copies' second moments (their cross moments are left out of the
 error that chooses the exponent). Routed experts have no site between up and down.

@@ -102,15 +102,15 @@ def find_decoder(model: nn.Module) -> Decoder:
     blocks = find_blocks(model)
     parts = dict(model.get_submodule("model").named_children())
     embedding, head = parts.get("embed_tokens"), dict(model.named_children()).get("lm_head")
-    plain = type(embedding).forward is nn.Embedding.forward and isinstance(head, nn.Linear)
-    if not (plain and _MODEL_PARTS <= set(parts) <= {*_MODEL_PARTS, "rotary_emb"}):
+    plain = isinstance(embedding, nn.Embedding) and type(embedding).forward is nn.Embedding.forward
+    if not (plain and isinstance(head, nn.Linear) and _MODEL_PARTS <= set(parts) <= {*_MODEL_PARTS, "rotary_emb"}):
         found = {part: type(child).__name__ for part, child in parts.items()} | {"lm_head": type(head).__name__}
         msg = (
             f"the decoder must consist of {sorted(_MODEL_PARTS)}, an embedding that reads its rows as they are, and a "
             f"linear 'lm_head': got {found} in {type(model).__name__}. {_ONLY}"
         )
         raise ValueError(msg)
-    assert isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear)
+    assert isinstance(embedding, nn.Embedding)
     return Decoder(blocks=blocks, embedding=embedding, final_norm=parts["norm"], head=head)
 
 
@@ -123,9 +123,7 @@ def find_blocks(model: nn.Module) -> tuple[DecoderBlock, ...]:
     try:
         layers = model.get_submodule("model.layers")
     except AttributeError as error:
-        msg = (
-            f"the decoder must hold its blocks at 'model.layers': got a {type(model).__name__} without them. {_ONLY}"
-        )
+        msg = f"the decoder must hold its blocks at 'model.layers': got a {type(model).__name__} without them. {_ONLY}"
         raise ValueError(msg) from error
     return tuple(_read_block(f"model.layers.{name}", layer) for name, layer in layers.named_children())
 
@@ -155,9 +153,7 @@ def _read_block(name: str, layer: nn.Module) -> DecoderBlock:
     if set(children) != _BLOCK_PARTS:
         msg = f"a block must consist of {sorted(_BLOCK_PARTS)}: got {sorted(children)} in '{name}'. {_ONLY}"
         raise ValueError(msg)
-    attention = _read_linears(
-        f"{name}.self_attn", children["self_attn"], _ATTENTION_LINEARS, _HARMLESS_ATTENTION_PARTS
-    )
+    attention = _read_linears(f"{name}.self_attn", children["self_attn"], _ATTENTION_LINEARS, _HARMLESS_ATTENTION_PARTS)
     _check_unclipped(f"{name}.self_attn", children["self_attn"])
     mlp = _read_mlp(f"{name}.mlp", children["mlp"])
     for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -201,19 +197,19 @@ def _read_mixture(name: str, children: Mapping[str, nn.Module]) -> Mlp:
             f"at most a shared expert with its gate: got {found} with {sorted(stacks)} in '{name}'. {_ONLY}"
         )
         raise ValueError(msg)
-    readers, writers, biases = [matrix, stacks["gate_up_proj"]], [stacks["down_proj"]], []
-    gated = {}
+    readers: list[Tensor] = [matrix, stacks["gate_up_proj"]]
+    writers: list[Tensor] = [stacks["down_proj"]]
+    biases: list[Tensor] = []
+    gated: Mapping[str, Mapping[str, nn.Linear]] = {}
     if "shared_expert" in children:
         shared = _read_mlp(f"{name}.shared_expert", children["shared_expert"])
-        gated = dict(shared.gated)
+        gated = shared.gated
         readers += shared.readers
         writers += shared.writers
         biases += shared.biases
     if isinstance(share := children.get("shared_expert_gate"), nn.Linear):
         readers.append(share.weight)
-    return Mlp(
-        gated=gated, readers=tuple(readers), writers=tuple(writers), biases=tuple(biases), first_reader=router
-    )
+    return Mlp(gated=gated, readers=tuple(readers), writers=tuple(writers), biases=tuple(biases), first_reader=router)
 
 
 def _read_linears(name: str, module: nn.Module, required: tuple[str, ...], harmless: set[str]) -> dict[str, nn.Linear]:

@@ -1,8 +1,8 @@
 """Pre-shifted exponent biases: channels of activations meet one exponent bias by powers of two in the weights.
 
 A grid of E exponent and M mantissa bits covers max|x| with the bias b = 2^E - log2 max|x| + log2(2 - 2^-M) - 1. Every
-input channel c would want its own b_c; one bias b_min, that of the largest channel, is left for the tensor, and the rest
-is an integer that weights can hold:
+input channel c would want its own b_c; one bias b_min, that of the largest channel, is left for the tensor, and the
+rest is an integer that weights can hold:
 
     k_c = clamp(round b_c, round b_min, round b_min + 2^E - 1) - round b_min,      X diag(2^k), diag(2^-k) W,
 

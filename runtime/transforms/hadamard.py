@@ -1,11 +1,11 @@
 """Orthogonal matrices: Hadamard where one can be built, random otherwise.
 
-A Hadamard matrix of order n has entries +-1 and H H' = n I. Sylvester's construction doubles an order; Paley's gives the
-order q + 1 for a prime q = 3 (mod 4) and 2 (q + 1) for a prime q = 1 (mod 4), out of the quadratic residues modulo q. A
-size n = 2^k m, m odd, is written as 2^i * p with the least Paley order p = 2^j m that exists: 576 = 16 * 36 with q = 17,
-1536 = 128 * 12 with q = 11. Where none does (m = 43, say), the matrix is H(2^k) times, in the Kronecker sense, a random
-orthogonal one of order m: entries are then no longer all of one magnitude, and a channel spreads evenly over 2^k places
-only.
+A Hadamard matrix of order n has entries +-1 and H H' = n I. Sylvester's construction doubles an order; Paley's gives
+the order q + 1 for a prime q = 3 (mod 4) and 2 (q + 1) for a prime q = 1 (mod 4), out of the quadratic residues modulo
+q. A size that is no power of two is 2^i times the largest of Paley's orders that leaves a power of two: 576 = 8 * 72
+with q = 71, 1536 = 4 * 384 with q = 383. Where there is none (172 = 4 * 43, say) the odd part m is a random orthogonal
+matrix, multiplied by Sylvester's of the rest in the Kronecker sense: entries are then no longer all of one magnitude,
+and a channel spreads evenly over copies of a random spread.
 
 Complexity: n^2 for a Hadamard matrix, n^3 for a random one.
 
@@ -21,21 +21,21 @@ from torch import Tensor
 
 def make_hadamard(size: int) -> Tensor | None:
     """Returns a Hadamard matrix [size, size] float64 of entries +-1, or None where neither construction gives one."""
-    doublings = 0
-    while True:
-        core = torch.ones(1, 1, dtype=torch.float64) if size == 1 else _make_paley(size)
-        if core is not None:
-            return torch.kron(_make_sylvester(doublings), core)
-        if size % 2:
-            return None
+    if not size & (size - 1):
+        return _make_sylvester(size.bit_length() - 1)
+    core, doublings = _make_paley(size), 0
+    while core is None and size % 2 == 0:
         size, doublings = size // 2, doublings + 1
+        core = _make_paley(size)
+    return None if core is None else torch.kron(_make_sylvester(doublings), core)
 
 
 def make_random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """Returns a uniformly distributed orthogonal matrix [size, size] float64."""
     gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
     orthogonal, triangular = torch.linalg.qr(gaussian)
-    return (orthogonal * triangular.diagonal().sign()).contiguous()
+    signed: Tensor = orthogonal * triangular.diagonal().sign()
+    return signed.contiguous()
 
 
 def make_hadamard_rotation(size: int, generator: torch.Generator) -> Tensor:

@@ -45,10 +45,9 @@ def find_principal_rotation(
         raise ValueError(msg)
     powers, axes = torch.linalg.eigh(measure_residual_moment(model, tokens))
     generator = torch.Generator().manual_seed(seed)
-    spread = torch.block_diag(
-        make_hadamard_rotation(high, generator), make_hadamard_rotation(width - high, generator)
-    )
-    return {ROTATION: axes[:, powers.argsort(descending=True)] @ spread}
+    by_power = axes[:, powers.argsort(descending=True)]
+    parts = (by_power[:, :high], by_power[:, high:])
+    return {ROTATION: torch.cat([part @ make_hadamard_rotation(part.shape[1], generator) for part in parts], dim=1)}
 
 
 def measure_residual_moment(model: nn.Module, tokens: Tensor | None) -> Tensor:

@@ -124,7 +124,7 @@ def _fold_and_rotate_(norm: nn.Module, readers: tuple[Tensor, ...], R: Tensor) -
 def _multiply_rows_(tensor: Tensor, matrix: Tensor) -> None:
     """Replaces every row w of a tensor [..., H] by w times the matrix [H, H]."""
     matrix = matrix.to(tensor.device)
-    for rows in tensor.detach().view(-1, tensor.shape[-1]).split(_ROWS):
+    for rows in torch.split(tensor.detach().view(-1, tensor.shape[-1]), _ROWS):
         rows.copy_(rows.double() @ matrix)
 
 

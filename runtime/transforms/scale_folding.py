@@ -109,9 +109,7 @@ def _list_sites(block: DecoderBlock) -> list[ScaleSite]:
     for name, linears in mlp.gated.items():
         down = linears["down_proj"]
         sites.append(
-            ScaleSite(
-                name=f"{name}.up_proj", writers=_rows(linears["up_proj"]), readers=(down.weight,), observed=down
-            )
+            ScaleSite(name=f"{name}.up_proj", writers=_rows(linears["up_proj"]), readers=(down.weight,), observed=down)
         )
     output = attention["o_proj"]
     sites.append(

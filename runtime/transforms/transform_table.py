@@ -1,8 +1,8 @@
 """The table of transforms, their names with options, and their application to a model.
 
-A transform has two halves. ``find(model, tokens, *, options) -> tensors`` reads the model, and calibration text where it
-needs any; it alone depends on how a machine rounds. ``fold_(model, tensors)`` rewrites the weights in place. So what was
-found can be kept, and folded again later into the same weights.
+A transform has two halves. ``find(model, tokens, *, options) -> tensors`` reads the model, and calibration text where
+it needs any; it alone depends on how a machine rounds. ``fold_(model, tensors)`` rewrites the weights in place. So what
+was found can be kept, and folded again later into the same weights.
 
 In text a transform is its name with options: ``smoothquant``, ``smoothquant:alpha=0.7``, ``hadamard:seed=3``.
 """

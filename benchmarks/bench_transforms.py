@@ -1,0 +1,126 @@
+"""KL of uniform models of SmolLM2-135M with and without each transform. Writes transforms.md.
+
+Each transform's numbers are kept in the store as soon as they are measured; a run that is interrupted goes on.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_quantizers import log_probabilities
+from machine import describe_machine
+from torch import Tensor
+
+from allocator.artefacts import Model
+from allocator.demo import demo_request
+from allocator.demo_model import prepare_demo_model
+from allocator.measuring import prepare_text
+from allocator.store import Store
+from runtime.apply import simulated_formats
+from runtime.formats import FORMATS
+from runtime.transforms import apply_transforms_, parse_transform
+from runtime.units import list_weights
+from sensitivity.evaluation import mean_interval
+from sensitivity.pieces import read_or_measure
+from sensitivity.profile import fingerprint_of
+
+CASES = (
+    "",
+    "smoothquant:alpha=0.5",
+    "smoothquant:alpha=0.25",
+    "outliertune",
+    "mergequant",
+    "awq",
+    "awq:format=int3_g64",
+    "exponent_bias",
+    "hadamard",
+    "random_rotation",
+    "pca",
+    "head_hadamard",
+    "hadamard,head_hadamard",
+    "untie,hadamard",
+    "hadamard,head_hadamard,awq",
+    "hadamard,head_hadamard,awq:format=int3_g64",
+)
+WIDTHS = (4, 3)
+OUTSIDE_FORMAT = "int8_g64"
+SEQUENCES = 4
+CALIBRATION_SEQUENCES = 16
+
+
+def main() -> None:
+    store = Store()
+    model = Model(str(prepare_demo_model(store.root)))
+    text = prepare_text(model.reference, demo_request(store))
+    calibration, tokens = text.fisher.tokens[:CALIBRATION_SEQUENCES], text.evaluation.tokens[:SEQUENCES]
+    before = log_probabilities(model.reference.model, tokens)
+    results = {}
+    for case in CASES:
+        key = fingerprint_of({"case": case, "tokens": tokens.tolist(), "calibration": calibration.tolist()})
+        path = store.root / "benchmarks" / f"transforms-{key}.safetensors"
+        results[case] = read_or_measure(path, lambda c=case: measure(model, c, calibration, tokens, before))  # type: ignore[misc]
+        sys.stderr.write(f"{case or 'none'}: { ({n: float(a.mean()) for n, a in results[case].items()}) }\n")
+    page = "\n".join(render(results, calibration.numel(), tokens.numel())) + "\n"
+    (Path(__file__).parent / "transforms.md").write_text(page, encoding="utf-8")
+    sys.stdout.write(page)
+
+
+@torch.no_grad()
+def measure(
+    model: Model, case: str, calibration: Tensor, tokens: Tensor, before: list[Tensor]
+) -> dict[str, np.ndarray]:
+    """Returns the KL [S] to the model before, of the transformed reference and at each width, and bytes of weights."""
+    reference = model.load_again().model
+    transforms = [parse_transform(name) for name in case.split(",") if name]
+    apply_transforms_(reference, transforms, calibration)
+    found = {"reference": measure_kl(before, log_probabilities(reference, tokens))}
+    for bits in WIDTHS:
+        formats = {name: f"int{bits}_g64" if ".layers." in name else OUTSIDE_FORMAT for name in list_weights(reference)}
+        with simulated_formats(reference, formats):
+            found[f"{bits} bits"] = measure_kl(before, log_probabilities(reference, tokens))
+        stored = (FORMATS[formats[name]].storage_bytes(w.shape) for name, w in list_weights(reference).items())
+        found[f"{bits} bits, bytes"] = np.array([float(sum(stored))])
+    return found
+
+
+def measure_kl(before: list[Tensor], after: list[Tensor]) -> np.ndarray:
+    """Returns the KL in nats per token of every sequence."""
+    return np.array([float((p.exp() * (p - q)).sum(-1).double().mean()) for p, q in zip(before, after, strict=True)])
+
+
+def render(results: Mapping[str, Mapping[str, np.ndarray]], calibration_tokens: int, tokens: int) -> list[str]:
+    """Returns the page."""
+    lines = [
+        "# Transforms, SmolLM2-135M",
+        "",
+        f"Made by `python benchmarks/bench_transforms.py` on one thread. Machine: {describe_machine()}.",
+        "",
+        f"KL to the model before the transform, nats per token, on {tokens} tokens of the Python language reference, "
+        f"with half the 95 % interval over {SEQUENCES} sequences; in brackets the part of the KL without transform, "
+        "from the same tokens. Linear layers of the blocks round to nearest at the width, group 64; embedding, head "
+        f"and the matrix before a tied head at {OUTSIDE_FORMAT}. Calibration: {calibration_tokens} tokens of the "
+        "Jargon File. "
+        "Reference: KL of the transformed model before it is quantized, which is rounding of float32. The model is "
+        "tied; its reference is a random rescaling of trained weights, so per-channel scales that differ from the "
+        "trained ones are there to be undone. Activations are not quantized.",
+        "",
+        "| transform | " + " | ".join(f"{bits} bits | MiB of weights" for bits in WIDTHS) + " | reference |",
+        "|---|" + "---|" * (2 * len(WIDTHS) + 1),
+    ]
+    for case, found in results.items():
+        cells = []
+        for bits in WIDTHS:
+            name = f"{bits} bits"
+            mean, low, _ = mean_interval(found[name])
+            share = mean / float(results[""][name].mean())
+            cells.append(f"{mean:.3f} ± {mean - low:.3f} (× {share:.2f})")
+            cells.append(f"{float(found[f'{name}, bytes'][0]) / 2**20:.2f}")
+        cells.append(f"{float(found['reference'].mean()):.1e}")
+        lines.append(f"| {case or 'none'} | " + " | ".join(cells) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
