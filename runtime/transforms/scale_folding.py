@@ -75,10 +75,12 @@ def fold_scales_(model: nn.Module, factors: Mapping[str, Tensor]) -> None:
         model: The decoder, on any device, in any floating-point dtype.
         factors: Site name -> [C] float64, positive.
     """
-    sites = {site.name: site for site in list_scale_sites(model)}
     with torch.no_grad():
-        for name, factor in factors.items():
-            site = sites[name]
+        # In the model's order, whatever that of the factors is: what is rounded twice depends on it.
+        for site in list_scale_sites(model):
+            if site.name not in factors:
+                continue
+            factor = factors[site.name]
             for writer in site.writers:
                 _multiply_(writer, factor.view(-1, *[1] * (writer.ndim - 1)))
             for reader in site.readers:

@@ -137,6 +137,8 @@ def apply_transforms_(
             tensors = entry.find(model, tokens, **transform.options)
         else:
             tensors = {name.removeprefix(prefix): t for name, t in known.items() if name.startswith(prefix)}
+        # In memory of its own, row after row: products with numbers laid out otherwise may round differently.
+        tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         entry.fold_(model, tensors)
         used |= {prefix + name: tensor for name, tensor in tensors.items()}
     if probe is not None and logits is not None:
