@@ -6,8 +6,8 @@ table can serve both when the rest of the head is a matrix of its own behind the
 
     logits = norm(h) diag(g) E' = norm(h R) [R' diag(g) R] (E R)'.
 
-That is H^2 weights more (SmolLM2-135M: 0.33 million) instead of the V H of a second table (28 million). The matrix is a
-linear layer like any other and takes a format. It is no part of the architecture: ``allocator.load`` rebuilds it, and
+That is H^2 weights more (SmolLM2-135M: 0.33 million) instead of the V H of a second table (28 million). The matrix takes
+a format like the head that it is a part of. It is no part of the architecture: ``allocator.load`` rebuilds it, and
 an engine that knows only the architecture cannot load it. For those the head can be untied first.
 """
 
@@ -21,15 +21,21 @@ from runtime.transforms.decoder_blocks import find_decoder
 _NORM = "model.norm"
 
 
+class HeadMatrix(nn.Linear):
+    """The part of a head that its table does not hold, which takes the formats of heads."""
+
+    part_of_head = True
+
+
 class MappedNorm(nn.Module):
     """A norm with a matrix behind it.
 
     Args:
         norm: The norm over H channels.
-        map: A linear layer [H, H] without bias.
+        map: The matrix [H, H], without bias.
     """
 
-    def __init__(self, norm: nn.Module, map: nn.Linear) -> None:
+    def __init__(self, norm: nn.Module, map: HeadMatrix) -> None:
         super().__init__()
         self.norm = norm
         self.map = map
@@ -63,7 +69,7 @@ def install_map_(model: nn.Module, *, device: torch.device | str | None = None) 
     weight = norm.weight
     assert isinstance(weight, Tensor)
     width = len(weight)
-    matrix = nn.Linear(width, width, bias=False, device=weight.device if device is None else device, dtype=weight.dtype)
+    matrix = HeadMatrix(width, width, bias=False, device=device or weight.device, dtype=weight.dtype)
     mapped = MappedNorm(norm, matrix.requires_grad_(False))
     model.set_submodule(_NORM, mapped)
     return mapped

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from runtime.candidates import list_candidates
 from runtime.transforms.tied_head import MappedNorm, has_map, install_map_, untie_head_
+from runtime.units import find_units
 from tests.mixtures import build_tiny_deepseek_v2
 from tests.runtime.transforms.decoders import compute_logits
 from tests.tiny_models import build_tiny_llama
@@ -44,6 +46,15 @@ def test_map_is_a_linear_layer_behind_the_norm() -> None:
     assert torch.equal(compute_logits(model), logits)
     mapped.map.weight.mul_(2)
     assert torch.equal(compute_logits(model), 2 * logits)
+
+
+def test_map_is_a_unit_that_takes_the_formats_of_heads() -> None:
+    model = build_tiny_llama(tied=True)
+    install_map_(model)
+    [unit] = [unit for unit in find_units(model) if unit.name == "model.norm.map"]
+    assert unit.kind == "head"
+    candidates = list_candidates([unit], ["int3_g64", "int4_g64"])
+    assert candidates.allowed.tolist() == [[False, True]]
 
 
 def test_map_can_be_empty() -> None:
