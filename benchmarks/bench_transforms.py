@@ -28,21 +28,20 @@ from sensitivity.profile import fingerprint_of
 
 CASES = (
     "",
-    "smoothquant:alpha=0.5",
     "smoothquant:alpha=0.25",
+    "smoothquant:alpha=0.5",
     "outliertune",
     "mergequant",
-    "awq",
-    "awq:format=int3_g64",
-    "exponent_bias",
     "hadamard",
-    "random_rotation",
-    "pca",
+    "awq",
     "head_hadamard",
     "hadamard,head_hadamard",
+    "pca",
+    "exponent_bias",
     "untie,hadamard",
+    "random_rotation",
+    "awq:format=int3_g64",
     "hadamard,head_hadamard,awq",
-    "hadamard,head_hadamard,awq:format=int3_g64",
 )
 WIDTHS = (4, 3)
 OUTSIDE_FORMAT = "int8_g64"
