@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from allocator.plans import Plan
+    from allocator.prefixes import PrefixFound
     from sensitivity.profile import SensitivityProfile
 
 
@@ -52,6 +53,27 @@ def profile_text(document: dict[str, Any]) -> str:
         f"profile {document['profile'][:16]}: {document['units']} units x {len(document['formats'])} formats, "
         f"metrics {', '.join(document['metrics'])}, measured in {document['provenance']['measured_in_s']} s"
     )
+
+
+def describe_prefix(found: "PrefixFound") -> dict[str, Any]:
+    return {
+        "tokens": [] if found.prefix is None else found.prefix.tokens.tolist(),
+        "text": found.text,
+        "prefix_bytes": found.prefix_bytes,
+        "search_kl": list(found.search_kl),
+        "scores": [vars(score) for score in found.scores],
+        "verdict": found.verdict,
+    }
+
+
+def prefix_text(document: dict[str, Any]) -> str:
+    search = " -> ".join(f"{kl:.4g}" for kl in document["search_kl"])
+    lines = [
+        f"prefix {document['tokens']} {document['text']!r}, {document['prefix_bytes']} bytes of keys and values",
+        f"KL on the search's text: {search}",
+        document["verdict"],
+    ]
+    return "\n".join(lines + ([table(document["scores"])] if document["scores"] else []))
 
 
 def plan_text(made: "Plan") -> str:

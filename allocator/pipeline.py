@@ -18,6 +18,7 @@ from allocator.competition import Competition, list_rivals
 from allocator.measuring import MeasureRequest, run_measurement
 from allocator.planning import default_metric, find_assignment, make_plan
 from allocator.plans import Evaluation, Plan, check_same_model, check_same_profile
+from allocator.prefixes import check_prefix
 from allocator.problems import build_cost_tables, build_problem
 from allocator.progress import Progress, silent
 from allocator.refinement import Refinement
@@ -28,6 +29,7 @@ from allocator.transformed import transform_again_
 from allocator.verification import REFERENCE, make_evaluation, score_cached
 from runtime.costs import CostTable
 from runtime.packed_model import check_packed_place, load_packed, save_packed_
+from runtime.transforms.prefix_tokens import PREFIX_FILE, save_prefix
 from sensitivity.calibration import read_sequences
 from sensitivity.profile import SensitivityProfile
 from solvers import SolveResult, solve_frontier
@@ -210,13 +212,16 @@ class Applied:
     predicted_bytes: int
 
 
-def apply(model: str | Model, plan: Plan, out: Path, *, store: Store | None = None) -> Applied:
+def apply(
+    model: str | Model, plan: Plan, out: Path, *, prefix: Path | None = None, store: Store | None = None
+) -> Applied:
     """Packs a model by a plan and writes it to a directory, which is replaced as a whole.
 
     Args:
         model: The model the plan was made for.
         plan: The plan.
         out: Directory of the packed model.
+        prefix: File of prefix tokens that ships with it; None for none.
         store: Where the plan's profile is kept, which only transforms and some quantizers need; None for the default.
 
     Raises:
@@ -228,8 +233,11 @@ def apply(model: str | Model, plan: Plan, out: Path, *, store: Store | None = No
     check_same_model(plan, model.fingerprint, str(model.path))
     check_packed_place(out)
     reference = transform_again_(model.load_again(), plan, store)
+    ships = None if prefix is None else check_prefix(prefix, reference)
     rule = rendering_of_plan(plan, reference.model, store)
     file_bytes = save_packed_(reference, plan.weights, out, metadata=plan.header_metadata(), quantizer=rule)
+    if ships is not None:
+        save_prefix(ships, out / PREFIX_FILE)
     return Applied(directory=out, file_bytes=file_bytes, predicted_bytes=plan.memory_bytes)
 
 

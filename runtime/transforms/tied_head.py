@@ -6,9 +6,9 @@ table can serve both when the rest of the head is a matrix of its own behind the
 
     logits = norm(h) diag(g) E' = norm(h R) [R' diag(g) R] (E R)'.
 
-That is H^2 weights more (SmolLM2-135M: 0.33 million) instead of the V H of a second table (28 million). The matrix takes
-a format like the head that it is a part of. It is no part of the architecture: ``allocator.load`` rebuilds it, and
-an engine that knows only the architecture cannot load it. For those the head can be untied first.
+That is H^2 weights more (SmolLM2-135M: 0.33 million) instead of the V H of a second table (28 million). The matrix
+takes a format like the head that it is a part of. It is no part of the architecture: ``allocator.load`` rebuilds it,
+and an engine that knows only the architecture cannot load it. For those the head can be untied first.
 """
 
 from typing import Any
