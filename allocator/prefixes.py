@@ -105,21 +105,7 @@ def find_prefix(
     rule = rendering_of_plan(plan, reference.model, store)
     seen = torch.from_numpy(profile.calibration_tokens)[:_SEARCH_SEQUENCES, :_SEARCH_TOKENS]
     tried = list_prefix_candidates(reference.model, seen, first=reference.tokenizer.bos_token_id, count=candidates)
-    before = compute_log_probabilities(reference.model, seen, None)
-    places = 0
-
-    def measure(prefixes: Sequence[Sequence[int]]) -> list[float]:
-        nonlocal places
-        progress("prefix", places, 1 + length)
-        # Keys and values are the unquantized model's.
-        made = [_make(reference, tokens) for tokens in prefixes]
-        with simulated_formats(reference.model, plan.weights, quantizer=rule):
-            found = [_divergence(before, compute_log_probabilities(reference.model, seen, p)).mean() for p in made]
-        places += 1
-        return [float(kl) for kl in found]
-
-    chosen, left = search_prefix(tried, length=length, measure=measure)
-    progress("prefix", 1 + length, 1 + length)
+    chosen, left = _search(reference, plan, rule, seen, tried, length=length, progress=progress)
     prefix = _make(reference, chosen)
     if prefix is None:
         return PrefixFound(prefix=None, text="", search_kl=left)
@@ -148,6 +134,35 @@ def _make(reference: ReferenceModel, tokens: Sequence[int]) -> Prefix | None:
     if not tokens:
         return None
     return make_prefix(reference.model, tokens, weights_fingerprint=reference.weights_fingerprint)
+
+
+def _search(
+    reference: ReferenceModel,
+    plan: Plan,
+    rule: RenderingRule,
+    seen: Tensor,
+    candidates: Sequence[int],
+    *,
+    length: int,
+    progress: Progress,
+) -> tuple[list[int], list[float]]:
+    """Returns the tokens found and the KL before and after each; the plan is rendered once for each place."""
+    before = compute_log_probabilities(reference.model, seen, None)
+    places = 0
+
+    def measure(prefixes: Sequence[Sequence[int]]) -> list[float]:
+        nonlocal places
+        progress("prefix", places, 1 + length)
+        # Keys and values are the unquantized model's.
+        made = [_make(reference, tokens) for tokens in prefixes]
+        with simulated_formats(reference.model, plan.weights, quantizer=rule):
+            found = [_divergence(before, compute_log_probabilities(reference.model, seen, p)).mean() for p in made]
+        places += 1
+        return [float(kl) for kl in found]
+
+    chosen, left = search_prefix(candidates, length=length, measure=measure)
+    progress("prefix", 1 + length, 1 + length)
+    return chosen, left
 
 
 def _evaluate(
