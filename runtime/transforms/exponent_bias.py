@@ -9,7 +9,7 @@ rest is an integer that weights can hold:
 folded into what writes the channel. Powers of two change no mantissa: the logits stay the same to the bit, and weights
 of bfloat16 keep their bits, unless a number leaves the range of its type. Complexity: one run of the text.
 
-Paper: Liu et al. 2023, LLM-FP4, arXiv:2310.16836, section 3.3.
+Paper: Liu et al. 2023 (LLM-FP4, arXiv:2310.16836), the pre-shifted exponent bias.
 """
 
 import torch

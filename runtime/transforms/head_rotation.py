@@ -8,7 +8,7 @@ Attention adds values of one head with weights that the values do not enter, so 
 runs; values in a cache of few bits profit as well. R_h is a randomised Hadamard matrix of head_dim (``hadamard``).
 Complexity: d per weight.
 
-Papers: Ashkboos et al. 2024 (QuaRot, arXiv:2404.00456), stage 1c; Liu et al. 2024 (SpinQuant, arXiv:2405.16406), R2.
+Papers: Ashkboos et al. 2024 (QuaRot, arXiv:2404.00456); Liu et al. 2024 (SpinQuant, arXiv:2405.16406), R2.
 """
 
 from collections.abc import Mapping

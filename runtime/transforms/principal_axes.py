@@ -11,7 +11,7 @@ weight share a format, and what is left of the idea is that the groups of high p
 
 Complexity: one run of the text, H^3. The basis is not unique where eigenvalues are equal: it is kept, not made again.
 
-Paper: Saxena et al. 2024 (ResQ, arXiv:2412.14363), section 4, with one basis for all layers and without its online
+Paper: Saxena et al. 2024 (ResQ, arXiv:2412.14363), with one basis for all layers and without its online
 rotations.
 """
 

@@ -13,7 +13,7 @@ Hadamard or random orthogonal bases (``hadamard``) are drawn by a seed. Complexi
 in float64 at a time, and one rounding to its own dtype. Biases and routers, which take no format, are then no longer
 exact in bfloat16 and take four bytes each in the packed file.
 
-Papers: Ashkboos et al. 2024 (QuaRot, arXiv:2404.00456), section 4, without its online rotations; Liu et al. 2024
+Papers: Ashkboos et al. 2024 (QuaRot, arXiv:2404.00456), without its online rotations; Liu et al. 2024
 (SpinQuant, arXiv:2405.16406), R1, which is learned there.
 """
 
