@@ -20,7 +20,9 @@ from allocator.measuring import prepare_text
 from allocator.store import Store
 from runtime.apply import simulated_formats
 from runtime.formats import FORMATS
+from runtime.quantizers import render as quantize_and_render
 from runtime.transforms import apply_transforms_, parse_transform
+from runtime.transforms.observation import observe_second_moments
 from runtime.units import list_weights
 from sensitivity.evaluation import mean_interval
 from sensitivity.pieces import read_or_measure
@@ -40,10 +42,9 @@ CASES = (
     "exponent_bias",
     "untie,hadamard",
     "random_rotation",
-    "awq:format=int3_g64",
-    "hadamard,head_hadamard,awq",
 )
 WIDTHS = (4, 3)
+LAYERS = tuple(f"{i}.{part}" for i in (2, 10, 20, 28) for part in ("self_attn.q_proj", "mlp.up_proj"))
 OUTSIDE_FORMAT = "int8_g64"
 SEQUENCES = 4
 CALIBRATION_SEQUENCES = 16
@@ -61,7 +62,15 @@ def main() -> None:
         path = store.root / "benchmarks" / f"transforms-{key}.safetensors"
         results[case] = read_or_measure(path, lambda c=case: measure(model, c, calibration, tokens, before))  # type: ignore[misc]
         sys.stderr.write(f"{case or 'none'}: { ({n: float(a.mean()) for n, a in results[case].items()}) }\n")
-    page = "\n".join(render(results, calibration.numel(), tokens.numel())) + "\n"
+    errors = {
+        case: read_or_measure(
+            store.root / "benchmarks" / f"layer-errors-{case or 'none'}.safetensors",
+            lambda c=case: measure_layer_errors(model, c, calibration[:2]),  # type: ignore[misc]
+        )
+        for case in ("", "hadamard")
+    }
+    lines = [*render(results, calibration.numel(), tokens.numel()), *render_errors(errors)]
+    page = "\n".join(lines) + "\n"
     (Path(__file__).parent / "transforms.md").write_text(page, encoding="utf-8")
     sys.stdout.write(page)
 
@@ -89,6 +98,48 @@ def measure_kl(before: list[Tensor], after: list[Tensor]) -> np.ndarray:
     return np.array([float((p.exp() * (p - q)).sum(-1).double().mean()) for p, q in zip(before, after, strict=True)])
 
 
+@torch.no_grad()
+def measure_layer_errors(model: Model, case: str, tokens: Tensor) -> dict[str, np.ndarray]:
+    """Returns layer -> relative weight error, relative output error, and the share of the inputs' first direction."""
+    reference = model.load_again().model
+    apply_transforms_(reference, [parse_transform(name) for name in case.split(",") if name], tokens)
+    modules = {name: reference.get_submodule(f"model.layers.{name}") for name in LAYERS}
+    moments, _ = observe_second_moments(reference, tokens, modules)
+    found = {}
+    for name, module in modules.items():
+        weight, moment = module.weight.double(), moments[name]
+        difference = quantize_and_render(module.weight, FORMATS["int3_g64"]).double() - weight
+        powers = torch.linalg.eigvalsh(moment)
+        found[name] = np.array(
+            [
+                float(difference.square().sum() / weight.square().sum()),
+                float(((difference @ moment) * difference).sum() / ((weight @ moment) * weight).sum()),
+                float(powers[-1] / powers.sum()),
+            ]
+        )
+    return found
+
+
+def render_errors(errors: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """Returns the table that explains what a rotation does to weights alone."""
+    lines = [
+        "",
+        "## What a rotation does to one layer, 3 bits",
+        "",
+        "Squared errors as parts of the weight's and the output's own size; first direction: the share of the inputs' "
+        "power in their first principal axis. A rotation makes weights rounder, so that they lose less. But norm weights "
+        "go into the readers first, and what a norm had held down before (its direction of most power) then comes at "
+        "full size, against rounding errors that are equal in all directions.",
+        "",
+        "| layer | " + " | ".join(f"{case or 'none'}: weight | output | first direction" for case in errors) + " |",
+        "|---|" + "---|" * (3 * len(errors)),
+    ]
+    for name in LAYERS:
+        cells = [f"{value:.3f}" for case in errors for value in errors[case][name]]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def render(results: Mapping[str, Mapping[str, np.ndarray]], calibration_tokens: int, tokens: int) -> list[str]:
     """Returns the page."""
     lines = [
@@ -102,8 +153,8 @@ def render(results: Mapping[str, Mapping[str, np.ndarray]], calibration_tokens: 
         f"and the matrix before a tied head at {OUTSIDE_FORMAT}. Calibration: {calibration_tokens} tokens of the "
         "Jargon File. "
         "Reference: KL of the transformed model before it is quantized, which is rounding of float32. The model is "
-        "tied; its reference is a random rescaling of trained weights, so per-channel scales that differ from the "
-        "trained ones are there to be undone. Activations are not quantized.",
+        "tied; it is a random rescaling of trained weights (sigma 0.15), and transforms that scale may undo a part of "
+        "that. Activations are not quantized, which is what smoothing and rotations are mostly for.",
         "",
         "| transform | " + " | ".join(f"{bits} bits | MiB of weights" for bits in WIDTHS) + " | reference |",
         "|---|" + "---|" * (2 * len(WIDTHS) + 1),
