@@ -127,9 +127,9 @@ def render_errors(errors: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
         "## What a rotation does to one layer, 3 bits",
         "",
         "Squared errors as parts of the weight's and the output's own size; first direction: the share of the inputs' "
-        "power in their first principal axis. A rotation makes weights rounder, so that they lose less. But norm weights "
-        "go into the readers first, and what a norm had held down before (its direction of most power) then comes at "
-        "full size, against rounding errors that are equal in all directions.",
+        "power in their first principal axis. A rotation makes weights rounder, so that they lose less. But norm "
+        "weights go into the readers first: where a norm had held down the direction of most power, as before up_proj, "
+        "that comes at full size and meets rounding errors that are equal in all directions.",
         "",
         "| layer | " + " | ".join(f"{case or 'none'}: weight | output | first direction" for case in errors) + " |",
         "|---|" + "---|" * (3 * len(errors)),
