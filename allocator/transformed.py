@@ -119,6 +119,13 @@ def _apply_(
     tokens: Tensor | None,
     known: Mapping[str, Tensor] | None,
 ) -> tuple[ReferenceModel, dict[str, Tensor]]:
+    if reference.stored_weights is not None:
+        msg = (
+            "transforms rewrite all weights in memory: got "
+            f"'{', '.join(transform.text for transform in transforms)}' for '{reference.name}', which is read block by "
+            "block. Leave out --low-memory, or the transforms."
+        )
+        raise ValueError(msg)
     model, reference_bytes = reference.model, reference.reference_bytes
     weights = sum(weight.weight_count for weight in list_weights(model).values())
     bits = 8.0 * (reference_bytes - rest_bytes(model)) / weights

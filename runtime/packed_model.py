@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from runtime.apply import FormatsByWeight, apply_formats_, install_empty_formats_
 from runtime.checkpoint import (
@@ -24,6 +22,7 @@ from runtime.checkpoint import (
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
 from runtime.rendering import RenderingRule
+from runtime.stored_weights import build_empty_model
 from runtime.transforms import has_map, install_map_
 from runtime.units import list_weights
 
@@ -43,7 +42,7 @@ def save_packed_(
     """Packs the model in place, writes it to a directory, and returns the bytes of the weight file.
 
     Args:
-        reference: The model; its weights are packed afterwards.
+        reference: The model; its weights are packed afterwards, and in memory as such.
         formats_by_weight: Weight name -> format name, for every weight that can be quantized.
         directory: Replaced as a whole once the new content is complete; it must be free or hold a packed model.
         metadata: Strings kept in the checkpoint's header.
@@ -64,7 +63,7 @@ def save_packed_(
     weights = list_weights(reference.model, routers=True)
     routers = any(weight.kind == "router" and name in formats_by_weight for name, weight in weights.items())
     header_bytes = header_reserve_bytes(reference.model, routers=routers)
-    apply_formats_(reference.model, formats_by_weight, quantizer=quantizer)
+    apply_formats_(reference.model, formats_by_weight, quantizer=quantizer, residency=reference.residency)
     with atomic_directory(directory) as temporary:
         reference.tokenizer.save_pretrained(temporary)
         config = reference.model.config.to_dict()
@@ -115,12 +114,8 @@ def load_packed(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str
 
 
 def _build_empty(directory: Path) -> Any:
-    config = AutoConfig.from_pretrained(directory)
-    auto_model: Any = AutoModelForCausalLM
-    with init_empty_weights(include_buffers=False):
-        model = auto_model.from_config(config, dtype=torch.float32)
-    model.tie_weights()
-    if getattr(config, PACKED_CONFIG_KEY, {}).get(MAP_KEY):
+    model = build_empty_model(directory)
+    if getattr(model.config, PACKED_CONFIG_KEY, {}).get(MAP_KEY):
         install_map_(model, device="meta")
     return model
 

@@ -39,7 +39,7 @@ def find_aware_scales(
         msg = f"steps must be at least 1: got steps={steps}. Use 20."
         raise ValueError(msg)
     grid = find_format(format)
-    if grid.kind == "float":
+    if grid.kind != "int":
         msg = f"format must be an integer format: got '{format}'. Use one such as int4_g64."
         raise ValueError(msg)
     sites = list_scale_sites(model)

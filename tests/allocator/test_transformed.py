@@ -155,3 +155,9 @@ def test_the_reference_is_reported_as_it_was(plan: Plan, profile: SensitivityPro
     notes = list_notes(profile, plan, evaluations)
     total = sum(unit.weights for unit in plan.units)
     assert f"The plan's weights are {total}, 4096 of them ({4096 / total:.2%}) added by that" in notes[0]
+
+
+def test_models_read_block_by_block_are_refused(tiny_tied_llama_dir: Path, tmp_path: Path) -> None:
+    reference = Model(str(tiny_tied_llama_dir), low_memory=True).load_again()
+    with pytest.raises(ValueError, match=r"transforms rewrite all weights in memory: got 'hadamard:seed=0' for"):
+        transform_(reference, ("hadamard",), TOKENS, Store(tmp_path))
