@@ -26,6 +26,11 @@ def measure_options(command: Command) -> Command:
         click.option(
             "--embedding-formats", help="Comma-separated formats of embeddings and head (default: >= 4 bits)."
         ),
+        click.option(
+            "--cache-formats",
+            help="Comma-separated formats of the KV cache (int8_channel,int4_g32,…,bf16), measured for the keys and "
+            "the values of each layer; default: the cache is left out.",
+        ),
         click.option("--fuse", multiple=True, help="Regular expression of weights that share a format; repeatable."),
         click.option(
             "--experts",
@@ -69,7 +74,9 @@ def measure_options(command: Command) -> Command:
 
 def budget_options(command: Command) -> Command:
     options = [
-        click.option("--memory", help="Most bytes of the weight file, such as 70MiB."),
+        click.option(
+            "--memory", help="Most bytes of the weight file, such as 70MiB; with --context, of file and cache."
+        ),
         click.option("--bits-per-weight", type=float, help="Most stored bits per weight, scales included."),
         click.option("--max-kl", type=float, help="Most KL in nats per token; the smallest plan that keeps it."),
         click.option(
@@ -80,7 +87,14 @@ def budget_options(command: Command) -> Command:
             type=click.IntRange(1),
             default=1,
             show_default=True,
-            help="Sequences decoded together: a step of a mixture reads the experts that any of them takes.",
+            help="Sequences decoded together: a step of a mixture reads the experts that any of them takes, and each "
+            "has a cache.",
+        ),
+        click.option(
+            "--context",
+            type=click.IntRange(1),
+            help="Tokens that each sequence keeps in the KV cache: its formats become part of the plan, its bytes "
+            "of the budget. Needs a profile measured with --cache-formats.",
         ),
     ]
     for option in reversed(options):
@@ -96,7 +110,12 @@ def parse(make: Callable[[], Any]) -> Any:
 
 
 def make_budget(
-    memory: str | None, bits_per_weight: float | None, max_kl: float | None, limits: Sequence[str], batch: int = 1
+    memory: str | None,
+    bits_per_weight: float | None,
+    max_kl: float | None,
+    limits: Sequence[str],
+    batch: int = 1,
+    context: int | None = None,
 ) -> Budget:
     return Budget(
         memory_bytes=None if memory is None else parse_bytes(memory),
@@ -104,6 +123,7 @@ def make_budget(
         max_kl=max_kl,
         limits=parse_limits(limits),
         batch=batch,
+        context=context,
     )
 
 
@@ -133,6 +153,7 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     embedding_formats = _names(options["embedding_formats"])
     find_formats([*formats])
     find_formats([*(embedding_formats or formats)])
+    find_formats([*(_names(options["cache_formats"]) or formats)])
     return MeasureRequest(
         **{name: options[name] for name in ("calibration", "selection", "evaluation", "fuse")},
         formats=formats,
@@ -140,6 +161,7 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         experts=options["experts"] or "projection",
         routers=options["routers"],
         pins=_make_pins(options["pins"]),
+        cache_formats=_names(options["cache_formats"]) or (),
         config=MeasureConfig(**set_amounts),
     )
 

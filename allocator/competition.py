@@ -120,7 +120,7 @@ class Competition:
     def _score(self, assignments: Sequence[Assignment]) -> dict[str, SequenceScores]:
         return score_cached(
             self.profile,
-            {a.name: a.formats_by_weight(self.profile.candidates) for a in assignments},
+            {a.name: a.formats_by_name(self.profile.candidates) for a in assignments},
             self.profile.selection_tokens,
             load_model=self.load_model,
             store=self.store,

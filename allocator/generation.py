@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 
+from runtime.packed_model import make_packed_cache
+
 
 def generate_text(
     model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> str:
-    """Returns the prompt and its continuation.
+    """Returns the prompt and its continuation; a packed model caches in the formats that it was saved with, if any.
 
     Args:
         model: A causal language model, packed or not.
@@ -34,6 +36,7 @@ def generate_text(
         attention_mask=inputs.attention_mask,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        past_key_values=make_packed_cache(model),
         **sampling,
     )
     text: str = tokenizer.decode(tokens[0], skip_special_tokens=True)

@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from allocator.progress import Progress
 from allocator.store import Store
+from runtime.cache_units import find_cache_units, list_cache_candidates
 from runtime.candidates import Candidates, list_candidates
 from runtime.formats import DEFAULT_FORMATS
 from runtime.loading import ReferenceModel
 from runtime.units import find_units
+from sensitivity.cache_losses import cache_fingerprint, check_metrics_for_cache, measure_cache_losses
 from sensitivity.calibration import (
     TokenSequences,
     read_documents,
@@ -46,6 +49,8 @@ class MeasureRequest:
         experts: What of a mixture of experts is one unit, a name in ``EXPERT_GRANULARITIES``.
         routers: Whether routers take formats too.
         pins: Regular expression on unit names -> format.
+        cache_formats: Names of formats that the keys and values of each layer's cache may take; none to leave caches
+            out of the profile.
         config: Amounts and seed.
     """
 
@@ -58,29 +63,72 @@ class MeasureRequest:
     experts: str = "projection"
     routers: bool = False
     pins: Mapping[str, str] = field(default_factory=dict)
+    cache_formats: tuple[str, ...] = ()
     config: MeasureConfig = field(default_factory=MeasureConfig)
 
 
 def run_measurement(
     reference: ReferenceModel, request: MeasureRequest, store: Store, progress: Progress
 ) -> SensitivityProfile:
-    """Returns the profile of a request: from the store, or measured (and resumed) piece by piece."""
-    candidates = find_candidates(reference, request)
+    """Returns the profile of a request: from the store, or measured (and resumed) piece by piece.
+
+    Raises:
+        ValueError: If the request is wrong, or asks for caches that the model or the metrics have nothing to say of.
+    """
+    candidates, cache = find_candidates(reference, request), find_cache_candidates(reference, request)
     text = prepare_text(reference, request, kept=store.root / "texts")
-    fingerprint = measurement_fingerprint(reference.fingerprint, candidates, text, request.config)
+    profile = _measure_weights(reference, candidates, text, request.config, store, progress)
+    if cache is not None:
+        profile = _add_cache(reference, profile, cache, text, store, progress)
+    store.make_latest(profile)
+    return profile
+
+
+def _measure_weights(
+    reference: ReferenceModel,
+    candidates: Candidates,
+    text: MeasurementText,
+    config: MeasureConfig,
+    store: Store,
+    progress: Progress,
+) -> SensitivityProfile:
+    fingerprint = measurement_fingerprint(reference.fingerprint, candidates, text, config)
     profile = store.find_profile(fingerprint)
     if profile is None:
         profile = measure_profile(
             reference,
             candidates,
             text,
-            request.config,
+            config,
             pieces=store.pieces(fingerprint),
             progress=progress,
             rendering=store.rendering(fingerprint),
         )
         store.save_profile(profile)
-    store.make_latest(profile)
+    return profile
+
+
+def _add_cache(
+    reference: ReferenceModel,
+    weights: SensitivityProfile,
+    cache: Candidates,
+    text: MeasurementText,
+    store: Store,
+    progress: Progress,
+) -> SensitivityProfile:
+    """Returns the profile of the weights with the caches beside them, under a fingerprint of its own."""
+    fingerprint = cache_fingerprint(weights.fingerprint, cache)
+    profile = store.find_profile(fingerprint)
+    if profile is None:
+        losses = measure_cache_losses(
+            reference.model,
+            cache,
+            text.logit.tokens,
+            pieces=store.pieces(fingerprint),
+            progress=partial(progress, "cache"),
+        )
+        profile = replace(weights, cache=losses, provenance={**weights.provenance, "profile": fingerprint})
+        store.save_profile(profile)
     return profile
 
 
@@ -88,6 +136,19 @@ def find_candidates(reference: ReferenceModel, request: MeasureRequest) -> Candi
     """Returns the units and allowed formats of a request."""
     units = find_units(reference.model, fuse=request.fuse, experts=request.experts, routers=request.routers)
     return list_candidates(units, request.formats, embedding_formats=request.embedding_formats, pins=request.pins)
+
+
+def find_cache_candidates(reference: ReferenceModel, request: MeasureRequest) -> Candidates | None:
+    """Returns the cache units and their allowed formats, or None where a request names none.
+
+    Raises:
+        ValueError: If a format is unknown or fits no cache, the model caches in another way, or no metric of the
+            request is in the unit that the losses of caches have.
+    """
+    if not request.cache_formats:
+        return None
+    check_metrics_for_cache(request.config.metrics)
+    return list_cache_candidates(find_cache_units(reference.model), request.cache_formats)
 
 
 def prepare_text(reference: ReferenceModel, request: MeasureRequest, *, kept: Path | None = None) -> MeasurementText:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from allocator.artefacts import Model, assignment_of_plan, find_profile, open_model, profile_of_plan
-from allocator.assignments import list_uniform, use_of
+from allocator.assignments import cache_use, list_uniform, use_of
 from allocator.budget import LATENCY, MEMORY, Budget
 from allocator.competition import Competition, list_rivals
 from allocator.measuring import MeasureRequest, run_measurement
@@ -27,6 +27,8 @@ from allocator.timings import find_latency
 from allocator.verification import REFERENCE, make_evaluation, score_cached
 from runtime.costs import CostTable
 from runtime.packed_model import check_packed_place, load_packed, save_packed_
+from runtime.units import count_weights
+from sensitivity.cache_losses import join_cache
 from sensitivity.calibration import read_sequences
 from sensitivity.profile import SensitivityProfile
 from solvers import SolveResult, solve_frontier
@@ -86,7 +88,8 @@ def plan(
     Raises:
         InfeasibleBudget: If nothing keeps the budget.
         ArtefactMismatch: If the profile was measured on another model.
-        ValueError: If the metric is not in the profile, or refinement is asked for that cannot be.
+        ValueError: If the metric is not in the profile, refinement is asked for that cannot be, or the budget has a
+            context and the profile nothing of caches.
     """
     if refine and not verify:
         msg = f"refinement measures: got refine={refine} without verification. Verify, or leave refine out."
@@ -96,6 +99,8 @@ def plan(
     if profile is not None and isinstance(model, Model):
         check_same_profile(profile.provenance["model_fingerprint"], model.fingerprint, model.source)
     profile = profile or find_profile(model, store=store, progress=progress)
+    if budget.context is not None:
+        profile = join_cache(profile, context=budget.context, batch=budget.batch)
     latency = find_latency(profile, store, progress) if LATENCY in budget.limits else None
     tables = build_cost_tables(profile, latency, batch_tokens=budget.batch)
     chosen = metric or default_metric(profile)
@@ -182,7 +187,7 @@ def evaluate(
     ]
     assignments = [planned, *fitting]
     formats: dict[str, Mapping[str, str]] = {REFERENCE: {}}
-    formats |= {a.name: a.formats_by_weight(profile.candidates) for a in assignments}
+    formats |= {a.name: a.formats_by_name(profile.candidates) for a in assignments}
     scores = score_cached(
         profile, formats, tokens, load_model=lambda: model.reference.model, store=store, progress=progress
     )
@@ -199,7 +204,7 @@ class Applied:
     Args:
         directory: Where it is.
         file_bytes: Size of its weight file.
-        predicted_bytes: Size that the plan predicted.
+        predicted_bytes: Size of this file that the plan predicted.
     """
 
     directory: Path
@@ -226,8 +231,15 @@ def apply(model: str | Model, plan: Plan, out: Path, *, store: Store | None = No
     check_packed_place(out)
     reference = model.load_again()
     rule = rendering_of_plan(plan, reference.model, store or Store())
-    file_bytes = save_packed_(reference, plan.weights, out, metadata=plan.header_metadata(), quantizer=rule)
-    return Applied(directory=out, file_bytes=file_bytes, predicted_bytes=plan.memory_bytes)
+    file_bytes = save_packed_(
+        reference,
+        plan.weights,
+        out,
+        metadata=plan.header_metadata(),
+        quantizer=rule,
+        formats_by_cache={} if plan.cache is None else plan.cache.formats,
+    )
+    return Applied(directory=out, file_bytes=file_bytes, predicted_bytes=plan.file_bytes)
 
 
 def load(directory: str | Path) -> tuple[Any, Any]:
@@ -292,11 +304,12 @@ def _load_model(model: Model | SensitivityProfile) -> Any:
 
 
 def _frontier_point(profile: SensitivityProfile, result: SolveResult, memory: CostTable) -> dict[str, float]:
+    assert result.choice is not None
     memory_bytes = float(result.use[0]) + memory.fixed
-    weights = sum(unit.weight_count for unit in profile.candidates.units)
+    weight_bytes = float(result.use[0]) - cache_use(profile.candidates, result.choice, memory)
     return {
         "memory_bytes": memory_bytes,
-        "bits_per_weight": 8.0 * float(result.use[0]) / weights,
+        "bits_per_weight": 8.0 * weight_bytes / count_weights(profile.candidates.units),
         "predicted_loss": result.objective,
         "lower_bound": result.lower_bound,
         "shadow_price_per_mib": float(result.shadow_price[0]) * 2**20,

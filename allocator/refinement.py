@@ -81,6 +81,12 @@ class Refinement:
         if self.profile.fisher_sketch is None:
             msg = "refinement needs the Fisher sketch: the profile holds none. Measure with the metric 'fisher'."
             raise ValueError(msg)
+        if self.budget.context is not None:
+            msg = (
+                f"refinement follows the slopes of weights, and a cache has none: got '{self.budget.describe()}'. "
+                "Leave the context out, or do not refine."
+            )
+            raise ValueError(msg)
         if self.budget.max_kl is not None:
             msg = (
                 f"refinement lowers the loss under limits: got '{self.budget.describe()}', a ceiling on the loss. Give "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from allocator.assignments import Assignment, bits_per_weight, pick
+from allocator.assignments import Assignment, bits_per_weight, cache_use, pick
 from allocator.budget import Budget
 from allocator.planning import predicted_kl
 from allocator.plans import Evaluation
@@ -17,6 +17,7 @@ from allocator.renderings import needs_statistics, rendering_of
 from allocator.store import Store
 from runtime.costs import CostTable
 from runtime.units import count_weights
+from sensitivity.cache_losses import reference_cache_bytes
 from sensitivity.evaluation import SequenceScores, mean_interval, score_assignments
 from sensitivity.profile import SensitivityProfile, fingerprint_of
 
@@ -38,7 +39,7 @@ def score_cached(
 
     Args:
         profile: The profile the assignments were made from.
-        formats_by_name: Name -> weight name -> format name; an empty mapping is the reference.
+        formats_by_name: Name -> name of a weight or cache unit -> format name; an empty mapping is the reference.
         tokens: [S, T] int64 text.
         load_model: Gives the reference model; called only when something must be measured.
         store: Where scores are kept.
@@ -132,12 +133,13 @@ def make_evaluation(
     if assignment is None:
         name, kind, memory_bytes, predicted = REFERENCE, REFERENCE, profile.reference_bytes, None
         # It has no packed file's header; the rest is in both.
-        stored_bits = 8.0 * (memory_bytes - profile.rest_bytes) / count_weights(profile.candidates.units)
+        file_bytes = memory_bytes - reference_cache_bytes(profile)
+        stored_bits = 8.0 * (file_bytes - profile.rest_bytes) / count_weights(profile.candidates.units)
     else:
         name, kind = assignment.name, assignment.kind
         memory_bytes = round(float(pick(memory.cost, assignment.choice).sum()) + memory.fixed)
         predicted = predicted_kl(profile, assignment)[0]
-        stored_bits = bits_per_weight(profile, memory_bytes)
+        stored_bits = bits_per_weight(profile, memory_bytes - cache_use(profile.candidates, assignment.choice, memory))
     return Evaluation(
         name=name,
         kind=kind,

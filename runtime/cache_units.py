@@ -6,7 +6,7 @@ token is quantized on its own (per token), when it becomes past. Its bytes are t
 
     B * C * format.storage_bytes((heads, head_dim)),
 
-exactly. Formats that share anything between rows cannot grow by a token and are refused.
+exactly (``costs.unit_bytes``). Formats that share anything between rows cannot grow by a token and are refused.
 
 Limits: keys are grouped along their channels only, not along tokens as KIVI does (Liu et al. 2024, arXiv:2402.02750);
 layers that keep a window, a state or another layer's cache are refused.
@@ -19,7 +19,7 @@ import numpy as np
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from runtime.cached_attention import KEY_CACHE, VALUE_CACHE, measure_attention_shapes
+from runtime.cached_attention import KEY_CACHE, VALUE_CACHE, AttentionShape, measure_attention_shapes
 from runtime.candidates import Candidates
 from runtime.formats import Format, find_formats
 from runtime.units import Unit, UnitKind
@@ -47,7 +47,7 @@ def find_cache_units(model: Any) -> tuple[Unit, ...]:
     return tuple(
         _make_unit(shape.module, half, layer, rows)
         for layer, shape in enumerate(shapes)
-        for half, rows in ((KEY_CACHE, shape.keys), (VALUE_CACHE, shape.values))
+        for half, rows in _halves(shape)
     )
 
 
@@ -80,10 +80,8 @@ def list_cache_candidates(units: Sequence[Unit], format_names: Sequence[str]) ->
     return Candidates(units=tuple(units), formats=formats, allowed=allowed, reasons=reasons)
 
 
-def cache_bytes(unit: Unit, format_: Format, cache_tokens: int) -> int:
-    """Returns the bytes of a cache unit that holds so many tokens, over all sequences."""
-    assert unit.cache_shape is not None
-    return cache_tokens * format_.storage_bytes(unit.cache_shape)
+def _halves(shape: AttentionShape) -> tuple[tuple[UnitKind, tuple[int, int]], ...]:
+    return (KEY_CACHE, shape.keys), (VALUE_CACHE, shape.values)
 
 
 def _make_unit(module: str, half: UnitKind, layer: int, rows: tuple[int, int]) -> Unit:

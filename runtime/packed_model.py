@@ -6,6 +6,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from runtime.checkpoint import (
 )
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
+from runtime.quantized_cache import QuantizedCache
 from runtime.rendering import RenderingRule
 from runtime.units import list_weights
 
 FORMATS_KEY = "bitplan.formats"
+_CACHE_FORMATS = "cache_formats"
 
 
 def save_packed_(
@@ -36,6 +39,7 @@ def save_packed_(
     *,
     metadata: Mapping[str, str],
     quantizer: RenderingRule = "rtn",
+    formats_by_cache: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Packs the model in place, writes it to a directory, and returns the bytes of the weight file.
 
@@ -45,6 +49,7 @@ def save_packed_(
         directory: Replaced as a whole once the new content is complete; it must be free or hold a packed model.
         metadata: Strings kept in the checkpoint's header.
         quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
+        formats_by_cache: Cache unit -> format name, for all of them or none; kept in the configuration.
 
     Raises:
         ValueError: If a weight has no format or one it cannot take, the metadata does not fit the header, or the
@@ -58,6 +63,9 @@ def save_packed_(
             f"'{reference.name}'. Use the plan that was made for this model."
         )
         raise ValueError(msg)
+    if formats_by_cache:
+        # Refuses names that are no caches of this model, and caches without a format, before anything is packed.
+        QuantizedCache(reference.model, formats_by_cache)
     weights = list_weights(reference.model, routers=True)
     routers = any(weight.kind == "router" and name in formats_by_weight for name, weight in weights.items())
     header_bytes = header_reserve_bytes(reference.model, routers=routers)
@@ -66,7 +74,10 @@ def save_packed_(
         reference.tokenizer.save_pretrained(temporary)
         config = reference.model.config.to_dict()
         config.pop("quantization_config", None)
-        config[PACKED_CONFIG_KEY] = {"schema_version": 1}
+        config[PACKED_CONFIG_KEY] = {
+            "schema_version": 1,
+            **({_CACHE_FORMATS: dict(formats_by_cache)} if formats_by_cache else {}),
+        }
         write_text(temporary / "config.json", json.dumps(config, indent=2, default=str) + "\n")
         formats = json.dumps(dict(formats_by_weight), separators=(",", ":"))
         return save_checkpoint(
@@ -109,6 +120,16 @@ def load_packed(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str
     _load_tensors_(model, load_tensors(path), path)
     tokenizer = call_transformers(directory, lambda: AutoTokenizer.from_pretrained(directory))
     return model.eval().requires_grad_(False), tokenizer, metadata
+
+
+def make_packed_cache(model: Any) -> QuantizedCache | None:
+    """Returns an empty cache in the formats that a packed model was saved with; None where it was saved with none.
+
+    Args:
+        model: As ``load_packed`` returns it.
+    """
+    formats = getattr(model.config, PACKED_CONFIG_KEY, {}).get(_CACHE_FORMATS)
+    return QuantizedCache(model, formats) if formats else None
 
 
 def _build_empty(directory: Path) -> Any:

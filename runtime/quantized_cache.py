@@ -72,7 +72,7 @@ class PackedStates:
         self._buffers = {name: b[:token_count].clone() for name, b in self._buffers.items()}
 
 
-class QuantizedCacheLayer(CacheLayerMixin):
+class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of the cache, as transformers uses it.
 
     Args:
@@ -83,7 +83,7 @@ class QuantizedCacheLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, keys: Format, values: Format) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._formats = (keys, values)
         self._past = (PackedStates(keys), PackedStates(values))
 
@@ -162,7 +162,7 @@ class QuantizedCache(Cache):
         by_layer: dict[int, CacheFormats] = {
             int(model.get_submodule(name).layer_idx): formats for name, formats in found.items()
         }
-        layers: list[CacheLayerMixin] = []
+        layers: list[Any] = []
         for layer in range(len(DynamicCache(config=model.config).layers)):
             formats = by_layer.get(layer, CacheFormats())
             if formats.keys is None or formats.values is None:
