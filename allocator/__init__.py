@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from allocator.artefacts import Model
     from allocator.budget import Budget, InfeasibleBudget
+    from allocator.frontiers import frontier
     from allocator.measuring import MeasureRequest
-    from allocator.pipeline import Applied, apply, evaluate, frontier, load, measure, plan, report
+    from allocator.pipeline import Applied, apply, evaluate, load, measure, plan, report
     from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan, load_plan, save_plan
     from allocator.store import Store
     from sensitivity.measure_config import MeasureConfig
@@ -37,7 +38,7 @@ _HOME = {
     "UnitPlan": "allocator.plans",
     "apply": "allocator.pipeline",
     "evaluate": "allocator.pipeline",
-    "frontier": "allocator.pipeline",
+    "frontier": "allocator.frontiers",
     "load": "allocator.pipeline",
     "load_plan": "allocator.plans",
     "load_profile": "sensitivity.profile",

@@ -1,6 +1,6 @@
 """Assignments: one format index a unit, from a solver or a uniform rule, with its use and predicted loss."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,6 +107,29 @@ def list_uniform(candidates: Candidates, metric: str) -> list[Assignment]:
             assignment = Assignment(name=name, kind="uniform", metric=metric, choice=variant.astype(np.int64))
             found.setdefault(assignment.choice.tobytes(), assignment)
     return list(found.values())
+
+
+def keep_widest_caches(
+    assignments: Sequence[Assignment], candidates: Candidates, memory: CostTable
+) -> list[Assignment]:
+    """Returns of the assignments with the same formats of weights the one with most bytes of cache, in their order.
+
+    Where caches are no units that is every assignment.
+
+    Args:
+        assignments: Without two of the same choice.
+        candidates: Units and formats.
+        memory: Bytes of each candidate.
+    """
+    widest: dict[tuple[tuple[str, str], ...], Assignment] = {}
+    for assignment in assignments:
+        weights = tuple(assignment.formats_by_weight(candidates).items())
+        known = widest.get(weights)
+        if known is None or cache_use(candidates, assignment.choice, memory) > cache_use(
+            candidates, known.choice, memory
+        ):
+            widest[weights] = assignment
+    return [a for a in assignments if any(a is kept for kept in widest.values())]
 
 
 def _with_cache(candidates: Candidates, choice: NDArray[np.int64], caches: list[int], bits: int) -> NDArray[np.int64]:

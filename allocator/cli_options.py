@@ -82,6 +82,14 @@ def budget_options(command: Command) -> Command:
         click.option(
             "--limit", "limits", multiple=True, metavar="RESOURCE=VALUE", help="Further limit: latency_us, read_bytes."
         ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return cache_options(command)
+
+
+def cache_options(command: Command) -> Command:
+    options = [
         click.option(
             "--batch",
             type=click.IntRange(1),

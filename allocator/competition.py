@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from allocator.assignments import Assignment, list_uniform, use_of
+from allocator.assignments import Assignment, keep_widest_caches, list_uniform, use_of
 from allocator.budget import MEMORY, Budget, InfeasibleBudget
 from allocator.planning import find_assignment, find_interacting_assignment, find_least_loss, make_plan
 from allocator.plans import Plan
@@ -48,11 +48,12 @@ def list_rivals(
     if profile.logit_gram is not None and budget.max_kl is None and profile.table(best.metric).unit_of_measure == NATS:
         rivals.append(find_interacting_assignment(profile, budget, tables, metric=best.metric)[0])
     limits = resolve_limits(profile, budget)
-    rivals += [
+    fitting = [
         a
         for a in list_uniform(profile.candidates, best.metric)
         if all(use_of(a.choice, tables)[name] <= limit for name, limit in limits.items())
     ]
+    rivals += keep_widest_caches(fitting, profile.candidates, tables[MEMORY])
     return _distinct([best, *rivals])[1:]
 
 

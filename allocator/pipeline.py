@@ -9,29 +9,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from allocator.artefacts import Model, assignment_of_plan, find_profile, open_model, profile_of_plan
-from allocator.assignments import cache_use, list_uniform, use_of
+from allocator.assignments import keep_widest_caches, list_uniform, use_of
 from allocator.budget import LATENCY, MEMORY, Budget
 from allocator.competition import Competition, list_rivals
+from allocator.frontiers import frontier
 from allocator.measuring import MeasureRequest, run_measurement
 from allocator.planning import default_metric, find_assignment, make_plan
 from allocator.plans import Evaluation, Plan, check_same_model, check_same_profile
-from allocator.problems import build_cost_tables, build_problem
+from allocator.problems import build_cost_tables
 from allocator.progress import Progress, silent
 from allocator.refinement import Refinement
 from allocator.renderings import needs_statistics, rendering_of_plan
 from allocator.store import Store
 from allocator.timings import find_latency
 from allocator.verification import REFERENCE, make_evaluation, score_cached
-from runtime.costs import CostTable
 from runtime.packed_model import check_packed_place, load_packed, save_packed_
-from runtime.units import count_weights
 from sensitivity.cache_losses import join_cache
 from sensitivity.calibration import read_sequences
 from sensitivity.profile import SensitivityProfile
-from solvers import SolveResult, solve_frontier
 
 
 def measure(
@@ -121,29 +117,6 @@ def plan(
     return competition.run(best, rivals, refinement.run if refinement else None)
 
 
-def frontier(
-    model: str | Model | SensitivityProfile,
-    *,
-    points: int = 33,
-    metric: str | None = None,
-    store: Store | None = None,
-    progress: Progress = silent,
-) -> list[dict[str, float]]:
-    """Returns the least loss at ``points`` memory budgets, from the smallest reachable to the largest useful.
-
-    Each point has ``memory_bytes`` (used), ``bits_per_weight``, ``predicted_loss`` and ``lower_bound`` (nats per
-    token), and ``shadow_price_per_mib``.
-    """
-    profile = find_profile(model, store=store or Store(), progress=progress)
-    tables = build_cost_tables(profile)
-    problem = build_problem(profile, profile.table(metric or default_metric(profile)).loss, {}, tables)
-    memory = np.where(problem.allowed, problem.cost[0], np.nan)
-    least, most = np.nanmin(memory, axis=1).sum(), np.nanmax(memory, axis=1).sum()
-    limits = np.linspace(least, most, points)
-    results = solve_frontier(problem, limits=limits)
-    return [_frontier_point(profile, result, tables[MEMORY]) for result in results if result.choice is not None]
-
-
 def evaluate(
     model: str | Model,
     plan: Plan,
@@ -185,7 +158,7 @@ def evaluate(
         for a in list_uniform(profile.candidates, planned.metric)
         if use_of(a.choice, tables)[MEMORY] <= plan.memory_bytes and a.choice.tobytes() != planned.choice.tobytes()
     ]
-    assignments = [planned, *fitting]
+    assignments = [planned, *keep_widest_caches(fitting, profile.candidates, tables[MEMORY])]
     formats: dict[str, Mapping[str, str]] = {REFERENCE: {}}
     formats |= {a.name: a.formats_by_name(profile.candidates) for a in assignments}
     scores = score_cached(
@@ -301,16 +274,3 @@ def _load_model(model: Model | SensitivityProfile) -> Any:
         msg = "a plan must be verified with its model: got a profile alone. Pass the model, or verify=False."
         raise ValueError(msg)
     return model.reference.model
-
-
-def _frontier_point(profile: SensitivityProfile, result: SolveResult, memory: CostTable) -> dict[str, float]:
-    assert result.choice is not None
-    memory_bytes = float(result.use[0]) + memory.fixed
-    weight_bytes = float(result.use[0]) - cache_use(profile.candidates, result.choice, memory)
-    return {
-        "memory_bytes": memory_bytes,
-        "bits_per_weight": 8.0 * weight_bytes / count_weights(profile.candidates.units),
-        "predicted_loss": result.objective,
-        "lower_bound": result.lower_bound,
-        "shadow_price_per_mib": float(result.shadow_price[0]) * 2**20,
-    }

@@ -29,8 +29,8 @@ from allocator.verification import score_cached
 from runtime.costs import CostTable
 from sensitivity.cache_losses import join_cache, reference_cache_bytes
 from sensitivity.evaluation import SequenceScores, mean_interval
+from sensitivity.measure_config import FISHER
 from sensitivity.profile import SensitivityProfile
-from sensitivity.sketches.combination import COMBINED
 from solvers import AllocationProblem, solve
 
 SCENARIOS = ((2048, 1), (2048, 8), (8192, 1), (8192, 8))
@@ -69,7 +69,12 @@ def main() -> None:
         model = Model(str(prepare_demo_model(store.root)))
         request = demo_request(store)
         config = replace(
-            request.config, fisher_sequences=32, logit_sequence_tokens=64, logit_passes=256, evaluation_sequences=4
+            request.config,
+            metrics=(FISHER,),
+            fisher_sequences=16,
+            logit_sequence_tokens=64,
+            fit_plans=None,
+            evaluation_sequences=4,
         )
         request = replace(request, cache_formats=CACHE_FORMATS, config=config)
         profile = measure(model, request=request, store=store, progress=progress)
@@ -98,11 +103,11 @@ def make_scenario(measured: SensitivityProfile, context: int, batch: int, share:
     tables = build_cost_tables(profile)
     limit = share * profile.reference_bytes
     budget = Budget(memory_bytes=limit, context=context, batch=batch)
-    plans = {ONE_SOLVE: find_assignment(profile, budget, tables, metric=COMBINED)}
+    plans = {ONE_SOLVE: find_assignment(profile, budget, tables, metric=FISHER)}
     apart = solve_apart(profile, tables[MEMORY], share)
     if apart is not None:
         plans[APART] = apart
-    fitting = [a for a in list_uniform(profile.candidates, COMBINED) if use_of(a.choice, tables)[MEMORY] <= limit]
+    fitting = [a for a in list_uniform(profile.candidates, FISHER) if use_of(a.choice, tables)[MEMORY] <= limit]
     if fitting:
         plans[UNIFORM] = min(fitting, key=lambda a: predicted_kl(profile, a)[0])
     return Scenario(context=context, batch=batch, share=share, profile=profile, plans=plans)
@@ -116,7 +121,7 @@ def solve_apart(profile: SensitivityProfile, memory: CostTable, share: float) ->
     choice = np.zeros(len(caches), dtype=np.int64)
     for rows, limit in limits:
         problem = AllocationProblem(
-            loss=profile.table(COMBINED).loss[rows],
+            loss=profile.table(FISHER).loss[rows],
             cost=memory.cost[None, rows],
             limit=np.array([limit]),
             allowed=profile.candidates.allowed[rows],
@@ -126,7 +131,7 @@ def solve_apart(profile: SensitivityProfile, memory: CostTable, share: float) ->
         if result.choice is None:
             return None
         choice[rows] = result.choice
-    return Assignment(name=APART, kind="plan", metric=COMBINED, choice=choice)
+    return Assignment(name=APART, kind="plan", metric=FISHER, choice=choice)
 
 
 def render(profile: SensitivityProfile, scenarios: list[Scenario], scores: Mapping[str, SequenceScores]) -> str:
@@ -139,7 +144,7 @@ def render(profile: SensitivityProfile, scenarios: list[Scenario], scores: Mappi
         "",
         f"KL on {sequences} x {tokens} tokens that nothing else saw, every token decoded from the quantized cache. The "
         "context prices bytes alone: the sequences are shorter than it. Budget: a share of the 16-bit model and its "
-        f"full 16-bit cache. Metric: {COMBINED}. *{ONE_SOLVE}*: weights and cache in one budget; *{APART}*: the same "
+        f"full 16-bit cache. Metric: {FISHER}. *{ONE_SOLVE}*: weights and cache in one budget; *{APART}*: the same "
         f"share for each, solved alone; *{UNIFORM}*: of the uniform formats that fit, each with a cache of its own "
         "format, 8 and 16 bits, the one that is predicted best. Bits: stored bits per weight, and per number cached.",
         "",

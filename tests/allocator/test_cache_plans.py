@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +10,8 @@ import torch
 
 import allocator
 from allocator.artefacts import Model, assignment_of_plan
-from allocator.assignments import cache_use, list_uniform, use_of
+from allocator.assignments import cache_use, keep_widest_caches, list_uniform, use_of
 from allocator.budget import Budget
-from allocator.cli import run
 from allocator.measuring import MeasureRequest
 from allocator.notes import list_notes
 from allocator.planning import find_assignment, make_plan
@@ -24,37 +22,10 @@ from allocator.store import Store
 from allocator.tables import make_report
 from runtime.apply import simulated_formats
 from runtime.cached_attention import simulated_cache
-from runtime.packed_model import load_packed, make_packed_cache, save_packed_
 from sensitivity.cache_losses import join_cache
 from sensitivity.profile import SensitivityProfile
 from tests.allocator.test_notes import evaluation_of
-from tests.tiny_measurements import FLAGS, list_choices, make_request
-from tests.tiny_models import build_tiny_llama, save_model
-
-CACHE_FORMATS = ("int2_channel", "int4_channel", "int8_channel", "bf16")
-CONTEXT, BATCH = 96, 4
-BUDGET = Budget(memory_bytes=150_000, context=CONTEXT, batch=BATCH)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(tmp_path_factory.mktemp("store"))
-
-
-@pytest.fixture(scope="module")
-def request_of_caches(tiny_text: Path) -> MeasureRequest:
-    return make_request(tiny_text, cache_formats=CACHE_FORMATS)
-
-
-@pytest.fixture(scope="module")
-def profile(tiny_llama_dir: Path, request_of_caches: MeasureRequest, store: Store) -> SensitivityProfile:
-    return allocator.measure(str(tiny_llama_dir), request=request_of_caches, store=store)
-
-
-@pytest.fixture(scope="module")
-def plan(tiny_llama_dir: Path, profile: SensitivityProfile, store: Store) -> Plan:
-    """Verified."""
-    return allocator.plan(str(tiny_llama_dir), BUDGET, profile=profile, store=store)
+from tests.tiny_measurements import BATCH, CACHE_BUDGET, CACHE_FORMATS, CONTEXT, list_choices
 
 
 def keep_few(profile: SensitivityProfile) -> SensitivityProfile:
@@ -73,8 +44,10 @@ def keep_few(profile: SensitivityProfile) -> SensitivityProfile:
 
 @pytest.mark.parametrize(("context", "batch"), [(1, 1), (96, 1), (96, 4), (2048, 8)])
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.7])
-def test_one_budget_is_solved_exactly(share: float, context: int, batch: int, profile: SensitivityProfile) -> None:
-    few = keep_few(join_cache(profile, context=context, batch=batch))
+def test_one_budget_is_solved_exactly(
+    share: float, context: int, batch: int, cache_profile: SensitivityProfile
+) -> None:
+    few = keep_few(join_cache(cache_profile, context=context, batch=batch))
     choices, units = list_choices(few), np.arange(6)
     tables = build_cost_tables(few)
     # Priced here by hand: the tables are under test as well.
@@ -95,30 +68,34 @@ def test_one_budget_is_solved_exactly(share: float, context: int, batch: int, pr
     assert use_of(found.choice, tables)["memory_bytes"] <= limit
 
 
-def test_bytes_of_a_plan_are_those_of_file_and_cache(plan: Plan, profile: SensitivityProfile) -> None:
-    joined = join_cache(profile, context=CONTEXT, batch=BATCH)
-    assert plan.cache is not None
-    assert (plan.cache.context, plan.cache.batch) == (CONTEXT, BATCH)
-    assert plan.memory_bytes == plan.file_bytes + plan.cache.memory_bytes <= 150_000
-    assert plan.cache.memory_bytes == sum(u.memory_bytes for u in plan.units if u.unit in plan.cache.formats)
-    weights = sum(unit.weight_count for unit in profile.candidates.units)
-    assert plan.bits_per_weight == pytest.approx(8 * (plan.file_bytes - profile.fixed_bytes) / weights)
-    assert plan.reference_memory_bytes == joined.reference_bytes
-    assert {unit.unit: unit.format for unit in plan.units if unit.weights == 0} == plan.cache.formats
-    assert not set(plan.weights) & set(plan.cache.formats)
-    own = assignment_of_plan(joined, plan)
-    assert use_of(own.choice, build_cost_tables(joined))["memory_bytes"] == plan.memory_bytes
+def test_bytes_of_a_plan_are_those_of_file_and_cache(cache_plan: Plan, cache_profile: SensitivityProfile) -> None:
+    joined = join_cache(cache_profile, context=CONTEXT, batch=BATCH)
+    assert cache_plan.cache is not None
+    assert (cache_plan.cache.context, cache_plan.cache.batch) == (CONTEXT, BATCH)
+    assert cache_plan.memory_bytes == cache_plan.file_bytes + cache_plan.cache.memory_bytes <= 150_000
+    assert cache_plan.cache.memory_bytes == sum(
+        u.memory_bytes for u in cache_plan.units if u.unit in cache_plan.cache.formats
+    )
+    weights = sum(unit.weight_count for unit in cache_profile.candidates.units)
+    assert cache_plan.bits_per_weight == pytest.approx(
+        8 * (cache_plan.file_bytes - cache_profile.fixed_bytes) / weights
+    )
+    assert cache_plan.reference_memory_bytes == joined.reference_bytes
+    assert {unit.unit: unit.format for unit in cache_plan.units if unit.weights == 0} == cache_plan.cache.formats
+    assert not set(cache_plan.weights) & set(cache_plan.cache.formats)
+    own = assignment_of_plan(joined, cache_plan)
+    assert use_of(own.choice, build_cost_tables(joined))["memory_bytes"] == cache_plan.memory_bytes
 
 
-def test_a_longer_context_moves_bytes_from_the_cache_to_the_weights(profile: SensitivityProfile) -> None:
+def test_a_longer_context_moves_bytes_from_the_cache_to_the_weights(cache_profile: SensitivityProfile) -> None:
     # A plan of w bytes of weights and c of cache a token is optimal at context n. Priced at a longer m it takes
     # w + m c; if a plan of no more than that had c' > c, then w' <= w - m (c' - c) < w - n (c' - c), so it would have
     # kept the budget at n and could not lose less. So a token's cache never grows.
     contexts = (16, 64, 256, 1024, 4096)
     file_bytes, token_bytes = [], []
-    limit = 0.3 * join_cache(profile, context=contexts[0], batch=2).reference_bytes
+    limit = 0.3 * join_cache(cache_profile, context=contexts[0], batch=2).reference_bytes
     for context, longer in zip(contexts, (*contexts[1:], 0), strict=True):
-        made = allocator.plan(profile, Budget(memory_bytes=limit, context=context, batch=2), verify=False)
+        made = allocator.plan(cache_profile, Budget(memory_bytes=limit, context=context, batch=2), verify=False)
         assert made.cache is not None
         file_bytes.append(made.file_bytes)
         token_bytes.append(made.cache.memory_bytes / context)
@@ -128,26 +105,26 @@ def test_a_longer_context_moves_bytes_from_the_cache_to_the_weights(profile: Sen
     assert file_bytes[-1] > file_bytes[0]
 
 
-def test_a_step_reads_the_whole_cache(profile: SensitivityProfile) -> None:
-    one, many = (join_cache(profile, context=CONTEXT, batch=batch) for batch in (1, 8))
+def test_a_step_reads_the_whole_cache(cache_profile: SensitivityProfile) -> None:
+    one, many = (join_cache(cache_profile, context=CONTEXT, batch=batch) for batch in (1, 8))
     choice = list_uniform(one.candidates, "combined")[-1].choice
     read = [use_of(choice, build_cost_tables(p, batch_tokens=1))["read_bytes"] for p in (one, many)]
     cache = cache_use(one.candidates, choice, build_cost_tables(one)["memory_bytes"])
     assert read[1] - read[0] == 7 * cache > 0
 
 
-def test_a_ceiling_on_kl_minimises_file_and_cache(profile: SensitivityProfile) -> None:
-    made = allocator.plan(profile, Budget(max_kl=0.02, context=CONTEXT, batch=BATCH), verify=False)
+def test_a_ceiling_on_kl_minimises_file_and_cache(cache_profile: SensitivityProfile) -> None:
+    made = allocator.plan(cache_profile, Budget(max_kl=0.02, context=CONTEXT, batch=BATCH), verify=False)
     assert made.cache is not None
     assert made.minimises_memory and made.objective == made.memory_bytes
     assert made.predicted_kl <= 0.02
 
 
 def test_plans_without_a_context_know_nothing_of_caches(
-    profile: SensitivityProfile, tiny_profile: SensitivityProfile
+    cache_profile: SensitivityProfile, tiny_profile: SensitivityProfile
 ) -> None:
     budget = Budget(memory_bytes=120_000)
-    with_caches, without = (allocator.plan(p, budget, verify=False).to_dict() for p in (profile, tiny_profile))
+    with_caches, without = (allocator.plan(p, budget, verify=False).to_dict() for p in (cache_profile, tiny_profile))
     changing = ("solve_s", "provenance")
     assert json.dumps({k: v for k, v in with_caches.items() if k not in changing}) == json.dumps(
         {k: v for k, v in without.items() if k not in changing}
@@ -156,28 +133,34 @@ def test_plans_without_a_context_know_nothing_of_caches(
 
 
 def test_the_measured_kl_is_that_of_the_quantized_cache(
-    plan: Plan, tiny_llama_dir: Path, profile: SensitivityProfile
+    cache_plan: Plan, tiny_llama_dir: Path, cache_profile: SensitivityProfile
 ) -> None:
     model = Model(str(tiny_llama_dir)).reference.model
-    tokens = torch.from_numpy(profile.selection_tokens)
-    assert plan.cache is not None and plan.shipped is not None
+    tokens = torch.from_numpy(cache_profile.selection_tokens)
+    assert cache_plan.cache is not None and cache_plan.shipped is not None
     with torch.no_grad():
         log_p = torch.log_softmax(model(tokens, use_cache=False).logits.double(), dim=-1)
-        with simulated_formats(model, plan.weights), simulated_cache(model, plan.cache.formats):
+        with simulated_formats(model, cache_plan.weights), simulated_cache(model, cache_plan.cache.formats):
             log_q = torch.log_softmax(model(tokens, use_cache=False).logits.double(), dim=-1)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    assert plan.shipped.kl == pytest.approx(kl, rel=1e-3)
-    assert plan.shipped.memory_bytes == plan.memory_bytes
-    assert plan.shipped.bits_per_weight == pytest.approx(plan.bits_per_weight)
+    assert cache_plan.shipped.kl == pytest.approx(kl, rel=1e-3)
+    assert cache_plan.shipped.memory_bytes == cache_plan.memory_bytes
+    assert cache_plan.shipped.bits_per_weight == pytest.approx(cache_plan.bits_per_weight)
 
 
-def test_uniform_rivals_have_caches_of_each_width(profile: SensitivityProfile) -> None:
-    joined = join_cache(profile, context=CONTEXT, batch=BATCH)
+def test_uniform_rivals_have_caches_of_each_width(cache_profile: SensitivityProfile) -> None:
+    joined = join_cache(cache_profile, context=CONTEXT, batch=BATCH)
     found = {a.name: a for a in list_uniform(joined.candidates, "combined")}
 
     def formats_of(name: str) -> set[str]:
         return set(found[name].formats_by_cache(joined.candidates).values())
 
+    memory = build_cost_tables(joined)["memory_bytes"]
+    kept = {a.name for a in keep_widest_caches(list(found.values()), joined.candidates, memory)}
+    assert "uniform int3_g64, 16-bit cache" in kept
+    assert not {"uniform int3_g64", "uniform int3_g64, 8-bit cache"} & kept
+    own = list_uniform(cache_profile.candidates, "combined")
+    assert keep_widest_caches(own, cache_profile.candidates, build_cost_tables(cache_profile)["memory_bytes"]) == own
     # No weight format is one of a cache but bf16: a cache takes the smallest that is as wide.
     assert formats_of("uniform int3_g64") == {"int4_channel"}
     assert formats_of("uniform int3_g64, 8-bit cache") == {"int8_channel"}
@@ -185,92 +168,40 @@ def test_uniform_rivals_have_caches_of_each_width(profile: SensitivityProfile) -
     assert formats_of("uniform int4_g64, 8-bit embeddings, 8-bit cache") == {"int8_channel"}
     assert formats_of("uniform bf16") == {"bf16"}
     weights = [a.formats_by_weight(joined.candidates) for a in found.values()]
-    assert all(len(w) == sum(len(u.weights) for u in profile.candidates.units) for w in weights)
+    assert all(len(w) == sum(len(u.weights) for u in cache_profile.candidates.units) for w in weights)
 
 
-def test_plans_come_back_from_disk(plan: Plan, tmp_path: Path) -> None:
-    save_plan(plan, tmp_path / "plan.json")
-    assert load_plan(tmp_path / "plan.json") == plan
+def test_plans_come_back_from_disk(cache_plan: Plan, tmp_path: Path) -> None:
+    save_plan(cache_plan, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == cache_plan
     record = json.loads((tmp_path / "plan.json").read_text())
     assert record["cache"]["formats"]["model.layers.1.self_attn.value_cache"] in CACHE_FORMATS
-    assert "formats" not in json.loads(plan.header_metadata()["bitplan.plan"])
+    assert "formats" not in json.loads(cache_plan.header_metadata()["bitplan.plan"])
     (tmp_path / "plan.json").write_text(json.dumps({**record, "cache": {"context": 3}}))
     with pytest.raises(ValueError, match=r"which is damaged \(TypeError"):
         load_plan(tmp_path / "plan.json")
 
 
-def test_a_packed_model_decodes_as_it_was_measured(
-    plan: Plan, tiny_llama_dir: Path, profile: SensitivityProfile, store: Store, tmp_path: Path
-) -> None:
-    applied = allocator.apply(str(tiny_llama_dir), plan, tmp_path / "packed", store=store)
-    assert applied.file_bytes == applied.predicted_bytes == plan.file_bytes
-    packed, _, _ = load_packed(tmp_path / "packed")
-    tokens = torch.from_numpy(profile.evaluation_tokens[:2])
-    cache = make_packed_cache(packed)
-    assert cache is not None and plan.cache is not None
-    steps = [packed(t[:, None], past_key_values=cache, use_cache=True).logits for t in tokens.unbind(1)]
-    model = Model(str(tiny_llama_dir)).reference.model
-    with simulated_formats(model, plan.weights), simulated_cache(model, plan.cache.formats):
-        simulated = model(tokens, use_cache=False).logits
-    log_p, log_q = (torch.log_softmax(x.double(), dim=-1) for x in (simulated, torch.cat(steps, dim=1)))
-    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    # float32 sums in another order; a state beside the middle of two codes may even round to the other one.
-    assert plan.shipped is not None and abs(kl) < 0.01 * plan.shipped.kl
-    share = plan.cache.memory_bytes / (CONTEXT * BATCH)
-    assert cache.stored_bytes == share * tokens.numel()
-
-
-def test_generation_uses_the_formats_of_the_packed_model(
-    plan: Plan, tiny_llama_dir: Path, profile: SensitivityProfile, store: Store, tmp_path: Path
-) -> None:
-    from allocator.generation import generate_text
-
-    assert plan.cache is not None
-    narrow = replace(plan, cache=replace(plan.cache, formats=dict.fromkeys(plan.cache.formats, "int2_channel")))
-    texts = []
-    for name, made in (("plain", replace(plan, cache=None)), ("narrow", narrow)):
-        reference = Model(str(tiny_llama_dir)).load_again()
-        formats = {} if made.cache is None else made.cache.formats
-        save_packed_(reference, plan.weights, tmp_path / name, metadata={}, formats_by_cache=formats)
-        model, tokenizer = allocator.load(tmp_path / name)
-        texts.append(generate_text(model, tokenizer, "The compiler reads", max_new_tokens=24))
-        assert (make_packed_cache(model) is None) == (name == "plain")
-    assert texts[0] != texts[1]
-
-
-def test_caches_of_another_model_are_not_packed(tiny_llama_dir: Path, plan: Plan, tmp_path: Path) -> None:
-    reference = Model(str(tiny_llama_dir)).load_again()
-    with pytest.raises(ValueError, match=r"for caches of the model: got 1 unknown names, first 'model.layers.9"):
-        save_packed_(
-            reference,
-            plan.weights,
-            tmp_path / "packed",
-            metadata={},
-            formats_by_cache={"model.layers.9.self_attn.key_cache": "bf16"},
-        )
-    assert not (tmp_path / "packed").exists()
-
-
 def test_evaluation_and_report_speak_of_the_cache(
-    plan: Plan, tiny_llama_dir: Path, profile: SensitivityProfile, store: Store
+    cache_plan: Plan, tiny_llama_dir: Path, cache_profile: SensitivityProfile, cache_store: Store
 ) -> None:
-    evaluations = allocator.evaluate(str(tiny_llama_dir), plan, store=store)
+    evaluations = allocator.evaluate(str(tiny_llama_dir), cache_plan, store=cache_store)
     by_kind: dict[str, list[Evaluation]] = {}
     for evaluation in evaluations:
         by_kind.setdefault(evaluation.kind, []).append(evaluation)
-    assert by_kind["reference"][0].memory_bytes == plan.reference_memory_bytes
+    assert by_kind["reference"][0].memory_bytes == cache_plan.reference_memory_bytes
     assert by_kind["reference"][0].bits_per_weight == pytest.approx(32.0)
-    assert by_kind["plan"][0].memory_bytes == plan.memory_bytes
-    assert all(e.memory_bytes <= plan.memory_bytes for e in by_kind["uniform"])
-    joined = join_cache(profile, context=CONTEXT, batch=BATCH)
-    content = make_report(joined, plan, evaluations, allocator.frontier(joined, points=3, store=store))
+    assert by_kind["plan"][0].memory_bytes == cache_plan.memory_bytes
+    assert all(e.memory_bytes <= cache_plan.memory_bytes for e in by_kind["uniform"])
+    joined = join_cache(cache_profile, context=CONTEXT, batch=BATCH)
+    content = make_report(joined, cache_plan, evaluations, allocator.frontier(joined, points=3, store=cache_store))
     caches = content.plan[content.plan["role"].isin(["key_cache", "value_cache"])]
     # 2 heads of 16 numbers a token: one scale and one zero point a head.
     widths = {"int2_channel": 7 * 8 / 16, "int4_channel": 11 * 8 / 16, "int8_channel": 19 * 8 / 16, "bf16": 16.0}
     assert caches["bits_per_weight"].tolist() == [widths[name] for name in caches["format"]]
     assert set(content.sensitivities["role"]) >= {"key_cache", "value_cache"}
     [note] = [n for n in content.notes if n.startswith("Memory: ")]
-    assert f"{plan.file_bytes / 2**20:.2f} MiB of weights" in note
+    assert f"{cache_plan.file_bytes / 2**20:.2f} MiB of weights" in note
     assert f"at {CONTEXT} tokens and batch {BATCH}" in note
 
 
@@ -281,97 +212,43 @@ def test_a_report_without_a_cache_does_not_speak_of_one(tiny_profile: Sensitivit
 
 
 def test_weights_that_are_measured_are_not_measured_again(
-    tiny_llama_dir: Path, request_of_caches: MeasureRequest, profile: SensitivityProfile, store: Store
+    tiny_llama_dir: Path, cache_request: MeasureRequest, cache_profile: SensitivityProfile, cache_store: Store
 ) -> None:
     stages: list[str] = []
-    other = replace(request_of_caches, cache_formats=("int4_channel", "bf16"))
+    other = replace(cache_request, cache_formats=("int4_channel", "bf16"))
     again = allocator.measure(
-        str(tiny_llama_dir), request=other, store=store, progress=lambda stage, *_: stages.append(stage)
+        str(tiny_llama_dir), request=other, store=cache_store, progress=lambda stage, *_: stages.append(stage)
     )
     assert set(stages) == {"cache"}
-    assert again.fingerprint != profile.fingerprint
-    assert profile.cache is not None and again.cache is not None
-    np.testing.assert_array_equal(again.cache.table.loss, profile.cache.table.loss[:, [1, 3]])
-    np.testing.assert_array_equal(again.table("fisher").loss, profile.table("fisher").loss)
+    assert again.fingerprint != cache_profile.fingerprint
+    assert cache_profile.cache is not None and again.cache is not None
+    np.testing.assert_array_equal(again.cache.table.loss, cache_profile.cache.table.loss[:, [1, 3]])
+    np.testing.assert_array_equal(again.table("fisher").loss, cache_profile.table("fisher").loss)
 
 
 def test_what_cannot_be_planned_with_caches_is_refused(
-    profile: SensitivityProfile, tiny_profile: SensitivityProfile, store: Store
+    cache_profile: SensitivityProfile, tiny_profile: SensitivityProfile, cache_store: Store
 ) -> None:
     with pytest.raises(ValueError, match="needs the losses of caches: got context=96 and a profile without them"):
-        allocator.plan(tiny_profile, BUDGET, verify=False)
+        allocator.plan(tiny_profile, CACHE_BUDGET, verify=False)
     with pytest.raises(ValueError, match="a plan with a cache needs a metric in nats/token: got 'weight_error' in"):
-        allocator.plan(profile, BUDGET, verify=False, metric="weight_error")
+        allocator.plan(cache_profile, CACHE_BUDGET, verify=False, metric="weight_error")
     with pytest.raises(ValueError, match=r"and a cache has none: got 'memory <= 0.14 MiB, context 96 tokens, batch 4'"):
         Refinement(
-            profile=profile,
-            budget=BUDGET,
+            profile=cache_profile,
+            budget=CACHE_BUDGET,
             tables={},
-            store=store,
+            store=cache_store,
             progress=lambda *_: None,
             load_model=lambda: None,
             rounds=1,
         )
 
 
-def test_the_command_measures_plans_and_reports(
-    tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "store"))
-    model = str(save_model(build_tiny_llama(head_dim=32), tmp_path / "model"))
-
-    def ask(*arguments: str) -> Any:
-        assert run([*arguments, "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
-
-    formats = ("--cache-formats", "int4_g32, int8_channel,bf16")
-    assert ask("measure", model, "--calibration", str(tiny_text), *FLAGS, *formats)["cache_formats"] == [
-        "int4_g32",
-        "int8_channel",
-        "bf16",
-    ]
-    path = str(tmp_path / "plan.json")
-    asked = ("--memory", "200KiB", "--context", "128", "--batch", "2")
-    made = ask("plan", model, *asked, "--no-verify", "--out", path)
-    assert made["budget"] == "memory <= 0.20 MiB, context 128 tokens, batch 2"
-    assert len(made["cache"]["formats"]) == 4
-    assert run(["plan", model, *asked, "--no-verify"]) == 0
-    printed = capsys.readouterr().out
-    assert f"cache {made['cache']['memory_bytes'] / 2**20:.2f} MiB (128 tokens, batch 2): " in printed
-    applied = ask("apply", model, "--plan", path, "--out", str(tmp_path / "packed"))
-    assert applied["difference_bytes"] == 0
-    assert run(["generate", str(tmp_path / "packed"), "--prompt", "The cache", "--max-new-tokens", "3"]) == 0
-    assert capsys.readouterr().out.startswith("The cache")
-    assert run(["report", model, "--plan", path, "--out", str(tmp_path / "report")]) == 0
-    page = (tmp_path / "report" / "report.html").read_text()
-    assert "MiB of cache at 128 tokens and batch 2" in page
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--cache-formats", "int9_g3"), "format must be a known name: got 'int9_g3'"),
-        (("--cache-formats", "int4_g32"), "every cache must have an allowed format"),
-        (("--cache-formats", "bf16", "--metrics", "weight_error"), "need a metric of weights that is too"),
-    ],
-)
-def test_the_command_refuses_caches_that_cannot_be(
-    arguments: tuple[str, ...],
-    message: str,
-    tiny_llama_dir: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("BITPLAN_CACHE", str(tmp_path / "store"))
-    assert run(["measure", str(tiny_llama_dir), *arguments]) in (1, 2)
-    assert message in capsys.readouterr().err.replace("\n", " ")
-
-
-def test_a_plan_of_a_rule_prices_its_cache(profile: SensitivityProfile) -> None:
-    joined = join_cache(profile, context=CONTEXT, batch=BATCH)
+def test_a_plan_of_a_rule_prices_its_cache(cache_profile: SensitivityProfile) -> None:
+    joined = join_cache(cache_profile, context=CONTEXT, batch=BATCH)
     assignment = next(a for a in list_uniform(joined.candidates, "combined") if a.name == "uniform bf16")
-    made = make_plan(joined, assignment, BUDGET, build_cost_tables(joined), {})
+    made = make_plan(joined, assignment, CACHE_BUDGET, build_cost_tables(joined), {})
     assert made.cache is not None
     # 2 layers, keys and values, 2 heads of 16 numbers of 2 bytes.
     assert made.cache.memory_bytes == CONTEXT * BATCH * 2 * 2 * 2 * 16 * 2
