@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.cache_formats import TOKEN_BLOCKS, cache_bytes
 from runtime.candidates import Candidates
 from runtime.costs import CostTable
 from runtime.units import count_weights
@@ -145,7 +146,12 @@ def _nearest(candidates: Candidates, u: int, bits: int, name: str | None) -> int
     if by_name:
         return by_name[0]
     unit = candidates.units[u]
-    shape = unit.cache_shape or unit.weights[0].shape
+
+    def stored_bytes(f: int) -> int:
+        if unit.cache_shape is not None:
+            return cache_bytes(candidates.formats[f], unit.cache_shape, max(TOKEN_BLOCKS))
+        return candidates.formats[f].storage_bytes(unit.weights[0].shape)
+
     if wider:
-        return min(wider, key=lambda f: candidates.formats[f].storage_bytes(shape))
-    return max(allowed, key=lambda f: candidates.formats[f].storage_bytes(shape))
+        return min(wider, key=stored_bytes)
+    return max(allowed, key=stored_bytes)

@@ -28,8 +28,8 @@ def measure_options(command: Command) -> Command:
         ),
         click.option(
             "--cache-formats",
-            help="Comma-separated formats of the KV cache (int8_channel,int4_g32,…,bf16), measured for the keys and "
-            "the values of each layer; default: the cache is left out.",
+            help="Comma-separated formats of the KV cache (int8_channel,int4_g32,…,bf16; int4_t32: along blocks of 32 "
+            "tokens), measured for the keys and the values of each layer; default: the cache is left out.",
         ),
         click.option("--fuse", multiple=True, help="Regular expression of weights that share a format; repeatable."),
         click.option(
@@ -137,6 +137,7 @@ def make_budget(
 
 def make_request(options: dict[str, Any]) -> "MeasureRequest":
     from allocator.measuring import MeasureRequest
+    from runtime.cache_formats import find_cache_formats
     from runtime.formats import DEFAULT_FORMATS, find_formats
     from sensitivity.measure_config import MeasureConfig
 
@@ -161,7 +162,9 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     embedding_formats = _names(options["embedding_formats"])
     find_formats([*formats])
     find_formats([*(embedding_formats or formats)])
-    find_formats([*(_names(options["cache_formats"]) or formats)])
+    cache_formats = _names(options["cache_formats"]) or ()
+    if cache_formats:
+        find_cache_formats(cache_formats)
     return MeasureRequest(
         **{name: options[name] for name in ("calibration", "selection", "evaluation", "fuse")},
         formats=formats,
@@ -169,7 +172,7 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         experts=options["experts"] or "projection",
         routers=options["routers"],
         pins=_make_pins(options["pins"]),
-        cache_formats=_names(options["cache_formats"]) or (),
+        cache_formats=cache_formats,
         config=MeasureConfig(**set_amounts),
     )
 

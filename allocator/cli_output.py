@@ -51,7 +51,8 @@ def describe_profile(profile: "SensitivityProfile") -> dict[str, Any]:
 def profile_text(document: dict[str, Any]) -> str:
     return (
         f"profile {document['profile'][:16]}: {document['units']} units x {len(document['formats'])} formats, "
-        f"metrics {', '.join(document['metrics'])}, measured in {document['provenance']['measured_in_s']} s"
+        + (f"caches x {len(document['cache_formats'])} formats, " if "cache_formats" in document else "")
+        + f"metrics {', '.join(document['metrics'])}, measured in {document['provenance']['measured_in_s']} s"
     )
 
 

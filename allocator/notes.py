@@ -123,7 +123,7 @@ def _expert_notes(profile: SensitivityProfile) -> Iterator[str]:
 
 def _granularity_notes(profile: SensitivityProfile, plan: Plan) -> Iterator[str]:
     """The price of coarser units at the plan's own bytes, from the same measurement."""
-    if profile.cache_tokens:
+    if profile.cache_load is not None:
         # A coarser unit is of weights; their part of a budget that they share with a cache would be another.
         return
     names = list_granularities(profile.candidates.units)

@@ -60,7 +60,7 @@ def find_assignment(
         ValueError: If the metric says nothing of caches that are among the units, or cannot keep a ceiling on KL.
     """
     table = profile.table(metric)
-    if profile.cache_tokens and table.unit_of_measure != NATS:
+    if profile.cache_load is not None and table.unit_of_measure != NATS:
         msg = (
             f"a plan with a cache needs a metric in {NATS}: got '{metric}' in {table.unit_of_measure}, which says "
             f"nothing of caches. Plan with {FISHER} or {SINGLE_UNIT_KL}, or without a context."

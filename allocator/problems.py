@@ -23,14 +23,14 @@ def build_cost_tables(
         batch_tokens: Sequences decoded together, for the bytes that a step reads.
     """
     tables = [
-        memory_cost(profile.candidates, profile.fixed_bytes, cache_tokens=profile.cache_tokens),
+        memory_cost(profile.candidates, profile.fixed_bytes, load=profile.cache_load),
         read_cost(
             profile.candidates,
             profile.rest_bytes,
             expert_share=profile.expert_share,
             expert_frequency=None if profile.routing is None else profile.routing.frequency_by_expert(),
             batch_tokens=batch_tokens,
-            cache_tokens=profile.cache_tokens,
+            load=profile.cache_load,
         ),
     ]
     if latency is not None:

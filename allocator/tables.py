@@ -86,9 +86,10 @@ def _objective_unit(profile: SensitivityProfile, plan: Plan) -> str:
 
 def _plan_table(profile: SensitivityProfile, plan: Plan) -> pd.DataFrame:
     table = pd.DataFrame([asdict(unit) for unit in plan.units])
+    tokens = 0 if profile.cache_load is None else profile.cache_load.token_count
     shapes = {unit.name: unit.cache_shape for unit in profile.candidates.units if unit.cache_shape is not None}
     # A cache has no weights: its bits are those of each number that it holds.
-    cached = table["unit"].map(lambda name: math.prod(shapes.get(name, (0,))) * profile.cache_tokens)
+    cached = table["unit"].map(lambda name: math.prod(shapes.get(name, (0,))) * tokens)
     table["bits_per_weight"] = 8.0 * table["memory_bytes"] / (table["weights"] + cached)
     return table.astype(dict.fromkeys(_INTEGERS, "Int64"))
 

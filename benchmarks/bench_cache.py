@@ -35,7 +35,7 @@ from solvers import AllocationProblem, solve
 
 SCENARIOS = ((2048, 1), (2048, 8), (8192, 1), (8192, 8))
 SHARES = (0.25, 0.32)
-CACHE_FORMATS = ("int2_g32", "int3_g32", "int4_g32", "int6_channel", "int8_channel", "bf16")
+CACHE_FORMATS = ("int2_t32", "int2_g32", "int3_t32", "int3_g32", "int4_t32", "int4_g32", "int8_channel", "bf16")
 ONE_SOLVE, APART, UNIFORM = "one solve", "apart", "uniform"
 
 
@@ -169,7 +169,9 @@ def render_row(scenario: Scenario, name: str, plan: Assignment, predicted: float
     bits = []
     for role in ("key_cache", "value_cache"):
         rows = [u for u, unit in enumerate(candidates.units) if unit.role == role]
-        numbers = sum(math.prod(candidates.units[u].cache_shape or ()) for u in rows) * scenario.profile.cache_tokens
+        numbers = (
+            sum(math.prod(candidates.units[u].cache_shape or ()) for u in rows) * scenario.context * scenario.batch
+        )
         bits.append(8 * stored[rows].sum() / numbers)
     weights = sum(unit.weight_count for unit in candidates.units)
     mean, low, high = mean_interval(kl)

@@ -1,15 +1,9 @@
 """Cache units: what one decoder layer keeps of past tokens, its keys and its values apart.
 
-A cache of C tokens for each of B sequences holds B * C * heads rows of head_dim numbers, and a row is stored as a row
-of a weight is: codes, scales and zero points, padded to whole bytes. Groups lie within a row, so every head of every
-token is quantized on its own (per token), when it becomes past. Its bytes are therefore
+How they may be stored, and in how many bytes: ``cache_formats``. Formats that share anything between rows cannot grow
+by a token and are refused.
 
-    B * C * format.storage_bytes((heads, head_dim)),
-
-exactly (``costs.unit_bytes``). Formats that share anything between rows cannot grow by a token and are refused.
-
-Limits: keys are grouped along their channels only, not along tokens as KIVI does (Liu et al. 2024, arXiv:2402.02750);
-layers that keep a window, a state or another layer's cache are refused.
+Limits: layers that keep a window, a state or another layer's cache are refused.
 """
 
 from collections.abc import Sequence
@@ -19,9 +13,10 @@ import numpy as np
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from runtime.cache_formats import TokenBlockFormat, find_cache_formats
 from runtime.cached_attention import KEY_CACHE, VALUE_CACHE, AttentionShape, measure_attention_shapes
 from runtime.candidates import Candidates
-from runtime.formats import Format, find_formats
+from runtime.formats import Format
 from runtime.units import Unit, UnitKind
 
 
@@ -61,7 +56,7 @@ def list_cache_candidates(units: Sequence[Unit], format_names: Sequence[str]) ->
     Raises:
         ValueError: If a format is unknown, or a unit is left without any.
     """
-    formats = find_formats(format_names)
+    formats = find_cache_formats(format_names)
     reasons = {
         (u, f): reason
         for u, unit in enumerate(units)
@@ -99,6 +94,8 @@ def _make_unit(module: str, half: UnitKind, layer: int, rows: tuple[int, int]) -
 def _refusal(unit: Unit, format_: Format) -> str | None:
     assert unit.cache_shape is not None
     heads, head_dim = unit.cache_shape
+    if isinstance(format_, TokenBlockFormat):
+        return None
     if not format_.fits(head_dim):
         return f"group_size={format_.group_size} does not divide head_dim={head_dim}"
     if format_.storage_bytes((heads, head_dim)) != heads * format_.storage_bytes((1, head_dim)):

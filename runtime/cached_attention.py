@@ -6,8 +6,10 @@ current token as it is (past-only quantization). Token by token that is
     score[t, s] = q_t . k^_s  for s < t,    score[t, t] = q_t . k_t,    p = softmax(scale * score + mask)
     output[t]   = sum over s < t of p[t, s] v^_s  +  p[t, t] v_t,
 
-which is the usual attention with another diagonal: P V^ + diag(P) (V - V^). One pass over a text gives therefore
-what as many steps of decoding give, and costs one attention with its scores written out, O(T^2) memory a layer.
+which is the usual attention with another diagonal: P V^ + diag(P) (V - V^). In formats of token blocks (``int4_t32``)
+only tokens of blocks that were complete before t come back as k^_s and v^_s, floor(s / G) < floor(t / G); the others
+come back from float16. One pass over a text gives therefore what as many steps of decoding give, and costs one or two
+attentions with their scores written out, O(T^2) memory a layer.
 
 Limits: attention that goes through the interface of transformers and is causal, without soft caps, sinks or biases of
 its own. Here every token is decoded; a prompt that is read in one pass loses less, as its tokens see each other whole.
@@ -26,8 +28,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from runtime.formats import Format, find_format
-from runtime.quantizers import render
+from runtime.cache_formats import find_cache_formats
+from runtime.formats import Format
+from runtime.past_states import render_past
 
 KEY_CACHE: Final = "key_cache"
 VALUE_CACHE: Final = "value_cache"
@@ -54,7 +57,7 @@ def split_cache_formats(formats: Mapping[str, str]) -> tuple[dict[str, str], dic
     return {name: format_ for name, format_ in formats.items() if name not in caches}, caches
 
 
-def find_cache_formats(model: nn.Module, formats_by_cache: Mapping[str, str]) -> dict[str, CacheFormats]:
+def find_formats_by_module(model: nn.Module, formats_by_cache: Mapping[str, str]) -> dict[str, CacheFormats]:
     """Returns attention module -> formats.
 
     Args:
@@ -79,7 +82,7 @@ def find_cache_formats(model: nn.Module, formats_by_cache: Mapping[str, str]) ->
     found: dict[str, dict[str, Format]] = {}
     for name, format_name in formats_by_cache.items():
         half = "keys" if _half_of(name) == KEY_CACHE else "values"
-        found.setdefault(_module_of(name), {})[half] = find_format(format_name)
+        found.setdefault(_module_of(name), {})[half] = find_cache_formats([format_name])[0]
     return {module: CacheFormats(**halves) for module, halves in found.items()}
 
 
@@ -94,7 +97,7 @@ def simulated_cache(model: nn.Module, formats_by_cache: Mapping[str, str]) -> It
     Raises:
         ValueError: If a name is no cache of the model, or a format is unknown.
     """
-    found = find_cache_formats(model, formats_by_cache)
+    found = find_formats_by_module(model, formats_by_cache)
     if not found:
         yield
         return
@@ -151,17 +154,6 @@ def measure_attention_shapes(model: Any) -> tuple[AttentionShape, ...]:
             for module in modules:
                 vars(module).pop("attention_observer", None)
     return tuple(seen)
-
-
-def render_states(states: Tensor, format_: Format | None) -> Tensor:
-    """Returns keys or values [batch, heads, tokens, head_dim] as they come back from a format.
-
-    Every head of every token is a row of its own: groups lie within it, and nothing is shared between tokens.
-    """
-    if format_ is None:
-        return states
-    rows = states.reshape(-1, states.shape[-1])
-    return render(rows, format_).to(states.dtype).view(states.shape)
 
 
 def attend(
@@ -222,10 +214,10 @@ def attend_past(
         scaling: Factor of the scores.
     """
     repeats = query.shape[1] // key.shape[1]
-    past_key = render_states(key, formats.keys).repeat_interleave(repeats, dim=1)
-    past_value = render_states(value, formats.values).repeat_interleave(repeats, dim=1)
+    keys, values = render_past(key, formats.keys), render_past(value, formats.values)
+    keys, values = keys.repeated(repeats), values.repeated(repeats)
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    scores = query @ past_key.transpose(-1, -2)
+    scores = keys.scores(query)
     torch.diagonal(scores, dim1=-2, dim2=-1).copy_((query * key).sum(dim=-1))
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -233,7 +225,7 @@ def attend_past(
     scores = (scores * scaling).masked_fill(~mask, torch.finfo(scores.dtype).min)
     shares = torch.softmax(scores, dim=-1)
     own = torch.diagonal(shares, dim1=-2, dim2=-1).unsqueeze(-1)
-    return shares @ past_value + own * (value - past_value)
+    return values.mix(shares) + own * (value - values.recent)
 
 
 def _half_of(name: str) -> str:

@@ -13,63 +13,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from runtime.apply import pack_weight
-from runtime.cached_attention import CacheFormats, find_cache_formats
+from runtime.cached_attention import CacheFormats, find_formats_by_module
 from runtime.formats import Format
-from runtime.packed import PackedWeight
-
-
-class PackedStates:
-    """Keys or values of past tokens, packed; it grows by tokens.
-
-    Args:
-        format_: The format of every row, a head of a token.
-    """
-
-    def __init__(self, format_: Format) -> None:
-        self._format = format_
-        # Buffer of ``PackedWeight`` -> [tokens, batch, heads, ...], its rows in that order.
-        self._buffers: dict[str, Tensor] = {}
-        self._head_dim = 0
-
-    @property
-    def token_count(self) -> int:
-        """Tokens held for each sequence."""
-        return next((len(buffer) for buffer in self._buffers.values()), 0)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
-
-    def append(self, states: Tensor) -> None:
-        """Packs the states [batch, heads, tokens, head_dim] of further tokens.
-
-        Raises:
-            ValueError: If a state is outside the range of the format.
-        """
-        batch, heads, tokens, self._head_dim = states.shape
-        rows = states.permute(2, 0, 1, 3).reshape(-1, self._head_dim)
-        for name, buffer in pack_weight(rows, self._format).named_buffers():
-            new = buffer.view(tokens, batch, heads, -1)
-            self._buffers[name] = torch.cat([self._buffers[name], new]) if name in self._buffers else new
-
-    def read(self, dtype: torch.dtype) -> Tensor:
-        """Returns the states [batch, heads, tokens, head_dim] as they come back from the format."""
-        tokens, batch, heads, _ = next(iter(self._buffers.values())).shape
-        packed = PackedWeight(self._format, (tokens * batch * heads, self._head_dim))
-        packed.load_state_dict({name: b.flatten(0, 2) for name, b in self._buffers.items()}, assign=True)
-        rows: Tensor = packed()
-        return rows.view(tokens, batch, heads, self._head_dim).permute(1, 2, 0, 3).to(dtype)
-
-    def select(self, sequences: Tensor) -> None:
-        """Keeps these sequences of the batch, in this order; one may come several times."""
-        self._buffers = {name: b.index_select(1, sequences.to(b.device)) for name, b in self._buffers.items()}
-
-    def truncate(self, token_count: int) -> None:
-        """Keeps the first tokens."""
-        # Copied: a view would keep the memory of the rest.
-        self._buffers = {name: b[:token_count].clone() for name, b in self._buffers.items()}
+from runtime.packed_states import make_packed_states
 
 
 class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -85,7 +31,7 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, keys: Format, values: Format) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._formats = (keys, values)
-        self._past = (PackedStates(keys), PackedStates(values))
+        self._past = (make_packed_states(keys), make_packed_states(values))
 
     @property
     def stored_bytes(self) -> int:
@@ -128,7 +74,7 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Forgets all tokens."""
         keys, values = self._formats
-        self._past = (PackedStates(keys), PackedStates(values))
+        self._past = (make_packed_states(keys), make_packed_states(values))
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -158,7 +104,7 @@ class QuantizedCache(Cache):
     """
 
     def __init__(self, model: Any, formats_by_cache: Mapping[str, str]) -> None:
-        found = find_cache_formats(model, formats_by_cache)
+        found = find_formats_by_module(model, formats_by_cache)
         by_layer: dict[int, CacheFormats] = {
             int(model.get_submodule(name).layer_idx): formats for name, formats in found.items()
         }

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from runtime.cache_formats import CacheLoad
 from runtime.cached_attention import simulated_cache
 from runtime.candidates import Candidates
 from sensitivity.estimators import find_estimator
@@ -100,7 +101,8 @@ def join_cache(profile: SensitivityProfile, *, context: int, batch: int) -> Sens
     """Returns a profile whose candidates are the weights and, after them, the caches.
 
     Every metric in nats per token says the measured KL of a cache. The other metrics have no meaning on caches, and
-    are NaN there; there are no cross terms of caches either: what is kept of them is zero.
+    are NaN there; there are no cross terms of caches either: what is kept of them is zero. The corrections of
+    predictions were fitted to plans of weights, and go with the sum.
 
     Args:
         profile: As it was measured.
@@ -124,15 +126,17 @@ def join_cache(profile: SensitivityProfile, *, context: int, batch: int) -> Sens
         losses={metric: both.join(table, cache.table) for metric, table in profile.losses.items()},
         fisher_sketch=None if profile.fisher_sketch is None else both.pad_sketch(profile.fisher_sketch),
         logit_gram=None if profile.logit_gram is None else both.pad_gram(profile.logit_gram),
-        cache_tokens=context * batch,
+        cache_load=CacheLoad(context=context, batch=batch),
     )
     return replace(joined, reference_bytes=profile.reference_bytes + reference_cache_bytes(joined))
 
 
 def reference_cache_bytes(profile: SensitivityProfile) -> int:
     """Returns the bytes of the unquantized cache, 16 bits a number, of a profile; 0 where it holds none."""
+    if profile.cache_load is None:
+        return 0
     shapes = [unit.cache_shape for unit in profile.candidates.units if unit.cache_shape is not None]
-    return _REFERENCE_BYTES * profile.cache_tokens * sum(heads * head_dim for heads, head_dim in shapes)
+    return _REFERENCE_BYTES * profile.cache_load.token_count * sum(heads * head_dim for heads, head_dim in shapes)
 
 
 class _CacheMeasurer:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from runtime.cache_formats import CacheLoad, find_cache_formats
 from runtime.candidates import Candidates
 from runtime.files import atomic_directory, check_replaceable, write_text
-from runtime.formats import find_formats
+from runtime.formats import Format, find_formats
 from runtime.units import Unit, Weight
 from sensitivity.experts.routing import RoutingStatistics
 from sensitivity.prediction.prediction_fit import PredictionFit
@@ -80,8 +81,8 @@ class SensitivityProfile:
         routing: How often each expert is taken on the calibration text, or None without experts.
         provenance: Names and fingerprints of what the profile was measured from.
         cache: What was measured of the caches, or None where no formats of theirs were asked for.
-        cache_tokens: Tokens that the caches among the candidates hold; 0 in a profile as it is measured, whose
-            candidates are weights alone (``sensitivity.cache_losses.join_cache`` gives one with both).
+        cache_load: How full the caches among the candidates are (``sensitivity.cache_losses.join_cache``); None in a
+            profile as it is measured, whose candidates are weights alone.
     """
 
     candidates: Candidates
@@ -99,7 +100,7 @@ class SensitivityProfile:
     routing: RoutingStatistics | None
     provenance: Mapping[str, str]
     cache: CacheLosses | None = None
-    cache_tokens: int = 0
+    cache_load: CacheLoad | None = None
 
     def table(self, metric: str) -> LossTable:
         """Returns the table of a metric.
@@ -127,7 +128,7 @@ def save_profile(profile: SensitivityProfile, directory: Path) -> None:
     Raises:
         ValueError: If the directory holds anything else.
     """
-    assert profile.cache_tokens == 0, "what is saved is what was measured"
+    assert profile.cache_load is None, "what is saved is what was measured"
     check_profile_place(directory)
     arrays: dict[str, NDArray[Any]] = {
         "allowed": profile.candidates.allowed,
@@ -228,17 +229,17 @@ def _candidate_record(candidates: Candidates) -> dict[str, Any]:
     }
 
 
-def _candidates(record: dict[str, Any], allowed: NDArray[np.bool_]) -> Candidates:
+def _candidates(record: dict[str, Any], formats: tuple[Format, ...], allowed: NDArray[np.bool_]) -> Candidates:
     return Candidates(
         units=tuple(_unit(unit) for unit in record["units"]),
-        formats=find_formats(record["formats"]),
+        formats=formats,
         allowed=allowed,
         reasons={(u, f): reason for u, f, reason in record["reasons"]},
     )
 
 
 def _profile(document: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> SensitivityProfile:
-    candidates = _candidates(document, arrays["allowed"])
+    candidates = _candidates(document, find_formats(document["formats"]), arrays["allowed"])
     losses = {
         name: LossTable(
             loss=arrays[f"loss.{name}"],
@@ -277,7 +278,8 @@ def _cache(record: dict[str, Any] | None, arrays: Mapping[str, NDArray[Any]]) ->
     if record is None:
         return None
     table = LossTable(loss=arrays["cache.loss"], std_error=arrays["cache.std_error"], unit_of_measure=NATS)
-    return CacheLosses(candidates=_candidates(record, arrays["cache.allowed"]), table=table)
+    candidates = _candidates(record, find_cache_formats(record["formats"]), arrays["cache.allowed"])
+    return CacheLosses(candidates=candidates, table=table)
 
 
 def _routing(names: dict[str, Any] | None, arrays: Mapping[str, NDArray[Any]]) -> RoutingStatistics | None:

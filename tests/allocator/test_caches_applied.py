@@ -85,10 +85,10 @@ def test_the_command_measures_plans_and_reports(
         assert run([*arguments, "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
-    formats = ("--cache-formats", "int4_g32, int8_channel,bf16")
+    formats = ("--cache-formats", "int4_g32, int4_t32,bf16")
     assert ask("measure", model, "--calibration", str(tiny_text), *FLAGS, *formats)["cache_formats"] == [
         "int4_g32",
-        "int8_channel",
+        "int4_t32",
         "bf16",
     ]
     points = ask("frontier", model, "--points", "4", "--context", "128", "--batch", "2")["points"]
@@ -115,7 +115,7 @@ def test_the_command_measures_plans_and_reports(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--cache-formats", "int9_g3"), "format must be a known name: got 'int9_g3'"),
+        (("--cache-formats", "int9_g3"), "a cache format must be a known name: got 'int9_g3'"),
         (("--cache-formats", "int4_g32"), "every cache must have an allowed format"),
         (("--cache-formats", "bf16", "--metrics", "weight_error"), "need a metric of weights that is too"),
     ],

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from transformers import MistralConfig, MistralForCausalLM
 
+from runtime.cache_formats import CACHE_FORMATS
 from runtime.cache_units import find_cache_units, list_cache_candidates
-from runtime.formats import FORMATS, Format
+from runtime.formats import Format
 from tests.tiny_models import VOCABULARY_SIZE, build_tiny_llama, build_tiny_mixtral
 
 
@@ -41,8 +42,8 @@ def test_a_sliding_window_is_refused() -> None:
 
 def test_a_group_must_divide_a_head() -> None:
     units = find_cache_units(build_tiny_llama(head_dim=96))
-    candidates = list_cache_candidates(units, ["int4_g32", "int4_g64", "int4_channel", "bf16"])
-    assert np.array_equal(candidates.allowed, np.tile([True, False, True, True], (4, 1)))
+    candidates = list_cache_candidates(units, ["int4_g32", "int4_g64", "int4_channel", "bf16", "int4_t32"])
+    assert np.array_equal(candidates.allowed, np.tile([True, False, True, True, True], (4, 1)))
     assert candidates.reasons[2, 1] == "group_size=64 does not divide head_dim=96"
 
 
@@ -64,6 +65,6 @@ class _SharedScaleFormat(Format):
 
 def test_a_format_that_shares_something_between_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = _SharedScaleFormat(name="shared", kind="int", bits=8)
-    monkeypatch.setitem(FORMATS, "shared", shared)
+    monkeypatch.setitem(CACHE_FORMATS, "shared", shared)
     with pytest.raises(ValueError, match="its rows share something, and a cache grows row by row"):
         list_cache_candidates(find_cache_units(build_tiny_llama()), ["shared"])

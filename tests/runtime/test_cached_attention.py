@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from runtime.cache_formats import CACHE_FORMATS
 from runtime.cache_units import find_cache_units
 from runtime.cached_attention import (
     AttentionShape,
@@ -14,11 +15,11 @@ from runtime.cached_attention import (
     attend,
     attend_past,
     measure_attention_shapes,
-    render_states,
     simulated_cache,
     split_cache_formats,
 )
 from runtime.formats import find_format
+from runtime.past_states import render_past
 from runtime.quantized_cache import QuantizedCache
 from runtime.quantizers import render
 from tests.runtime.format_mixes import TOKENS, build_tiny_gemma
@@ -76,6 +77,36 @@ def test_groups_inside_a_head_are_decoded_alike() -> None:
     torch.testing.assert_close(simulated, decode(model, TOKENS, formats), rtol=0, atol=SUMMING)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("names", [("int3_t32", "int2_t32"), ("int4_t32", "int3_channel"), ("bf16", "int2_t64")])
+def test_blocks_of_tokens_are_decoded_alike(names: tuple[str, str]) -> None:
+    model = build_tiny_llama().double()
+    tokens = torch.arange(2 * 70).mul(7).remainder(VOCABULARY_SIZE).view(2, 70)
+    formats = draw_cache_formats(model, *names)
+    with simulated_cache(model, formats):
+        simulated = logits_of(model, tokens)
+    torch.testing.assert_close(simulated, decode(model, tokens, formats), rtol=0, atol=SUMMING)
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 32, 33, 70])
+def test_tokens_see_complete_blocks_packed_and_the_others_in_float16(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    query, key, value = torch.randn(3, 1, 2, tokens, 8, generator=generator, dtype=torch.float64).unbind(0)
+    format_ = CACHE_FORMATS["int3_t32"]
+    output = attend_past(query, key, value, CacheFormats(keys=format_, values=format_), None, 0.3)
+    half = [states.half().double() for states in (key, value)]
+    for h, t in torch.cartesian_prod(torch.arange(2), torch.arange(tokens)).tolist():
+        seen = []
+        for exact, recent in zip((key, value), half, strict=True):
+            past = recent[0, h, :t].clone()
+            for start in range(0, t - t % 32, 32):
+                channels = recent[0, h, start : start + 32].T
+                past[start : start + 32] = render(channels, find_format("int3_channel")).T
+            seen.append(torch.cat([past, exact[0, h, t : t + 1]]))
+        expected = torch.softmax(0.3 * seen[0] @ query[0, h, t], dim=0) @ seen[1]
+        torch.testing.assert_close(output[0, h, t], expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (4, 2), (6, 2)])
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 def test_output_is_the_formula_written_out(heads: tuple[int, int], tokens: int) -> None:
@@ -126,9 +157,9 @@ def test_a_token_sees_itself_as_it_is_and_nothing_after_it() -> None:
 @torch.no_grad()
 def test_only_the_named_half_is_quantized() -> None:
     key, value = torch.randn(2, 1, 2, 5, 16).unbind(0)
-    states = render_states(key, find_format("int3_channel"))
+    states = render_past(key, find_format("int3_channel")).past
     assert torch.equal(states[0, 1, 3], render(key[0, 1, 3:4], find_format("int3_channel"))[0])
-    assert render_states(value, None) is value
+    assert render_past(value, None).past is value
     model = build_tiny_llama()
     reference = logits_of(model, TOKENS)
     with simulated_cache(model, {KEYS_0: "int2_channel"}):
@@ -193,7 +224,7 @@ def test_a_name_that_is_no_cache_is_refused(name: str) -> None:
 
 
 def test_an_unknown_format_is_refused() -> None:
-    with pytest.raises(ValueError, match="format must be a known name: got 'int9'"):
+    with pytest.raises(ValueError, match="a cache format must be a known name: got 'int9'"):
         simulated_cache(build_tiny_llama(), {KEYS_0: "int9"}).__enter__()
 
 

@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from runtime.apply import pack_weight
+from runtime.cache_formats import CacheLoad
 from runtime.cache_units import find_cache_units, list_cache_candidates
 from runtime.candidates import Candidates, list_candidates
 from runtime.costs import memory_cost, read_cost, unit_bytes
@@ -136,7 +137,7 @@ def test_a_cache_costs_its_rows_and_a_step_reads_them_all() -> None:
     )
     # 2 heads of 32 numbers: 12 + 2 + 1 bytes a row at 3 bits, 16 + 2 + 1 at 4 (half a byte of zero point, padded), 64.
     rows = np.tile([2 * 15.0, 2 * 19.0, 2 * 64.0], (4, 1))
-    memory = memory_cost(candidates, 100, cache_tokens=3 * 7)
+    memory = memory_cost(candidates, 100, load=CacheLoad(context=7, batch=3))
     assert np.array_equal(memory.cost, 21 * rows)
     assert memory.fixed == 100
-    assert np.array_equal(read_cost(candidates, 0, batch_tokens=3, cache_tokens=3 * 7).cost, 21 * rows)
+    assert np.array_equal(read_cost(candidates, 0, batch_tokens=3, load=CacheLoad(context=7, batch=3)).cost, 21 * rows)

@@ -7,15 +7,16 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM
 
+from runtime.cache_formats import CACHE_FORMATS, CacheLoad, cache_bytes
 from runtime.cache_units import find_cache_units
 from runtime.costs import unit_bytes
 from runtime.formats import FORMATS, find_format
-from runtime.quantized_cache import PackedStates, QuantizedCache
-from runtime.quantizers import render
+from runtime.quantized_cache import QuantizedCache
 from tests.runtime.format_mixes import TOKENS
 from tests.tiny_models import build_tiny_llama
 
 FITTING = [f.name for f in FORMATS.values() if f.fits(32)]
+BLOCKS = ["int2_t32", "int3_t64", "int5_t32"]
 
 
 def formats_of(model: nn.Module, *names: str) -> dict[str, str]:
@@ -40,8 +41,34 @@ def test_bytes_held_are_the_bytes_priced(name: str, batch: int, tokens: int, mod
     cache = QuantizedCache(model, formats)
     logits_after(model, cache, TOKENS.repeat(1, 2)[:batch, :tokens])
     units = find_cache_units(model)
-    assert cache.stored_bytes == sum(unit_bytes(u, find_format(formats[u.name]), batch * tokens) for u in units)
+    assert cache.stored_bytes == sum(
+        unit_bytes(u, find_format(formats[u.name]), CacheLoad(context=tokens, batch=batch)) for u in units
+    )
     assert cache.get_seq_length() == tokens
+
+
+@torch.no_grad()
+def test_blocks_never_take_more_than_is_priced(model: LlamaForCausalLM) -> None:
+    units, formats = find_cache_units(model), formats_of(model, "int2_t32", "int4_t64")
+    cache, held = QuantizedCache(model, formats), []
+    for token in TOKENS.repeat(1, 6)[:, :70].unbind(1):
+        logits_after(model, cache, token[:, None])
+        held.append(cache.stored_bytes)
+    for context in (1, 31, 32, 33, 64, 70):
+        load = CacheLoad(context=context, batch=2)
+        priced = sum(unit_bytes(u, CACHE_FORMATS[formats[u.name]], load) for u in units)
+        # Keys and values are priced each at its own worst length.
+        assert max(held[:context]) <= priced
+        exact = sum(cache_bytes(CACHE_FORMATS[formats[u.name]], u.cache_shape or (0, 0), context) for u in units)
+        assert held[context - 1] == 2 * exact
+    one = QuantizedCache(model, formats_of(model, "int2_t32"))
+    held = []
+    for token in TOKENS.repeat(1, 6)[:, :70].unbind(1):
+        logits_after(model, one, token[:, None])
+        held.append(one.stored_bytes)
+    for context in (1, 31, 32, 33, 62, 63, 64, 70):
+        load = CacheLoad(context=context, batch=2)
+        assert max(held[:context]) == sum(unit_bytes(u, CACHE_FORMATS["int2_t32"], load) for u in units)
 
 
 @torch.no_grad()
@@ -50,18 +77,6 @@ def test_an_unquantized_cache_takes_two_bytes_a_number(model: LlamaForCausalLM) 
     logits_after(model, cache, TOKENS)
     logits_after(model, plain, TOKENS)
     assert cache.stored_bytes == sum(2 * (layer.keys.numel() + layer.values.numel()) for layer in plain.layers)
-
-
-@pytest.mark.parametrize("name", FITTING)
-def test_states_come_back_as_the_format_renders_them_however_they_came(name: str) -> None:
-    format_ = find_format(name)
-    states = torch.randn(2, 3, 11, 32).transpose(1, 2).contiguous().transpose(1, 2)
-    packed = PackedStates(format_)
-    for part in states.split([1, 7, 3], dim=2):
-        packed.append(part)
-    expected = render(states.reshape(-1, 32), format_).view(states.shape)
-    assert torch.equal(packed.read(torch.float32), expected)
-    assert packed.token_count == 11
 
 
 @torch.no_grad()

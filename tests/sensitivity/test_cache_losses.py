@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from runtime.cache_formats import CacheLoad
 from runtime.cache_units import find_cache_units, list_cache_candidates
 from runtime.candidates import Candidates
 from runtime.quantized_cache import QuantizedCache
@@ -144,7 +145,7 @@ def test_the_reference_has_a_cache_of_16_bits(measured: SensitivityProfile) -> N
     assert reference_cache_bytes(joined) == 64 * 3 * 2 * 2 * 2 * 16 * 2
     assert joined.reference_bytes == measured.reference_bytes + reference_cache_bytes(joined)
     assert reference_cache_bytes(measured) == 0
-    assert joined.cache_tokens == 192
+    assert joined.cache_load == CacheLoad(context=64, batch=3)
 
 
 def test_completed_losses_stay_marked(measured: SensitivityProfile) -> None:
