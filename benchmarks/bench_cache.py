@@ -34,8 +34,8 @@ from sensitivity.profile import SensitivityProfile
 from solvers import AllocationProblem, solve
 
 SCENARIOS = ((2048, 1), (2048, 8), (8192, 1), (8192, 8))
-SHARES = (0.25, 0.32)
-CACHE_FORMATS = ("int2_t32", "int3_t32", "int3_g32", "int4_t32", "int4_g32", "int8_channel", "bf16")
+SHARES = (0.3,)
+CACHE_FORMATS = ("int2_t32", "int2_g32", "int4_t32", "int4_g32", "int8_channel", "bf16")
 ONE_SOLVE, APART, UNIFORM = "one solve", "apart", "uniform"
 
 
@@ -73,7 +73,7 @@ def main() -> None:
             metrics=(FISHER,),
             fisher_sequences=16,
             logit_sequences=2,
-            logit_sequence_tokens=128,
+            logit_sequence_tokens=96,
             fit_plans=None,
             evaluation_sequences=4,
             evaluation_sequence_tokens=128,

@@ -10,7 +10,7 @@ from runtime.cache_formats import (
     find_cache_formats,
     most_cache_bytes,
 )
-from runtime.formats import FORMATS
+from runtime.formats import FORMATS, INTEGER_BITS
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_the_most_bytes_are_those_of_the_worst_length(name: str) -> None:
 def test_every_format_of_weights_is_one_of_caches_and_no_other_way_round() -> None:
     assert FORMATS.items() <= CACHE_FORMATS.items()
     own = {name for name in CACHE_FORMATS if name not in FORMATS}
-    assert own == {f"int{bits}_t{block}" for bits in (2, 3, 4, 5, 6, 8) for block in (32, 64, 128)}
+    assert own == {f"int{bits}_t{block}" for bits in INTEGER_BITS for block in (32, 64, 128)}
     for name in own:
         format_ = CACHE_FORMATS[name]
         assert isinstance(format_, TokenBlockFormat) and format_.name == name

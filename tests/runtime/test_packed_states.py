@@ -9,7 +9,11 @@ from runtime.formats import Format
 from runtime.packed_states import make_packed_states
 from runtime.quantizers import render
 
-NAMES = [name for name, f in CACHE_FORMATS.items() if isinstance(f, TokenBlockFormat) or f.fits(32)]
+NAMES = [
+    name
+    for name, f in CACHE_FORMATS.items()
+    if isinstance(f, TokenBlockFormat) or (f.kind in ("int", "float") and f.fits(32))
+]
 TOKENS = 75
 
 

@@ -10,13 +10,12 @@ from transformers import DynamicCache, LlamaForCausalLM
 from runtime.cache_formats import CACHE_FORMATS, CacheLoad, cache_bytes
 from runtime.cache_units import find_cache_units
 from runtime.costs import unit_bytes
-from runtime.formats import FORMATS, find_format
+from runtime.formats import find_format
 from runtime.quantized_cache import QuantizedCache
 from tests.runtime.format_mixes import TOKENS
 from tests.tiny_models import build_tiny_llama
 
-FITTING = [f.name for f in FORMATS.values() if f.fits(32)]
-BLOCKS = ["int2_t32", "int3_t64", "int5_t32"]
+FITTING = ("int2_g32", "int3_g32_sym", "int4_channel", "int5_channel_sym", "int8_g32", "bf16", "fp16")
 
 
 def formats_of(model: nn.Module, *names: str) -> dict[str, str]:
