@@ -16,6 +16,7 @@ Paper: Liu et al. 2024, KIVI, arXiv:2402.02750, section 3 (keys per channel, val
 tokens); there keys alone are in blocks, here the measured losses decide.
 """
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -75,14 +76,16 @@ def find_cache_formats(names: Iterable[str]) -> tuple[Format, ...]:
     """Returns the cache formats of ``names``, in order.
 
     Raises:
-        ValueError: If a name is unknown or named twice, or there is no name at all.
+        ValueError: If a name is unknown (the message names those that are spelled alike) or named twice, or there is
+            no name at all.
     """
     named = list(names)
     unknown = [name for name in named if name not in CACHE_FORMATS]
     if unknown:
+        alike = difflib.get_close_matches(unknown[0], CACHE_FORMATS, n=3, cutoff=0.0)
         msg = (
-            f"a cache format must be a known name: got '{unknown[0]}'. Known cache formats: "
-            f"{', '.join(sorted(CACHE_FORMATS))}."
+            f"a cache format must be a known name: got '{unknown[0]}'. Spelled alike: {', '.join(alike)}. Formats of "
+            "weights are formats of caches, and int4_t32 and its like are along blocks of tokens."
         )
         raise ValueError(msg)
     if not named or len(set(named)) != len(named):

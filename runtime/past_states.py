@@ -7,7 +7,7 @@ from torch import Tensor
 
 from runtime.cache_formats import TokenBlockFormat
 from runtime.formats import Format
-from runtime.quantizers import render
+from runtime.rendering import render
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

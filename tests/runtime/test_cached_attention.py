@@ -21,7 +21,7 @@ from runtime.cached_attention import (
 from runtime.formats import find_format
 from runtime.past_states import render_past
 from runtime.quantized_cache import QuantizedCache
-from runtime.quantizers import render
+from runtime.rendering import render
 from tests.runtime.format_mixes import TOKENS, build_tiny_gemma
 from tests.tiny_models import VOCABULARY_SIZE, build_tiny_llama, build_tiny_mixtral, build_tiny_qwen_moe
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from runtime.cache_formats import CACHE_FORMATS, TokenBlockFormat, cache_bytes
 from runtime.formats import Format
 from runtime.packed_states import make_packed_states
-from runtime.quantizers import render
+from runtime.rendering import render
 
 NAMES = [
     name
