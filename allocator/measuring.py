@@ -24,7 +24,7 @@ from sensitivity.calibration import (
 )
 from sensitivity.experts.self_sampling import sample_balanced_sequences
 from sensitivity.measure import measure_profile, measurement_fingerprint
-from sensitivity.measure_config import MeasureConfig, MeasurementText
+from sensitivity.measure_config import MeasureConfig, MeasurementText, make_blockwise
 from sensitivity.pieces import Piece, read_or_measure
 from sensitivity.profile import SensitivityProfile, fingerprint_of
 
@@ -72,9 +72,15 @@ def run_measurement(
 ) -> SensitivityProfile:
     """Returns the profile of a request: from the store, or measured (and resumed) piece by piece.
 
+    Of a model that is read block by block only what needs no more of it is measured; the profile has the fingerprint
+    and the numbers of one of the model in memory with these metrics.
+
     Raises:
-        ValueError: If the request is wrong, or asks for caches that the model or the metrics have nothing to say of.
+        ValueError: If the request is wrong, or asks for what such a model cannot give, or for caches that the model or
+            the metrics have nothing to say of.
     """
+    if reference.stored_weights is not None:
+        request = _make_blockwise(request)
     candidates, cache = find_candidates(reference, request), find_cache_candidates(reference, request)
     text = prepare_text(reference, request, kept=store.root / "texts")
     profile = _measure_weights(reference, candidates, text, request.config, store, progress)
@@ -132,6 +138,16 @@ def _add_cache(
     return profile
 
 
+def _make_blockwise(request: MeasureRequest) -> MeasureRequest:
+    if request.calibration in (None, SELF_BALANCED):
+        msg = (
+            "calibration text of a model that is read block by block must be named: the model would be read once for "
+            "every token that it samples. Name a text (--calibration)."
+        )
+        raise ValueError(msg)
+    return replace(request, config=make_blockwise(request.config))
+
+
 def find_candidates(reference: ReferenceModel, request: MeasureRequest) -> Candidates:
     """Returns the units and allowed formats of a request."""
     units = find_units(reference.model, fuse=request.fuse, experts=request.experts, routers=request.routers)
@@ -142,11 +158,17 @@ def find_cache_candidates(reference: ReferenceModel, request: MeasureRequest) ->
     """Returns the cache units and their allowed formats, or None where a request names none.
 
     Raises:
-        ValueError: If a format is unknown or fits no cache, the model caches in another way, or no metric of the
-            request is in the unit that the losses of caches have.
+        ValueError: If a format is unknown or fits no cache, the model caches in another way or is read block by block,
+            or no metric of the request is in the unit that the losses of caches have.
     """
     if not request.cache_formats:
         return None
+    if reference.stored_weights is not None:
+        msg = (
+            "caches of a model that is read block by block cannot be measured: each pair of cache and format would "
+            f"read the model once. Leave the cache formats out: got {', '.join(request.cache_formats)}."
+        )
+        raise ValueError(msg)
     check_metrics_for_cache(request.config.metrics)
     return list_cache_candidates(find_cache_units(reference.model), request.cache_formats)
 

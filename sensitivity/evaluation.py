@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.apply import simulated_formats
+from runtime.apply import KeptRenderings, simulated_formats
 from runtime.cached_attention import simulated_cache, split_cache_formats
 from runtime.rendering import RenderingRule
 
@@ -55,6 +55,7 @@ def score_assignments(
         progress: Called with (passes done, passes in all).
     """
     group = max(1, _GROUP_TOKENS // tokens.shape[1])
+    kept: KeptRenderings = {}
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in assignments}
     total = len(assignments) * -(-tokens.shape[0] // group)
     for start in range(0, tokens.shape[0], group):
@@ -62,7 +63,10 @@ def score_assignments(
         reference = _log_probabilities(model, batch)
         for name, formats in assignments.items():
             weights, caches = split_cache_formats(formats)
-            with simulated_formats(model, weights, quantizer=quantizer), simulated_cache(model, caches):
+            with (
+                simulated_formats(model, weights, quantizer=quantizer, kept=kept),
+                simulated_cache(model, caches),
+            ):
                 log_q = _log_probabilities(model, batch) if formats else reference
             parts[name].append((_kl(reference, log_q), _nll(log_q, batch)))
             progress(sum(map(len, parts.values())), total)

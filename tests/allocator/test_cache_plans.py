@@ -10,8 +10,10 @@ import torch
 
 import allocator
 from allocator.artefacts import Model, assignment_of_plan
-from allocator.assignments import cache_use, keep_widest_caches, list_uniform, use_of
+from allocator.assignments import Assignment, cache_use, keep_widest_caches, list_uniform, use_of
 from allocator.budget import Budget
+from allocator.evolution import Evolution, SelectionStep
+from allocator.expert_blocks import find_block_assignment
 from allocator.measuring import MeasureRequest
 from allocator.notes import list_notes
 from allocator.planning import find_assignment, make_plan
@@ -252,3 +254,46 @@ def test_a_plan_of_a_rule_prices_its_cache(cache_profile: SensitivityProfile) ->
     assert made.cache is not None
     # 2 layers, keys and values, 2 heads of 16 numbers of 2 bytes.
     assert made.cache.memory_bytes == CONTEXT * BATCH * 2 * 2 * 2 * 16 * 2
+
+
+def test_evolution_switches_formats_of_caches_too(
+    cache_profile: SensitivityProfile, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    joined = join_cache(cache_profile, context=CONTEXT, batch=BATCH)
+    tables = build_cost_tables(joined)
+    caches = np.array([unit.cache_shape is not None for unit in joined.candidates.units])
+    # The narrowest caches beside the widest weights: what is better has other caches.
+    narrow, wide = (joined.candidates.format_index(name) for name in ("int2_channel", "bf16"))
+    start = np.where(caches, narrow, wide)
+    evolution = Evolution(
+        profile=joined,
+        budget=replace(CACHE_BUDGET, memory_bytes=use_of(start, tables)["memory_bytes"]),
+        tables=tables,
+        store=Store(tmp_path),
+        progress=lambda *_: None,
+        load_model=lambda: Model(str(tiny_llama_dir)).reference.model,
+        passes=250,
+        offspring=6,
+        steps=(SelectionStep(sequences=3, survivors=1),),
+    )
+    given = Assignment(name="narrow caches", kind="plan", metric="combined", choice=start)
+    found = evolution.run(given)
+    assert (found.choice[caches] != start[caches]).any()
+    assert use_of(found.choice, tables)["memory_bytes"] <= evolution.budget.memory_bytes
+
+
+def test_a_rule_about_experts_leaves_the_cache_to_the_solver(
+    tiny_mixtral_dir: Path, cache_request: MeasureRequest, tmp_path: Path
+) -> None:
+    config = replace(cache_request.config, metrics=("fisher",), fit_plans=None)
+    request = replace(cache_request, config=config)
+    profile = allocator.measure(str(tiny_mixtral_dir), request=request, store=Store(tmp_path))
+    joined = join_cache(profile, context=CONTEXT, batch=BATCH)
+    tables = build_cost_tables(joined)
+    budget = Budget(memory_bytes=0.3 * joined.reference_bytes, context=CONTEXT, batch=BATCH)
+    best = find_assignment(joined, budget, tables, metric="fisher")
+    by_blocks = find_block_assignment(joined, budget, tables, best)
+    assert by_blocks is not None
+    assert by_blocks.formats_by_cache(joined.candidates) == best.formats_by_cache(joined.candidates)
+    assert by_blocks.formats_by_weight(joined.candidates) != best.formats_by_weight(joined.candidates)
+    assert use_of(by_blocks.choice, tables)["memory_bytes"] <= budget.memory_bytes

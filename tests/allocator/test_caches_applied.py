@@ -11,6 +11,7 @@ import torch
 import allocator
 from allocator.artefacts import Model
 from allocator.cli import run
+from allocator.measuring import MeasureRequest
 from allocator.plans import Plan
 from allocator.store import Store
 from runtime.apply import simulated_formats
@@ -60,6 +61,13 @@ def test_generation_uses_the_formats_of_the_packed_model(
         texts.append(generate_text(model, tokenizer, "The compiler reads", max_new_tokens=24))
         assert (make_packed_cache(model) is None) == (name == "plain")
     assert texts[0] != texts[1]
+
+
+def test_caches_of_a_model_that_is_read_block_by_block_are_not_measured(
+    tiny_llama_dir: Path, cache_request: MeasureRequest, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="read block by block cannot be measured: .* got int2_channel, int4_channel"):
+        allocator.measure(Model(str(tiny_llama_dir), low_memory=True), request=cache_request, store=Store(tmp_path))
 
 
 def test_caches_of_another_model_are_not_packed(tiny_llama_dir: Path, cache_plan: Plan, tmp_path: Path) -> None:
