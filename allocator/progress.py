@@ -15,6 +15,7 @@ STAGE_NAMES = {
     "routing": "routing of the experts",
     "cache": "single-unit KL of caches",
     "prediction_fit": "whole plans, to correct predictions",
+    "evolve": "evolving the plan, in passes",
     "verify": "verifying plans on held-out text",
     "evaluate": "evaluating on held-out text",
     "latency": "timing formats on this device",
