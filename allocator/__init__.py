@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from allocator.artefacts import Model
     from allocator.budget import Budget, InfeasibleBudget
     from allocator.format_table import list_formats
+    from allocator.frontiers import frontier
     from allocator.measuring import MeasureRequest
-    from allocator.pipeline import Applied, apply, evaluate, frontier, load, measure, plan, report
+    from allocator.pipeline import Applied, apply, evaluate, load, measure, plan, report
     from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan, load_plan, save_plan
     from allocator.prefixes import PrefixFound, find_prefix
     from allocator.store import Store
@@ -41,7 +42,7 @@ _HOME = {
     "apply": "allocator.pipeline",
     "evaluate": "allocator.pipeline",
     "find_prefix": "allocator.prefixes",
-    "frontier": "allocator.pipeline",
+    "frontier": "allocator.frontiers",
     "list_formats": "allocator.format_table",
     "load": "allocator.pipeline",
     "load_plan": "allocator.plans",

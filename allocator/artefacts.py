@@ -16,6 +16,7 @@ from allocator.store import Store
 from allocator.transformed import TRANSFORMS, TRANSFORMS_CONTENT, is_transformed, transform_again_
 from runtime.loading import ReferenceModel, find_model, fingerprint_model, load_reference
 from runtime.stored_weights import load_stored_reference
+from sensitivity.cache_losses import join_cache
 from sensitivity.profile import SensitivityProfile
 
 
@@ -80,7 +81,7 @@ def find_profile(
 def profile_of_plan(
     plan: Plan, model: Model, store: Store, progress: Progress, *, own: bool = True
 ) -> SensitivityProfile:
-    """Returns the profile a plan was made from.
+    """Returns the profile a plan was made from, with caches among its units where the plan has formats for them.
 
     Args:
         plan: The plan.
@@ -90,7 +91,7 @@ def profile_of_plan(
         own: Whether it must be this one; otherwise the model's latest does when the store no longer has it.
 
     Raises:
-        ValueError: If it must be this one and is not stored.
+        ValueError: If it must be this one and is not stored, or the latest one knows nothing of the plan's caches.
         ArtefactMismatch: If the model's latest was measured under other transforms than the plan was made under.
     """
     profile = store.find_profile(plan.provenance["profile"])
@@ -109,7 +110,9 @@ def profile_of_plan(
             f"'{profile.provenance.get(TRANSFORMS, 'none')}'. Measure again with the plan's transforms."
         )
         raise ArtefactMismatch(msg)
-    return profile
+    if plan.cache is None:
+        return profile
+    return join_cache(profile, context=plan.cache.context, batch=plan.cache.batch)
 
 
 def assignment_of_plan(profile: SensitivityProfile, plan: Plan) -> Assignment:
@@ -119,14 +122,16 @@ def assignment_of_plan(profile: SensitivityProfile, plan: Plan) -> Assignment:
         ArtefactMismatch: If the plan's formats do not fit the profile's units.
         ValueError: If a format is not among the profile's candidates.
     """
-    for unit in profile.candidates.units:
-        if len({plan.weights.get(weight.name) for weight in unit.weights} - {None}) != 1:
+    formats = {**plan.weights, **({} if plan.cache is None else plan.cache.formats)}
+    names = [[weight.name for weight in unit.weights] or [unit.name] for unit in profile.candidates.units]
+    for unit, own in zip(profile.candidates.units, names, strict=True):
+        if len({formats.get(name) for name in own} - {None}) != 1:
             msg = (
                 f"a plan must give all weights of a unit one format: unit '{unit.name}' of the profile "
                 f"'{profile.fingerprint[:16]}' has others in the plan '{plan.name}'. Plan again from this profile."
             )
             raise ArtefactMismatch(msg)
-    choice = [profile.candidates.format_index(plan.weights[u.weights[0].name]) for u in profile.candidates.units]
+    choice = [profile.candidates.format_index(formats[own[0]]) for own in names]
     kind = "uniform" if plan.termination == UNIFORM_RULE else "plan"
     return Assignment(name=plan.name, kind=kind, metric=plan.metric, choice=np.array(choice, dtype=np.int64))
 

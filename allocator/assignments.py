@@ -1,16 +1,20 @@
 """Assignments: one format index a unit, from a solver or a uniform rule, with its use and predicted loss."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.cache_formats import TOKEN_BLOCKS, cache_bytes
 from runtime.candidates import Candidates
 from runtime.costs import CostTable
 from runtime.units import count_weights
 from sensitivity.profile import SensitivityProfile
 from solvers import SolveResult
+
+# Widths of a uniform cache that uniform weights are measured with.
+CACHE_BITS = (8, 16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +43,18 @@ class Assignment:
             for weight in unit.weights
         }
 
+    def formats_by_cache(self, candidates: Candidates) -> dict[str, str]:
+        """Returns cache unit -> format name; empty where caches are not among the candidates."""
+        return {
+            unit.name: candidates.formats[int(f)].name
+            for unit, f in zip(candidates.units, self.choice, strict=True)
+            if unit.cache_shape is not None
+        }
+
+    def formats_by_name(self, candidates: Candidates) -> dict[str, str]:
+        """Returns name of a weight or cache unit -> format name."""
+        return {**self.formats_by_weight(candidates), **self.formats_by_cache(candidates)}
+
 
 def pick(table: NDArray[np.float64], choice: NDArray[np.int64]) -> NDArray[np.float64]:
     """Returns the chosen entries [U] of a table [U, F]."""
@@ -50,22 +66,30 @@ def use_of(choice: NDArray[np.int64], tables: Mapping[str, CostTable]) -> dict[s
     return {name: float(pick(table.cost, choice).sum() + table.fixed) for name, table in tables.items()}
 
 
-def bits_per_weight(profile: SensitivityProfile, memory_bytes: float) -> float:
-    """Returns the stored bits of the units per weight, for a whole model of ``memory_bytes``."""
-    return 8.0 * (memory_bytes - profile.fixed_bytes) / count_weights(profile.candidates.units)
+def cache_use(candidates: Candidates, choice: NDArray[np.int64], memory: CostTable) -> float:
+    """Returns the bytes of the caches alone."""
+    caches = np.array([unit.cache_shape is not None for unit in candidates.units])
+    return float(pick(memory.cost, choice)[caches].sum())
+
+
+def bits_per_weight(profile: SensitivityProfile, file_bytes: float) -> float:
+    """Returns the stored bits of the units per weight, for a weight file of ``file_bytes``."""
+    return 8.0 * (file_bytes - profile.fixed_bytes) / count_weights(profile.candidates.units)
 
 
 def list_uniform(candidates: Candidates, metric: str) -> list[Assignment]:
     """Returns the uniform assignments: one for each format, and each again with 8-bit embeddings and heads.
 
     Where a unit may not take the format it takes its smallest wider one (else its widest), so that every format gives
-    an assignment; the variant with 8-bit embeddings is what most engines do by default.
+    an assignment; the variant with 8-bit embeddings is what most engines do by default. Where caches are units there is
+    each of these again with a cache of each width in ``CACHE_BITS``, which is what engines offer.
 
     Args:
         candidates: Units and formats.
         metric: Metric that will predict their losses.
     """
     embeddings = [u for u, unit in enumerate(candidates.units) if unit.kind in ("embedding", "head")]
+    caches = [u for u, unit in enumerate(candidates.units) if unit.cache_shape is not None]
     found: dict[bytes, Assignment] = {}
     for format_ in candidates.formats:
         choice = np.array([_nearest(candidates, u, format_.bits, format_.name) for u in range(len(candidates.units))])
@@ -74,10 +98,45 @@ def list_uniform(candidates: Candidates, metric: str) -> list[Assignment]:
             wider = choice.copy()
             wider[embeddings] = [_nearest(candidates, u, 8, None) for u in embeddings]
             variants[f"uniform {format_.name}, 8-bit embeddings"] = wider
+        if caches:
+            variants |= {
+                f"{name}, {bits}-bit cache": _with_cache(candidates, variant, caches, bits)
+                for name, variant in variants.items()
+                for bits in CACHE_BITS
+            }
         for name, variant in variants.items():
             assignment = Assignment(name=name, kind="uniform", metric=metric, choice=variant.astype(np.int64))
             found.setdefault(assignment.choice.tobytes(), assignment)
     return list(found.values())
+
+
+def keep_widest_caches(
+    assignments: Sequence[Assignment], candidates: Candidates, memory: CostTable
+) -> list[Assignment]:
+    """Returns of the assignments with the same formats of weights the one with most bytes of cache, in their order.
+
+    Where caches are no units that is every assignment.
+
+    Args:
+        assignments: Without two of the same choice.
+        candidates: Units and formats.
+        memory: Bytes of each candidate.
+    """
+    widest: dict[tuple[tuple[str, str], ...], Assignment] = {}
+    for assignment in assignments:
+        weights = tuple(assignment.formats_by_weight(candidates).items())
+        known = widest.get(weights)
+        if known is None or cache_use(candidates, assignment.choice, memory) > cache_use(
+            candidates, known.choice, memory
+        ):
+            widest[weights] = assignment
+    return [a for a in assignments if any(a is kept for kept in widest.values())]
+
+
+def _with_cache(candidates: Candidates, choice: NDArray[np.int64], caches: list[int], bits: int) -> NDArray[np.int64]:
+    changed = choice.copy()
+    changed[caches] = [_nearest(candidates, u, bits, None) for u in caches]
+    return changed
 
 
 def _nearest(candidates: Candidates, u: int, bits: int, name: str | None) -> int:
@@ -86,7 +145,13 @@ def _nearest(candidates: Candidates, u: int, bits: int, name: str | None) -> int
     wider = [f for f in allowed if candidates.formats[f].bits >= bits]
     if by_name:
         return by_name[0]
-    shape = candidates.units[u].weights[0].shape
+    unit = candidates.units[u]
+
+    def stored_bytes(f: int) -> int:
+        if unit.cache_shape is not None:
+            return cache_bytes(candidates.formats[f], unit.cache_shape, max(TOKEN_BLOCKS))
+        return candidates.formats[f].storage_bytes(unit.weights[0].shape)
+
     if wider:
-        return min(wider, key=lambda f: candidates.formats[f].storage_bytes(shape))
-    return max(allowed, key=lambda f: candidates.formats[f].storage_bytes(shape))
+        return min(wider, key=stored_bytes)
+    return max(allowed, key=stored_bytes)

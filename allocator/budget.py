@@ -28,14 +28,17 @@ class Budget:
     """One goal, and any number of further limits.
 
     Args:
-        memory_bytes: Most bytes of the packed weight file, everything included.
+        memory_bytes: Most bytes of the packed weight file, everything included; with a context, of file and cache.
         bits_per_weight: Most stored bits of the units (scales and zero points included) / their weights.
         max_kl: Most loss in nats per token; memory is then what is minimised.
         limits: Resource -> most use, besides the goal.
-        batch: Sequences decoded together. What a step reads of a mixture of experts grows with it.
+        batch: Sequences decoded together. What a step reads of a mixture of experts grows with it, and so does a cache.
+        context: Tokens that each sequence keeps in the cache, whose formats are then part of the plan; None to leave
+            the cache out.
 
     Raises:
-        ValueError: Unless exactly one goal is given, all numbers are positive and finite, and all resources are known.
+        ValueError: Unless exactly one goal is given, all numbers are positive and finite, all resources are known, and
+            a context goes with what is known of caches.
     """
 
     memory_bytes: float | None = None
@@ -43,6 +46,7 @@ class Budget:
     max_kl: float | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     batch: int = 1
+    context: int | None = None
 
     def __post_init__(self) -> None:
         goals = {
@@ -63,9 +67,24 @@ class Budget:
         if self.batch < 1:
             msg = f"a batch must be at least 1 sequence: got batch={self.batch}. Correct it."
             raise ValueError(msg)
+        self._check_context()
         unknown = [name for name in self.limits if name not in RESOURCES]
         if unknown:
             msg = f"limits must be of known resources: got {unknown}. Known resources: {', '.join(RESOURCES)}."
+            raise ValueError(msg)
+
+    def _check_context(self) -> None:
+        if self.context is None:
+            return
+        if self.context < 1:
+            msg = f"a context must be at least 1 token: got context={self.context}. Correct it, or leave it out."
+            raise ValueError(msg)
+        if self.bits_per_weight is not None or LATENCY in self.limits:
+            other = LATENCY if LATENCY in self.limits else "bits_per_weight"
+            msg = (
+                f"a budget with a context limits bytes or KL: got context={self.context} and {other}, which says "
+                "nothing of a cache. Give memory, read_bytes or max_kl, or leave the context out."
+            )
             raise ValueError(msg)
 
     def describe(self) -> str:
@@ -77,6 +96,8 @@ class Budget:
         else:
             parts = [f"KL <= {self.max_kl:g} nats per token"]
         parts += [f"{name} <= {limit:g}" for name, limit in self.limits.items()]
+        if self.context is not None:
+            parts.append(f"context {self.context} tokens")
         return ", ".join(parts if self.batch == 1 else [*parts, f"batch {self.batch}"])
 
 

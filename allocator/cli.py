@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from allocator.budget import InfeasibleBudget, parse_bytes
-from allocator.cli_options import Command, budget_options, make_budget, make_request, measure_options, parse
+from allocator.cli_options import (
+    Command,
+    budget_options,
+    cache_options,
+    make_budget,
+    make_request,
+    measure_options,
+    parse,
+)
 from allocator.cli_output import (
     blockwise_text,
     describe_profile,
@@ -148,13 +156,14 @@ def plan(
 @click.argument("model")
 @click.option("--points", type=click.IntRange(2), default=33, show_default=True, help="Budgets to solve.")
 @click.option("--metric", help="Metric to plan with.")
+@cache_options
 @_json_option
 @_printed
-def frontier(model: str, points: int, metric: str | None, as_json: bool) -> str:
+def frontier(model: str, points: int, metric: str | None, as_json: bool, **cache: Any) -> str:
     """Print the least loss of MODEL at every size."""
-    from allocator.pipeline import frontier as run
+    from allocator.frontiers import frontier as run
 
-    found = _with_progress(run, model, points=points, metric=metric)
+    found = _with_progress(run, model, points=points, metric=metric, **cache)
     return render({"points": found}, as_json, lambda document: table(document["points"]))
 
 

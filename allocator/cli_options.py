@@ -26,6 +26,11 @@ def measure_options(command: Command) -> Command:
         click.option(
             "--embedding-formats", help="Comma-separated formats of embeddings and head (default: >= 4 bits)."
         ),
+        click.option(
+            "--cache-formats",
+            help="Comma-separated formats of the KV cache (int8_channel,int4_g32,…,bf16; int4_t32: along blocks of 32 "
+            "tokens), measured for the keys and the values of each layer; default: the cache is left out.",
+        ),
         click.option("--fuse", multiple=True, help="Regular expression of weights that share a format; repeatable."),
         click.option(
             "--experts",
@@ -89,18 +94,35 @@ def measure_options(command: Command) -> Command:
 
 def budget_options(command: Command) -> Command:
     options = [
-        click.option("--memory", help="Most bytes of the weight file, such as 70MiB."),
+        click.option(
+            "--memory", help="Most bytes of the weight file, such as 70MiB; with --context, of file and cache."
+        ),
         click.option("--bits-per-weight", type=float, help="Most stored bits per weight, scales included."),
         click.option("--max-kl", type=float, help="Most KL in nats per token; the smallest plan that keeps it."),
         click.option(
             "--limit", "limits", multiple=True, metavar="RESOURCE=VALUE", help="Further limit: latency_us, read_bytes."
         ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return cache_options(command)
+
+
+def cache_options(command: Command) -> Command:
+    options = [
         click.option(
             "--batch",
             type=click.IntRange(1),
             default=1,
             show_default=True,
-            help="Sequences decoded together: a step of a mixture reads the experts that any of them takes.",
+            help="Sequences decoded together: a step of a mixture reads the experts that any of them takes, and each "
+            "has a cache.",
+        ),
+        click.option(
+            "--context",
+            type=click.IntRange(1),
+            help="Tokens that each sequence keeps in the KV cache: its formats become part of the plan, its bytes "
+            "of the budget. Needs a profile measured with --cache-formats.",
         ),
     ]
     for option in reversed(options):
@@ -116,7 +138,12 @@ def parse(make: Callable[[], Any]) -> Any:
 
 
 def make_budget(
-    memory: str | None, bits_per_weight: float | None, max_kl: float | None, limits: Sequence[str], batch: int = 1
+    memory: str | None,
+    bits_per_weight: float | None,
+    max_kl: float | None,
+    limits: Sequence[str],
+    batch: int = 1,
+    context: int | None = None,
 ) -> Budget:
     return Budget(
         memory_bytes=None if memory is None else parse_bytes(memory),
@@ -124,11 +151,13 @@ def make_budget(
         max_kl=max_kl,
         limits=parse_limits(limits),
         batch=batch,
+        context=context,
     )
 
 
 def make_request(options: dict[str, Any]) -> "MeasureRequest":
     from allocator.measuring import MeasureRequest
+    from runtime.cache_formats import find_cache_formats
     from runtime.device_types import choose_dtype
     from runtime.formats import DEFAULT_FORMATS, find_formats
     from runtime.transforms import parse_transform
@@ -160,6 +189,9 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     transforms = _names(options["transforms"]) or ()
     for transform in transforms:
         parse_transform(transform)
+    cache_formats = _names(options["cache_formats"]) or ()
+    if cache_formats:
+        find_cache_formats(cache_formats)
     return MeasureRequest(
         **{name: options[name] for name in ("calibration", "selection", "evaluation", "fuse")},
         formats=formats,
@@ -168,6 +200,7 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         routers=options["routers"],
         pins=_make_pins(options["pins"]),
         transforms=transforms,
+        cache_formats=cache_formats,
         config=MeasureConfig(**set_amounts),
     )
 

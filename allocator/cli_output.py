@@ -44,6 +44,7 @@ def describe_profile(profile: "SensitivityProfile") -> dict[str, Any]:
         "formats": [f.name for f in profile.candidates.formats],
         "metrics": list(profile.losses),
         "reference_bytes": profile.reference_bytes,
+        **({} if profile.cache is None else {"cache_formats": [f.name for f in profile.cache.candidates.formats]}),
         "provenance": dict(profile.provenance),
     }
 
@@ -51,7 +52,8 @@ def describe_profile(profile: "SensitivityProfile") -> dict[str, Any]:
 def profile_text(document: dict[str, Any]) -> str:
     return (
         f"profile {document['profile'][:16]}: {document['units']} units x {len(document['formats'])} formats, "
-        f"metrics {', '.join(document['metrics'])}, measured in {document['provenance']['measured_in_s']} s"
+        + (f"caches x {len(document['cache_formats'])} formats, " if "cache_formats" in document else "")
+        + f"metrics {', '.join(document['metrics'])}, measured in {document['provenance']['measured_in_s']} s"
     )
 
 
@@ -95,6 +97,7 @@ def plan_text(made: "Plan") -> str:
         f"{made.bits_per_weight:.3f} bits per weight (reference {made.reference_memory_bytes / 2**20:.1f} MiB)",
         f"predicted KL {made.predicted_kl:.4g}{error} nats per token, relative gap to the best possible {gap} "
         f"({made.termination}, {made.solve_s * 1e3:.1f} ms)",
+        *([] if made.cache is None else [_cache_text(made)]),
         "formats: " + ", ".join(f"{name} x {count}" for name, count in counts.most_common()),
         made.verdict,
     ]
@@ -103,6 +106,18 @@ def plan_text(made: "Plan") -> str:
         lines.insert(1, f"under the transforms {transforms} ({added} weights added)")
     rows = [_brief(vars(evaluation)) for evaluation in made.evaluations]
     return "\n".join(lines + ([table(rows)] if rows else []))
+
+
+def _cache_text(made: "Plan") -> str:
+    from collections import Counter
+
+    assert made.cache is not None
+    counts = Counter((unit.role, unit.format) for unit in made.units if unit.unit in made.cache.formats)
+    formats = ", ".join(f"{role} {name} x {count}" for (role, name), count in counts.most_common())
+    return (
+        f"weights {made.file_bytes / 2**20:.2f} MiB, cache {made.cache.memory_bytes / 2**20:.2f} MiB "
+        f"({made.cache.context} tokens, batch {made.cache.batch}): {formats}"
+    )
 
 
 def _brief(row: dict[str, Any]) -> dict[str, Any]:

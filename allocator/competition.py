@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from allocator.assignments import Assignment, list_uniform, use_of
+from allocator.assignments import Assignment, keep_widest_caches, list_uniform, use_of
 from allocator.budget import MEMORY, Budget, InfeasibleBudget
 from allocator.expert_blocks import find_block_assignment
 from allocator.improvement import Improve
@@ -56,11 +56,12 @@ def list_rivals(
     by_blocks = None if only_metric else find_block_assignment(profile, budget, tables, best)
     rivals += [] if by_blocks is None else [by_blocks]
     limits = resolve_limits(profile, budget)
-    rivals += [
+    fitting = [
         a
         for a in list_uniform(profile.candidates, best.metric)
         if all(use_of(a.choice, tables)[name] <= limit for name, limit in limits.items())
     ]
+    rivals += keep_widest_caches(fitting, profile.candidates, tables[MEMORY])
     return _distinct([best, *rivals])[1:]
 
 
@@ -128,7 +129,7 @@ class Competition:
     def _score(self, assignments: Sequence[Assignment]) -> dict[str, SequenceScores]:
         return score_cached(
             self.profile,
-            {a.name: a.formats_by_weight(self.profile.candidates) for a in assignments},
+            {a.name: a.formats_by_name(self.profile.candidates) for a in assignments},
             self.profile.selection_tokens,
             load_model=self.load_model,
             store=self.store,

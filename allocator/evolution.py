@@ -131,7 +131,7 @@ class Evolution:
         self.progress("evolve", min(self.count.passes, self.passes), self.passes)
         candidates = self.profile.candidates
         named = {
-            str(i): Assignment(name=str(i), kind="plan", metric="", choice=choice).formats_by_weight(candidates)
+            str(i): Assignment(name=str(i), kind="plan", metric="", choice=choice).formats_by_name(candidates)
             for i, choice in enumerate(choices)
         }
         self.count.add_scores(len(choices), len(sequences))

@@ -123,6 +123,7 @@ def find_block_assignment(
     wide_enough = [f for f in candidates.formats if f.bits >= OTHER_BITS] or candidates.formats
     other = min(wide_enough, key=lambda f: f.bits).name
     limits = resolve_limits(profile, budget)
+    caches = np.array([unit.cache_shape is not None for unit in candidates.units])
 
     def solve_at(eighths: int) -> NDArray[np.int64] | None:
         """Returns the choice at a mean width, if there is one and it keeps the budget."""
@@ -130,6 +131,8 @@ def find_block_assignment(
         choice = solve_expert_blocks(candidates, loss, mean_bits=eighths / 8, other_format=other).choice
         if choice is None:
             return None
+        # The published rule says nothing of a cache.
+        choice = np.where(caches, optimum.choice, choice)
         use = use_of(choice, {name: tables[name] for name in limits})
         return choice if all(use[name] <= limit for name, limit in limits.items()) else None
 

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runtime.packed_model import make_packed_cache
+
 if TYPE_CHECKING:
     from runtime.transforms.prefix_tokens import Prefix
 
@@ -18,7 +20,7 @@ def generate_text(
     seed: int = 0,
     prefix: "Prefix | None" = None,
 ) -> str:
-    """Returns the prompt and its continuation.
+    """Returns the prompt and its continuation; a packed model caches in the formats that it was saved with, if any.
 
     Args:
         model: A causal language model, packed or not.
@@ -37,9 +39,9 @@ def generate_text(
         msg = f"a prompt must have at least one token: got {prompt!r}. Write a few words."
         raise ValueError(msg)
     torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False, "past_key_values": make_packed_cache(model)}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature}
+        sampling |= {"do_sample": True, "temperature": temperature}
     input_ids, mask, hidden = inputs.input_ids, inputs.attention_mask, 0
     if prefix is not None:
         # The cache holds the first of these; only the others are run.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,10 +11,12 @@ from allocator.progress import Progress
 from allocator.stability import PlanStability
 from allocator.store import Store
 from allocator.transformed import transform_
+from runtime.cache_units import find_cache_units, list_cache_candidates
 from runtime.candidates import Candidates, list_candidates
 from runtime.formats import DEFAULT_FORMATS
 from runtime.loading import ReferenceModel
 from runtime.units import find_units
+from sensitivity.cache_losses import cache_fingerprint, check_metrics_for_cache, measure_cache_losses
 from sensitivity.calibration import (
     TokenSequences,
     read_documents,
@@ -50,6 +53,8 @@ class MeasureRequest:
         routers: Whether routers take formats too.
         pins: Regular expression on unit names -> format.
         transforms: Transforms of the reference model with their options, in order, such as ``smoothquant:alpha=0.7``.
+        cache_formats: Names of formats that the keys and values of each layer's cache may take; none to leave caches
+            out of the profile.
         config: Amounts and seed.
     """
 
@@ -63,6 +68,7 @@ class MeasureRequest:
     routers: bool = False
     pins: Mapping[str, str] = field(default_factory=dict)
     transforms: tuple[str, ...] = ()
+    cache_formats: tuple[str, ...] = ()
     config: MeasureConfig = field(default_factory=MeasureConfig)
 
 
@@ -81,29 +87,68 @@ def run_measurement(
         progress: Called with (stage, done, total).
 
     Raises:
-        ValueError: If the request is wrong, or asks for what such a model cannot give.
+        ValueError: If the request is wrong, or asks for what such a model cannot give, or for caches that the model or
+            the metrics have nothing to say of.
     """
     if reference.stored_weights is not None:
         request = _make_blockwise(request)
     text = prepare_text(reference, request, kept=store.root / "texts")
     if request.transforms:
         reference = transform_(reference, request.transforms, text.fisher.tokens, store)
-    candidates = find_candidates(reference, request)
-    fingerprint = measurement_fingerprint(reference.weights_fingerprint, candidates, text, request.config)
+    candidates, cache = find_candidates(reference, request), find_cache_candidates(reference, request)
+    profile = _measure_weights(reference, candidates, text, request.config, store, progress)
+    if cache is not None:
+        profile = _add_cache(reference, profile, cache, text, store, progress)
+    store.make_latest(profile)
+    return profile
+
+
+def _measure_weights(
+    reference: ReferenceModel,
+    candidates: Candidates,
+    text: MeasurementText,
+    config: MeasureConfig,
+    store: Store,
+    progress: Progress,
+) -> SensitivityProfile:
+    fingerprint = measurement_fingerprint(reference.weights_fingerprint, candidates, text, config)
     profile = store.find_profile(fingerprint)
     if profile is None:
         profile = measure_profile(
             reference,
             candidates,
             text,
-            request.config,
+            config,
             pieces=store.pieces(fingerprint),
             progress=progress,
             rendering=store.rendering(fingerprint),
             is_stable=PlanStability(candidates).is_stable,
         )
         store.save_profile(profile)
-    store.make_latest(profile)
+    return profile
+
+
+def _add_cache(
+    reference: ReferenceModel,
+    weights: SensitivityProfile,
+    cache: Candidates,
+    text: MeasurementText,
+    store: Store,
+    progress: Progress,
+) -> SensitivityProfile:
+    """Returns the profile of the weights with the caches beside them, under a fingerprint of its own."""
+    fingerprint = cache_fingerprint(weights.fingerprint, cache)
+    profile = store.find_profile(fingerprint)
+    if profile is None:
+        losses = measure_cache_losses(
+            reference.model,
+            cache,
+            text.logit.tokens,
+            pieces=store.pieces(fingerprint),
+            progress=partial(progress, "cache"),
+        )
+        profile = replace(weights, cache=losses, provenance={**weights.provenance, "profile": fingerprint})
+        store.save_profile(profile)
     return profile
 
 
@@ -121,6 +166,25 @@ def find_candidates(reference: ReferenceModel, request: MeasureRequest) -> Candi
     """Returns the units and allowed formats of a request."""
     units = find_units(reference.model, fuse=request.fuse, experts=request.experts, routers=request.routers)
     return list_candidates(units, request.formats, embedding_formats=request.embedding_formats, pins=request.pins)
+
+
+def find_cache_candidates(reference: ReferenceModel, request: MeasureRequest) -> Candidates | None:
+    """Returns the cache units and their allowed formats, or None where a request names none.
+
+    Raises:
+        ValueError: If a format is unknown or fits no cache, the model caches in another way or is read block by block,
+            or no metric of the request is in the unit that the losses of caches have.
+    """
+    if not request.cache_formats:
+        return None
+    if reference.stored_weights is not None:
+        msg = (
+            "caches of a model that is read block by block cannot be measured: each pair of cache and format would "
+            f"read the model once. Leave the cache formats out: got {', '.join(request.cache_formats)}."
+        )
+        raise ValueError(msg)
+    check_metrics_for_cache(request.config.metrics)
+    return list_cache_candidates(find_cache_units(reference.model), request.cache_formats)
 
 
 def prepare_text(reference: ReferenceModel, request: MeasureRequest, *, kept: Path | None = None) -> MeasurementText:

@@ -1,6 +1,7 @@
 """What a report says in words: how far predictions can be trusted, and what a mixture of experts does."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from allocator.planning import default_metric, predicting_metric
 from allocator.plans import Evaluation, Plan
 from allocator.problems import build_cost_tables
 from allocator.transformed import is_transformed
+from runtime.cached_attention import KEY_CACHE, VALUE_CACHE
 from runtime.costs import memory_cost
 from sensitivity.experts.granularity import list_granularities, merge_candidates
 from sensitivity.experts.shrinkage import LEAST_TOKENS
@@ -34,6 +36,7 @@ def list_notes(profile: SensitivityProfile, plan: Plan, evaluations: Sequence[Ev
     return tuple(
         [
             *_transform_notes(plan),
+            *_cache_notes(plan),
             *_prediction_notes(profile, plan, shipped),
             *_stability_notes(profile),
             *_expert_notes(profile),
@@ -72,6 +75,23 @@ def _prediction_notes(profile: SensitivityProfile, plan: Plan, shipped: Evaluati
         yield "Calibration of the prediction: no whole plans were measured to correct it by."
     if plan.predicted_kl_with_interactions is not None:
         yield f"With measured cross terms the prediction is {plan.predicted_kl_with_interactions:.4g}."
+
+
+def _cache_notes(plan: Plan) -> Iterator[str]:
+    cache = plan.cache
+    if cache is None:
+        return
+    halves = []
+    for half, role in (("keys", KEY_CACHE), ("values", VALUE_CACHE)):
+        units = [unit for unit in plan.units if unit.role == role]
+        counts = Counter(unit.format for unit in units).most_common()
+        stored = sum(unit.memory_bytes for unit in units) / 2**20
+        halves.append(f"{half} {stored:.2f} MiB ({', '.join(f'{name} x {count}' for name, count in counts)})")
+    yield (
+        f"Memory: {plan.file_bytes / 2**20:.2f} MiB of weights and {cache.memory_bytes / 2**20:.2f} MiB of cache at "
+        f"{cache.context} tokens and batch {cache.batch}: {', '.join(halves)}. The context prices bytes alone: KL is "
+        "measured on the text's own, shorter sequences, every token of them decoded from the quantized cache."
+    )
 
 
 def _stability_notes(profile: SensitivityProfile) -> Iterator[str]:
@@ -117,6 +137,9 @@ def _expert_notes(profile: SensitivityProfile) -> Iterator[str]:
 
 def _granularity_notes(profile: SensitivityProfile, plan: Plan) -> Iterator[str]:
     """The price of coarser units at the plan's own bytes, from the same measurement."""
+    if profile.cache_load is not None:
+        # A coarser unit is of weights; their part of a budget that they share with a cache would be another.
+        return
     names = list_granularities(profile.candidates.units)
     metric = predicting_metric(profile, plan.metric)
     if len(names) < 2 or profile.table(metric).unit_of_measure != NATS:

@@ -6,19 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from allocator.artefacts import Model, assignment_of_plan, find_profile, open_model, profile_of_plan, provenance
-from allocator.assignments import list_uniform, use_of
+from allocator.assignments import keep_widest_caches, list_uniform, use_of
 from allocator.budget import LATENCY, MEMORY, Budget
 from allocator.competition import Competition, list_rivals
 from allocator.evolution import Evolution
+from allocator.frontiers import frontier
 from allocator.improvement import Improve
 from allocator.measuring import MeasureRequest, run_measurement
 from allocator.planning import default_metric, find_assignment, make_plan
 from allocator.plans import Evaluation, Plan, check_same_model, check_same_profile
 from allocator.prefixes import check_prefix
-from allocator.problems import build_cost_tables, build_problem
+from allocator.problems import build_cost_tables
 from allocator.progress import Progress, silent
 from allocator.refinement import Refinement
 from allocator.renderings import needs_statistics, rendering_of_plan
@@ -26,12 +25,11 @@ from allocator.store import Store
 from allocator.timings import find_latency
 from allocator.transformed import transform_again_
 from allocator.verification import REFERENCE, make_evaluation, score_cached
-from runtime.costs import CostTable
 from runtime.packed_model import check_packed_place, load_packed, save_packed_
 from runtime.transforms.prefix_tokens import PREFIX_FILE, save_prefix
+from sensitivity.cache_losses import join_cache
 from sensitivity.calibration import read_sequences
 from sensitivity.profile import SensitivityProfile
-from solvers import SolveResult, solve_frontier
 
 
 def measure(
@@ -93,7 +91,8 @@ def plan(
     Raises:
         InfeasibleBudget: If nothing keeps the budget.
         ArtefactMismatch: If the profile was measured on another model.
-        ValueError: If the metric is not in the profile, or refinement or evolution is asked for that cannot be.
+        ValueError: If the metric is not in the profile, refinement or evolution is asked for that cannot be, or the
+            budget has a context and the profile nothing of caches.
     """
     if (refine or evolve) and not verify:
         msg = (
@@ -109,6 +108,8 @@ def plan(
     if profile is not None and isinstance(model, Model):
         check_same_profile(profile.provenance["model_fingerprint"], model.fingerprint, model.source)
     profile = profile or find_profile(model, store=store, progress=progress)
+    if budget.context is not None:
+        profile = join_cache(profile, context=budget.context, batch=budget.batch)
     latency = find_latency(profile, store, progress) if LATENCY in budget.limits else None
     tables = build_cost_tables(profile, latency, batch_tokens=budget.batch)
     chosen = metric or default_metric(profile)
@@ -131,29 +132,6 @@ def plan(
     rivals = list_rivals(profile, budget, tables, best, only_metric=metric is not None)
     competition = Competition(**shared, provenance=provenance())
     return competition.run(best, rivals, improvements)
-
-
-def frontier(
-    model: str | Model | SensitivityProfile,
-    *,
-    points: int = 33,
-    metric: str | None = None,
-    store: Store | None = None,
-    progress: Progress = silent,
-) -> list[dict[str, float]]:
-    """Returns the least loss at ``points`` memory budgets, from the smallest reachable to the largest useful.
-
-    Each point has ``memory_bytes`` (used), ``bits_per_weight``, ``predicted_loss`` and ``lower_bound`` (nats per
-    token), and ``shadow_price_per_mib``.
-    """
-    profile = find_profile(model, store=store or Store(), progress=progress)
-    tables = build_cost_tables(profile)
-    problem = build_problem(profile, profile.table(metric or default_metric(profile)).loss, {}, tables)
-    memory = np.where(problem.allowed, problem.cost[0], np.nan)
-    least, most = np.nanmin(memory, axis=1).sum(), np.nanmax(memory, axis=1).sum()
-    limits = np.linspace(least, most, points)
-    results = solve_frontier(problem, limits=limits)
-    return [_frontier_point(profile, result, tables[MEMORY]) for result in results if result.choice is not None]
 
 
 def evaluate(
@@ -198,9 +176,9 @@ def evaluate(
         for a in list_uniform(profile.candidates, planned.metric)
         if use_of(a.choice, tables)[MEMORY] <= plan.memory_bytes and a.choice.tobytes() != planned.choice.tobytes()
     ]
-    assignments = [planned, *fitting]
+    assignments = [planned, *keep_widest_caches(fitting, profile.candidates, tables[MEMORY])]
     formats: dict[str, Mapping[str, str]] = {REFERENCE: {}}
-    formats |= {a.name: a.formats_by_weight(profile.candidates) for a in assignments}
+    formats |= {a.name: a.formats_by_name(profile.candidates) for a in assignments}
     load_model = partial(_load_model, model, plan, store)
     scores = score_cached(profile, formats, tokens, load_model=load_model, store=store, progress=progress)
     memory = tables[MEMORY]
@@ -216,7 +194,7 @@ class Applied:
     Args:
         directory: Where it is.
         file_bytes: Size of its weight file.
-        predicted_bytes: Size that the plan predicted.
+        predicted_bytes: Size of this file that the plan predicted.
     """
 
     directory: Path
@@ -245,12 +223,18 @@ def apply(
     check_same_model(plan, model.fingerprint, str(model.path))
     check_packed_place(out)
     reference = transform_again_(model.load_again(), plan, store)
-    ships = None if prefix is None else check_prefix(prefix, reference)
-    rule = rendering_of_plan(plan, reference.model, store)
-    file_bytes = save_packed_(reference, plan.weights, out, metadata=plan.header_metadata(), quantizer=rule)
+    ships = None if prefix is None else check_prefix(prefix, reference, plan)
+    file_bytes = save_packed_(
+        reference,
+        plan.weights,
+        out,
+        metadata=plan.header_metadata(),
+        quantizer=rendering_of_plan(plan, reference.model, store),
+        formats_by_cache={} if plan.cache is None else plan.cache.formats,
+    )
     if ships is not None:
         save_prefix(ships, out / PREFIX_FILE)
-    return Applied(directory=out, file_bytes=file_bytes, predicted_bytes=plan.memory_bytes)
+    return Applied(directory=out, file_bytes=file_bytes, predicted_bytes=plan.file_bytes)
 
 
 def load(directory: str | Path) -> tuple[Any, Any]:
@@ -301,15 +285,3 @@ def _load_model(model: Model | SensitivityProfile, made: Plan | SensitivityProfi
         msg = "a plan must be verified with its model: got a profile alone. Pass the model, or verify=False."
         raise ValueError(msg)
     return model.reference_of(made, store).model
-
-
-def _frontier_point(profile: SensitivityProfile, result: SolveResult, memory: CostTable) -> dict[str, float]:
-    memory_bytes = float(result.use[0]) + memory.fixed
-    weights = sum(unit.weight_count for unit in profile.candidates.units)
-    return {
-        "memory_bytes": memory_bytes,
-        "bits_per_weight": 8.0 * float(result.use[0]) / weights,
-        "predicted_loss": result.objective,
-        "lower_bound": result.lower_bound,
-        "shadow_price_per_mib": float(result.shadow_price[0]) * 2**20,
-    }

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from allocator.assignments import Assignment, bits_per_weight, pick, use_of
+from allocator.assignments import Assignment, bits_per_weight, cache_use, pick, use_of
 from allocator.budget import MEMORY, Budget, InfeasibleBudget
 from allocator.interactions import candidates_near, choose_shrinkage, sketch_from_gram
-from allocator.plans import Plan, UnitPlan
+from allocator.plans import CachePlan, Plan, UnitPlan
 from allocator.problems import build_problem, resolve_limits
 from allocator.reachable import MAX_KL, find_least_values
 from runtime.costs import CostTable
@@ -58,8 +58,15 @@ def find_assignment(
 
     Raises:
         InfeasibleBudget: If no assignment keeps the budget.
+        ValueError: If the metric says nothing of caches that are among the units, or cannot keep a ceiling on KL.
     """
     table = profile.table(metric)
+    if profile.cache_load is not None and table.unit_of_measure != NATS:
+        msg = (
+            f"a plan with a cache needs a metric in {NATS}: got '{metric}' in {table.unit_of_measure}, which says "
+            f"nothing of caches. Plan with {FISHER} or {SINGLE_UNIT_KL}, or without a context."
+        )
+        raise ValueError(msg)
     limits = resolve_limits(profile, budget)
     problem = build_problem(profile, table.loss, limits, tables)
     ceiling = None
@@ -182,6 +189,7 @@ def make_plan(
     use = use_of(assignment.choice, {name: tables[name] for name in dict.fromkeys([MEMORY, *limits])})
     additive, with_interactions = predicted_kl(profile, assignment)
     memory_bytes = round(use[MEMORY])
+    cache = _cache_plan(profile, assignment, budget, tables[MEMORY])
     fit = profile.prediction_fits.get(predicting_metric(profile, assignment.metric))
     return Plan(
         name=assignment.name,
@@ -198,9 +206,23 @@ def make_plan(
         use=use,
         limits=limits,
         memory_bytes=memory_bytes,
-        bits_per_weight=bits_per_weight(profile, memory_bytes),
+        bits_per_weight=bits_per_weight(profile, memory_bytes - (cache.memory_bytes if cache else 0)),
         reference_memory_bytes=profile.reference_bytes,
         provenance={**profile.provenance, **provenance},
+        cache=cache,
+    )
+
+
+def _cache_plan(
+    profile: SensitivityProfile, assignment: Assignment, budget: Budget, memory: CostTable
+) -> CachePlan | None:
+    if budget.context is None:
+        return None
+    return CachePlan(
+        context=budget.context,
+        batch=budget.batch,
+        memory_bytes=round(cache_use(profile.candidates, assignment.choice, memory)),
+        formats=assignment.formats_by_cache(profile.candidates),
     )
 
 

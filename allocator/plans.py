@@ -47,7 +47,7 @@ class Evaluation:
     Args:
         name: Name of the assignment.
         kind: ``reference``, ``plan`` or ``uniform``.
-        memory_bytes: Bytes of its weight file.
+        memory_bytes: Bytes of its weight file, and of its full cache where that has formats.
         bits_per_weight: Stored bits of its units per weight.
         predicted_kl: Loss its own metric predicted, nats per token, or None.
         kl: Mean KL divergence to the reference in nats per token, with ``kl_low`` and ``kl_high``.
@@ -72,6 +72,23 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """The cache's part of a plan.
+
+    Args:
+        context: Tokens that each sequence keeps.
+        batch: Sequences.
+        memory_bytes: Bytes of the full cache.
+        formats: Cache unit (the keys, or the values, of one layer) -> format name.
+    """
+
+    context: int
+    batch: int
+    memory_bytes: int
+    formats: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Formats of all weights, and what is known about this choice.
 
@@ -89,7 +106,7 @@ class Plan:
             none were measured.
         correction_error: Two of three plans measure within this factor of their corrected prediction; None likewise.
         objective: What was minimised: nats per token (the metric's own unit where that is another), or, under a
-            ceiling on the loss, bytes of the weight file.
+            ceiling on the loss, bytes of memory.
         lower_bound: No assignment has a smaller objective.
         relative_gap: (objective - lower_bound) / |objective|.
         termination: Why the solver stopped.
@@ -98,12 +115,13 @@ class Plan:
         use: Resource -> use.
         limits: Resource -> limit.
         shadow_prices: Limit -> decrease of the objective that one more unit of it buys, where known.
-        memory_bytes: Bytes of the weight file.
+        memory_bytes: Bytes of the weight file, and of the full cache where that is part of the plan.
         bits_per_weight: Stored bits of the units per weight.
-        reference_memory_bytes: Bytes of the reference model.
+        reference_memory_bytes: Bytes of the reference model, and of its full 16-bit cache likewise.
         evaluations: Measurements on selection text, this plan and its rivals.
         verdict: What the verification found, in one sentence.
         provenance: Names, fingerprints and versions.
+        cache: Formats of the cache, or None where the budget named no context.
     """
 
     name: str
@@ -132,10 +150,16 @@ class Plan:
     verdict: str = "Not verified by measurement."
     provenance: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    cache: CachePlan | None = None
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the weight file alone."""
+        return self.memory_bytes - (0 if self.cache is None else self.cache.memory_bytes)
 
     @property
     def minimises_memory(self) -> bool:
-        """Whether the objective is bytes of the weight file, not a loss."""
+        """Whether the objective is bytes, not a loss."""
         return self.objective == self.use["memory_bytes"]
 
     @property
@@ -144,10 +168,10 @@ class Plan:
         return next((e for e in self.evaluations if e.shipped), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the plan as JSON values; infinite and unknown numbers become null."""
+        """Returns the plan as JSON values; infinite and unknown numbers become null. A plan without cache says none."""
         cleaned = jsonable(dataclasses.asdict(self))
         assert isinstance(cleaned, dict)
-        return cleaned
+        return {name: value for name, value in cleaned.items() if name != "cache" or value is not None}
 
     def header_metadata(self) -> dict[str, str]:
         """Returns the part of the plan that the packed file's header carries, besides the formats.
@@ -155,7 +179,7 @@ class Plan:
         Long texts (paths of calibration files, for one) are shortened as far as the header's reserve demands.
         """
         record = self.to_dict()
-        kept = {k: v for k, v in record.items() if k not in ("weights", "units", "evaluations")}
+        kept = {k: v for k, v in record.items() if k not in ("weights", "units", "evaluations", "cache")}
         text = _compact(kept)
         for most in _SHORTENED_CHARACTERS:
             # The header is JSON itself, so the text is escaped once more.
@@ -186,7 +210,7 @@ def load_plan(path: Path) -> Plan:
         msg = f"a plan must have schema_version={SCHEMA_VERSION}: got {found} in '{path}'. Make the plan again."
         raise ValueError(msg)
     known = {f.name for f in dataclasses.fields(Plan)}
-    missing, unknown = sorted(known - set(record)), sorted(set(record) - known)
+    missing, unknown = sorted(known - set(record) - {"cache"}), sorted(set(record) - known)
     if missing or unknown:
         msg = f"a plan must have the fields of its schema: '{path}' lacks {missing} and has unknown {unknown}."
         raise ValueError(msg)
@@ -249,6 +273,7 @@ def _plan(record: dict[str, Any]) -> Plan:
             **numbers,
             "weights": weights,
             "provenance": provenance,
+            "cache": CachePlan(**record["cache"]) if "cache" in record else None,
             "units": tuple(UnitPlan(**unit) for unit in record["units"]),
             "evaluations": tuple(Evaluation(**evaluation) for evaluation in record["evaluations"]),
         }

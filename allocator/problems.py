@@ -23,13 +23,14 @@ def build_cost_tables(
         batch_tokens: Sequences decoded together, for the bytes that a step reads.
     """
     tables = [
-        memory_cost(profile.candidates, profile.fixed_bytes),
+        memory_cost(profile.candidates, profile.fixed_bytes, load=profile.cache_load),
         read_cost(
             profile.candidates,
             profile.rest_bytes,
             expert_share=profile.expert_share,
             expert_frequency=None if profile.routing is None else profile.routing.frequency_by_expert(),
             batch_tokens=batch_tokens,
+            load=profile.cache_load,
         ),
     ]
     if latency is not None:

@@ -13,6 +13,7 @@ STAGE_NAMES = {
     "fisher": "Fisher sketch",
     "single_unit_kl": "single-unit KL",
     "routing": "routing of the experts",
+    "cache": "single-unit KL of caches",
     "prediction_fit": "whole plans, to correct predictions",
     "evolve": "evolving the plan, in passes",
     "verify": "verifying plans on held-out text",

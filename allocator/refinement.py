@@ -77,6 +77,12 @@ class Refinement:
         if self.profile.fisher_sketch is None:
             msg = "refinement needs the Fisher sketch: the profile holds none. Measure with the metric 'fisher'."
             raise ValueError(msg)
+        if self.budget.context is not None:
+            msg = (
+                f"refinement follows the slopes of weights, and a cache has none: got '{self.budget.describe()}'. "
+                "Leave the context out, or do not refine."
+            )
+            raise ValueError(msg)
         check_lowers_loss(self.budget, "refinement")
 
     def run(self, start: Assignment) -> Assignment:

@@ -1,5 +1,6 @@
 """From a profile, a plan and its evaluations to the tables of a report."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -37,7 +38,7 @@ def make_report(
         title=f"{profile.provenance['model']}: {plan.budget}",
         model_name=profile.provenance["model"],
         headline=_headline(profile, plan, evaluations),
-        plan=_plan_table(plan),
+        plan=_plan_table(profile, plan),
         frontier=pd.DataFrame(list(frontier)),
         evaluations=_evaluation_table(evaluations),
         sensitivities=_sensitivity_table(profile),
@@ -83,9 +84,13 @@ def _objective_unit(profile: SensitivityProfile, plan: Plan) -> str:
     return table.unit_of_measure
 
 
-def _plan_table(plan: Plan) -> pd.DataFrame:
+def _plan_table(profile: SensitivityProfile, plan: Plan) -> pd.DataFrame:
     table = pd.DataFrame([asdict(unit) for unit in plan.units])
-    table["bits_per_weight"] = 8.0 * table["memory_bytes"] / table["weights"]
+    tokens = 0 if profile.cache_load is None else profile.cache_load.token_count
+    shapes = {unit.name: unit.cache_shape for unit in profile.candidates.units if unit.cache_shape is not None}
+    # A cache has no weights: its bits are those of each number that it holds.
+    cached = table["unit"].map(lambda name: math.prod(shapes.get(name, (0,))) * tokens)
+    table["bits_per_weight"] = 8.0 * table["memory_bytes"] / (table["weights"] + cached)
     return table.astype(dict.fromkeys(_INTEGERS, "Int64"))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from allocator.assignments import Assignment, bits_per_weight, pick
+from allocator.assignments import Assignment, bits_per_weight, cache_use, pick
 from allocator.budget import Budget
 from allocator.planning import predicted_kl
 from allocator.plans import Evaluation
@@ -18,6 +18,7 @@ from allocator.store import Store
 from allocator.transformed import TRANSFORMS_CONTENT, is_transformed
 from runtime.costs import CostTable
 from runtime.units import count_weights
+from sensitivity.cache_losses import reference_cache_bytes
 from sensitivity.evaluation import SequenceScores, mean_interval, score_assignments
 from sensitivity.profile import SensitivityProfile, fingerprint_of
 
@@ -39,7 +40,7 @@ def score_cached(
 
     Args:
         profile: The profile the assignments were made from.
-        formats_by_name: Name -> weight name -> format name; an empty mapping is the reference.
+        formats_by_name: Name -> name of a weight or cache unit -> format name; an empty mapping is the reference.
         tokens: [S, T] int64 text.
         load_model: Gives the reference model; called only when something must be measured.
         store: Where scores are kept.
@@ -138,7 +139,7 @@ def make_evaluation(
         name, kind = assignment.name, assignment.kind
         memory_bytes = round(float(pick(memory.cost, assignment.choice).sum()) + memory.fixed)
         predicted = predicted_kl(profile, assignment)[0]
-        stored_bits = bits_per_weight(profile, memory_bytes)
+        stored_bits = bits_per_weight(profile, memory_bytes - cache_use(profile.candidates, assignment.choice, memory))
     return Evaluation(
         name=name,
         kind=kind,
@@ -161,4 +162,5 @@ def _reference_bits(profile: SensitivityProfile) -> float:
         # The profile's units and rest are those of the rewritten model.
         return float(profile.provenance["reference_bits_per_weight"])
     # It has no packed file's header; the rest is in both.
-    return 8.0 * (profile.reference_bytes - profile.rest_bytes) / count_weights(profile.candidates.units)
+    file_bytes = profile.reference_bytes - reference_cache_bytes(profile)
+    return 8.0 * (file_bytes - profile.rest_bytes) / count_weights(profile.candidates.units)

@@ -10,15 +10,19 @@ share of tokens that take the expert and b tokens in the batch,
 
 as if the tokens of a batch were routed independently. Tokens of one text are not: they agree more than that, so the
 formula is too high for batches of like texts. A batch of one needs no such assumption.
+
+Where caches are units, both resources count them as full as a ``CacheLoad`` says, and a step reads all of them once.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.cache_formats import CacheLoad, most_cache_bytes
 from runtime.candidates import Candidates
 from runtime.formats import Format
 from runtime.units import Unit, Weight
@@ -47,21 +51,25 @@ class CostTable:
     device: str | None = None
 
 
-def unit_bytes(unit: Unit, format_: Format) -> int:
-    """Returns the bytes of all weights of a unit in one format."""
+def unit_bytes(unit: Unit, format_: Format, load: CacheLoad | None = None) -> int:
+    """Returns the bytes of a unit in one format: of all its weights, or the most of a cache up to a load."""
+    if unit.cache_shape is not None:
+        assert load is not None
+        return most_cache_bytes(format_, unit.cache_shape, load)
     return sum(format_.storage_bytes(weight.shape) for weight in unit.weights)
 
 
-def memory_cost(candidates: Candidates, fixed_bytes: int) -> CostTable:
-    """Returns the bytes each candidate takes in the weight file.
+def memory_cost(candidates: Candidates, fixed_bytes: int, *, load: CacheLoad | None = None) -> CostTable:
+    """Returns the bytes each candidate takes, in the weight file or in the cache.
 
     Args:
         candidates: Units and formats.
         fixed_bytes: Bytes of everything else in the file, its header included.
+        load: How full caches are that are among the units.
     """
     return CostTable(
         resource="memory_bytes",
-        cost=_fill(candidates, unit_bytes),
+        cost=_fill(candidates, partial(unit_bytes, load=load)),
         fixed=float(fixed_bytes),
         unit_of_measure="bytes",
         source="exact",
@@ -75,6 +83,7 @@ def read_cost(
     expert_share: float = 1.0,
     expert_frequency: Mapping[tuple[int, int], float] | None = None,
     batch_tokens: int = 1,
+    load: CacheLoad | None = None,
 ) -> CostTable:
     """Returns the bytes each candidate makes one decoding step read, in expectation.
 
@@ -84,6 +93,7 @@ def read_cost(
         expert_share: Experts a token visits / experts of a layer; every expert's frequency where none is measured.
         expert_frequency: (layer index, expert index) -> share of tokens that take the expert; None when not measured.
         batch_tokens: Sequences decoded together, b; 1 gives the bytes read per token.
+        load: How full caches are that are among the units.
 
     Raises:
         ValueError: If ``batch_tokens`` is not positive, a frequency is not a share, or an expert has none.
@@ -93,6 +103,8 @@ def read_cost(
         raise ValueError(msg)
 
     def read_bytes(unit: Unit, format_: Format) -> float:
+        if unit.cache_shape is not None:
+            return unit_bytes(unit, format_, load)
         return sum(
             _read_share(weight, visit_share(unit, weight, expert_share, expert_frequency), batch_tokens)
             * format_.storage_bytes(weight.shape)

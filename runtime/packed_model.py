@@ -6,6 +6,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from runtime.checkpoint import (
 )
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
+from runtime.quantized_cache import QuantizedCache
 from runtime.rendering import RenderingRule
 from runtime.stored_weights import build_empty_model
 from runtime.transforms import has_map, install_map_
@@ -29,6 +31,7 @@ from runtime.units import list_weights
 FORMATS_KEY = "bitplan.formats"
 # In the configuration: a rotated model whose embedding is tied has a matrix behind its last norm.
 MAP_KEY = "matrix_after_norm"
+_CACHE_FORMATS = "cache_formats"
 
 
 def save_packed_(
@@ -38,6 +41,7 @@ def save_packed_(
     *,
     metadata: Mapping[str, str],
     quantizer: RenderingRule = "rtn",
+    formats_by_cache: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Packs the model in place, writes it to a directory, and returns the bytes of the weight file.
 
@@ -47,6 +51,7 @@ def save_packed_(
         directory: Replaced as a whole once the new content is complete; it must be free or hold a packed model.
         metadata: Strings kept in the checkpoint's header.
         quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
+        formats_by_cache: Cache unit -> format name, for all of them or none; kept in the configuration.
 
     Raises:
         ValueError: If a weight has no format or one it cannot take, the metadata does not fit the header, or the
@@ -60,6 +65,9 @@ def save_packed_(
             f"'{reference.name}'. Use the plan that was made for this model."
         )
         raise ValueError(msg)
+    if formats_by_cache:
+        # Refuses names that are no caches of this model, and caches without a format, before anything is packed.
+        QuantizedCache(reference.model, formats_by_cache)
     weights = list_weights(reference.model, routers=True)
     routers = any(weight.kind == "router" and name in formats_by_weight for name, weight in weights.items())
     header_bytes = header_reserve_bytes(reference.model, routers=routers)
@@ -68,7 +76,11 @@ def save_packed_(
         reference.tokenizer.save_pretrained(temporary)
         config = reference.model.config.to_dict()
         config.pop("quantization_config", None)
-        config[PACKED_CONFIG_KEY] = {"schema_version": 1, **({MAP_KEY: True} if has_map(reference.model) else {})}
+        config[PACKED_CONFIG_KEY] = {
+            "schema_version": 1,
+            **({MAP_KEY: True} if has_map(reference.model) else {}),
+            **({_CACHE_FORMATS: dict(formats_by_cache)} if formats_by_cache else {}),
+        }
         write_text(temporary / "config.json", json.dumps(config, indent=2, default=str) + "\n")
         formats = json.dumps(dict(formats_by_weight), separators=(",", ":"))
         return save_checkpoint(
@@ -118,6 +130,16 @@ def _build_empty(directory: Path) -> Any:
     if getattr(model.config, PACKED_CONFIG_KEY, {}).get(MAP_KEY):
         install_map_(model, device="meta")
     return model
+
+
+def make_packed_cache(model: Any) -> QuantizedCache | None:
+    """Returns an empty cache in the formats that a packed model was saved with; None where it was saved with none.
+
+    Args:
+        model: As ``load_packed`` returns it.
+    """
+    formats = getattr(model.config, PACKED_CONFIG_KEY, {}).get(_CACHE_FORMATS)
+    return QuantizedCache(model, formats) if formats else None
 
 
 def _load_tensors_(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Units: the smallest parts of a model that get one format each.
+"""Units of weights: the smallest parts of a model that get one format each (caches: ``cache_units``).
 
 Weights are the nodes of a graph; tied storage and fusion groups are its edges; every connected component
 is a unit. A weight is a two-dimensional parameter of an ``nn.Linear`` or ``nn.Embedding``, or one expert's
@@ -26,7 +26,7 @@ from typing import Any, Literal
 import networkx as nx
 from torch import Tensor, nn
 
-UnitKind = Literal["linear", "embedding", "head", "expert", "router"]
+UnitKind = Literal["linear", "embedding", "head", "expert", "router", "key_cache", "value_cache"]
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 # Embeddings that multiply the rows they read (Gemma, Bart) keep the factor under this name.
 EMBEDDING_SCALE = "embed_scale"
@@ -79,7 +79,7 @@ EXPERT_GRANULARITIES: dict[str, Callable[[Weight], Hashable]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One or more weights that get one format together.
+    """One or more weights, or what one layer caches of past tokens, that get one format together.
 
     Args:
         name: Readable and unique in its model.
@@ -88,6 +88,7 @@ class Unit:
         layer_index: Index of the decoder layer, or None outside of the layers.
         expert_index: Index of the expert, or None.
         kind: Kind of its weights.
+        cache_shape: (heads, head_dim) of what a cache keeps of one token; None for weights. A cache has no weights.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Unit:
     layer_index: int | None
     expert_index: int | None
     kind: UnitKind
+    cache_shape: tuple[int, int] | None = None
 
     @property
     def weight_count(self) -> int:

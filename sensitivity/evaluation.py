@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.apply import FormatsByWeight, KeptRenderings, simulated_formats
+from runtime.apply import KeptRenderings, simulated_formats
+from runtime.cached_attention import simulated_cache, split_cache_formats
 from runtime.rendering import RenderingRule
 
 _GROUP_TOKENS = 512
@@ -37,7 +38,7 @@ class SequenceScores:
 @torch.no_grad()
 def score_assignments(
     model: Any,
-    assignments: Mapping[str, FormatsByWeight],
+    assignments: Mapping[str, Mapping[str, str]],
     tokens: Tensor,
     *,
     quantizer: RenderingRule = "rtn",
@@ -47,7 +48,8 @@ def score_assignments(
 
     Args:
         model: The reference model.
-        assignments: Name -> weight name -> format name; an empty mapping is the reference itself.
+        assignments: Name -> name of a weight or cache -> format name; an empty mapping is the reference itself.
+            With a quantized cache every token sees the others before it as in decoding.
         tokens: [S, T] int64 held-out text.
         quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         progress: Called with (passes done, passes in all).
@@ -60,7 +62,11 @@ def score_assignments(
         batch = tokens[start : start + group]
         reference = _log_probabilities(model, batch)
         for name, formats in assignments.items():
-            with simulated_formats(model, formats, quantizer=quantizer, kept=kept):
+            weights, caches = split_cache_formats(formats)
+            with (
+                simulated_formats(model, weights, quantizer=quantizer, kept=kept),
+                simulated_cache(model, caches),
+            ):
                 log_q = _log_probabilities(model, batch) if formats else reference
             parts[name].append((_kl(reference, log_q), _nll(log_q, batch)))
             progress(sum(map(len, parts.values())), total)

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from runtime.cache_formats import CacheLoad, find_cache_formats
 from runtime.candidates import Candidates
 from runtime.files import atomic_directory, check_replaceable, write_text
-from runtime.formats import find_formats
+from runtime.formats import Format, find_formats
 from runtime.units import Unit, Weight
 from sensitivity.experts.routing import RoutingStatistics
 from sensitivity.prediction.prediction_fit import PredictionFit
@@ -47,6 +48,19 @@ class LossTable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheLosses:
+    """What was measured of the caches of a model.
+
+    Args:
+        candidates: Cache units, formats, allowed pairs.
+        table: Measured KL of each pair, in nats per token.
+    """
+
+    candidates: Candidates
+    table: LossTable
+
+
+@dataclass(frozen=True, kw_only=True)
 class SensitivityProfile:
     """Losses of every candidate by every metric, with what is needed to price and to verify a plan.
 
@@ -66,6 +80,9 @@ class SensitivityProfile:
         expert_share: Experts a token visits / experts of a layer; 1 without experts.
         routing: How often each expert is taken on the calibration text, or None without experts.
         provenance: Names and fingerprints of what the profile was measured from.
+        cache: What was measured of the caches, or None where no formats of theirs were asked for.
+        cache_load: How full the caches among the candidates are (``sensitivity.cache_losses.join_cache``); None in a
+            profile as it is measured, whose candidates are weights alone.
     """
 
     candidates: Candidates
@@ -82,6 +99,8 @@ class SensitivityProfile:
     expert_share: float
     routing: RoutingStatistics | None
     provenance: Mapping[str, str]
+    cache: CacheLosses | None = None
+    cache_load: CacheLoad | None = None
 
     def table(self, metric: str) -> LossTable:
         """Returns the table of a metric.
@@ -109,6 +128,7 @@ def save_profile(profile: SensitivityProfile, directory: Path) -> None:
     Raises:
         ValueError: If the directory holds anything else.
     """
+    assert profile.cache_load is None, "what is saved is what was measured"
     check_profile_place(directory)
     arrays: dict[str, NDArray[Any]] = {
         "allowed": profile.candidates.allowed,
@@ -127,11 +147,15 @@ def save_profile(profile: SensitivityProfile, directory: Path) -> None:
         arrays["logit_gram"] = profile.logit_gram
     if profile.routing is not None:
         arrays |= {f"routing.{name}": getattr(profile.routing, name) for name in _ROUTING_ARRAYS}
+    if profile.cache is not None:
+        arrays |= {
+            "cache.allowed": profile.cache.candidates.allowed,
+            "cache.loss": profile.cache.table.loss,
+            "cache.std_error": profile.cache.table.std_error,
+        }
     document = {
         "schema_version": SCHEMA_VERSION,
-        "units": [dataclasses.asdict(unit) for unit in profile.candidates.units],
-        "formats": [f.name for f in profile.candidates.formats],
-        "reasons": [[u, f, reason] for (u, f), reason in profile.candidates.reasons.items()],
+        **_candidate_record(profile.candidates),
         "metrics": {name: table.unit_of_measure for name, table in profile.losses.items()},
         "prediction_fits": {metric: dataclasses.asdict(fit) for metric, fit in profile.prediction_fits.items()},
         "fixed_bytes": profile.fixed_bytes,
@@ -140,6 +164,7 @@ def save_profile(profile: SensitivityProfile, directory: Path) -> None:
         "expert_share": profile.expert_share,
         "routing": profile.routing and {"layers": profile.routing.layers, "domains": profile.routing.domains},
         "provenance": dict(profile.provenance),
+        **({} if profile.cache is None else {"cache": _candidate_record(profile.cache.candidates)}),
     }
     with atomic_directory(directory) as temporary:
         save_file(
@@ -196,13 +221,25 @@ def fingerprint_of(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _profile(document: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> SensitivityProfile:
-    candidates = Candidates(
-        units=tuple(_unit(record) for record in document["units"]),
-        formats=find_formats(document["formats"]),
-        allowed=arrays["allowed"],
-        reasons={(u, f): reason for u, f, reason in document["reasons"]},
+def _candidate_record(candidates: Candidates) -> dict[str, Any]:
+    return {
+        "units": [dataclasses.asdict(unit) for unit in candidates.units],
+        "formats": [f.name for f in candidates.formats],
+        "reasons": [[u, f, reason] for (u, f), reason in candidates.reasons.items()],
+    }
+
+
+def _candidates(record: dict[str, Any], formats: tuple[Format, ...], allowed: NDArray[np.bool_]) -> Candidates:
+    return Candidates(
+        units=tuple(_unit(unit) for unit in record["units"]),
+        formats=formats,
+        allowed=allowed,
+        reasons={(u, f): reason for u, f, reason in record["reasons"]},
     )
+
+
+def _profile(document: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> SensitivityProfile:
+    candidates = _candidates(document, find_formats(document["formats"]), arrays["allowed"])
     losses = {
         name: LossTable(
             loss=arrays[f"loss.{name}"],
@@ -233,7 +270,16 @@ def _profile(document: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Se
         expert_share=document["expert_share"],
         routing=_routing(document["routing"], arrays),
         provenance=document["provenance"],
+        cache=_cache(document.get("cache"), arrays),
     )
+
+
+def _cache(record: dict[str, Any] | None, arrays: Mapping[str, NDArray[Any]]) -> CacheLosses | None:
+    if record is None:
+        return None
+    table = LossTable(loss=arrays["cache.loss"], std_error=arrays["cache.std_error"], unit_of_measure=NATS)
+    candidates = _candidates(record, find_cache_formats(record["formats"]), arrays["cache.allowed"])
+    return CacheLosses(candidates=candidates, table=table)
 
 
 def _routing(names: dict[str, Any] | None, arrays: Mapping[str, NDArray[Any]]) -> RoutingStatistics | None:
@@ -251,4 +297,5 @@ def _unit(record: dict[str, Any]) -> Unit:
         Weight(**{**weight, "shape": tuple(weight["shape"]), "aliases": tuple(weight["aliases"])})
         for weight in record["weights"]
     )
-    return Unit(**{**record, "weights": weights})
+    shape = record.get("cache_shape")
+    return Unit(**{**record, "weights": weights, "cache_shape": shape and tuple(shape)})

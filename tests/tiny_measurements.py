@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator.budget import Budget
 from allocator.measuring import MeasureRequest
 from sensitivity.measure_config import MeasureConfig
 from sensitivity.profile import LossTable, SensitivityProfile
@@ -31,6 +32,11 @@ FLAGS = (
     *("--fit-plans", "6", "--fit-sequences", "2"),
     *("--held-out-sequences", "4", "--held-out-tokens", "24"),
 )
+
+# Heads of 16 numbers take whole-head formats only.
+CACHE_FORMATS = ("int2_channel", "int4_channel", "int8_channel", "bf16")
+CONTEXT, BATCH = 96, 4
+CACHE_BUDGET = Budget(memory_bytes=150_000, context=CONTEXT, batch=BATCH)
 
 
 def make_request(text: Path, **changes: Any) -> MeasureRequest:

@@ -86,11 +86,12 @@ def _build(model_class: Callable[..., PreTrainedModel], config: object, seed: in
 
 
 def build_tiny_llama(
-    *, tied: bool = False, key_value_heads: int = 2, attention_bias: bool = False, seed: int = 0
+    *, tied: bool = False, key_value_heads: int = 2, head_dim: int = 16, attention_bias: bool = False, seed: int = 0
 ) -> LlamaForCausalLM:
     """Returns a dense decoder; with `tied`, embedding and lm_head are one parameter."""
     config = LlamaConfig(
         **{**_SIZES, "num_key_value_heads": key_value_heads},
+        head_dim=head_dim,
         intermediate_size=128,
         tie_word_embeddings=tied,
         attention_bias=attention_bias,

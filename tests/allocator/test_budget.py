@@ -62,6 +62,9 @@ def test_limits_that_are_none(texts: list[str], message: str) -> None:
         ({"bits_per_weight": math.nan}, r"positive and finite: got bits_per_weight=nan"),
         ({"memory_bytes": math.inf}, r"positive and finite: got memory_bytes=inf"),
         ({"max_kl": 1, "limits": {"read_bytes": 0.0}}, r"positive and finite: got read_bytes=0"),
+        ({"max_kl": 1, "context": 0}, r"a context must be at least 1 token: got context=0"),
+        ({"bits_per_weight": 4, "context": 9}, r"limits bytes or KL: got context=9 and bits_per_weight"),
+        ({"max_kl": 1, "limits": {"latency_us": 3}, "context": 9}, r"got context=9 and latency_us, which says nothing"),
         ({"max_kl": 1, "limits": {"joules": 3.0}}, r"known resources: got \['joules'\].*memory_bytes, read_bytes"),
     ],
 )
@@ -76,6 +79,7 @@ def test_budgets_that_cannot_be(fields: dict[str, Any], message: str) -> None:
         ({"memory_bytes": 70 * 2**20}, "memory <= 70.00 MiB"),
         ({"bits_per_weight": 3.5, "limits": {"latency_us": 900}}, "bits per weight <= 3.5, latency_us <= 900"),
         ({"max_kl": 0.05}, "KL <= 0.05 nats per token"),
+        ({"max_kl": 0.05, "context": 2048, "batch": 8}, "KL <= 0.05 nats per token, context 2048 tokens, batch 8"),
     ],
 )
 def test_description(fields: dict[str, Any], text: str) -> None:

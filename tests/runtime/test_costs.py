@@ -7,6 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from runtime.apply import pack_weight
+from runtime.cache_formats import CacheLoad
+from runtime.cache_units import find_cache_units, list_cache_candidates
 from runtime.candidates import Candidates, list_candidates
 from runtime.costs import memory_cost, read_cost, unit_bytes
 from runtime.units import find_units, read_weight
@@ -127,3 +129,15 @@ def test_reads_that_cannot_be_are_refused(options: dict[str, Any], message: str)
     candidates = list_candidates(find_units(build_tiny_mixtral()), NAMES)
     with pytest.raises(ValueError, match=message):
         read_cost(candidates, 0, **options)
+
+
+def test_a_cache_costs_its_rows_and_a_step_reads_them_all() -> None:
+    candidates = list_cache_candidates(
+        find_cache_units(build_tiny_llama(head_dim=32)), ("int3_channel", "int4_g32", "bf16")
+    )
+    # 2 heads of 32 numbers: 12 + 2 + 1 bytes a row at 3 bits, 16 + 2 + 1 at 4 (half a byte of zero point, padded), 64.
+    rows = np.tile([2 * 15.0, 2 * 19.0, 2 * 64.0], (4, 1))
+    memory = memory_cost(candidates, 100, load=CacheLoad(context=7, batch=3))
+    assert np.array_equal(memory.cost, 21 * rows)
+    assert memory.fixed == 100
+    assert np.array_equal(read_cost(candidates, 0, batch_tokens=3, load=CacheLoad(context=7, batch=3)).cost, 21 * rows)

@@ -1,0 +1,165 @@
+"""Packed keys or values of past tokens, token by token or in blocks of tokens. They grow by tokens.
+
+Buffers are those of ``PackedWeight``, a token's or a block's rows together, so that bytes held are bytes priced
+(``cache_formats.cache_bytes``) and what comes back is what the format renders.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from runtime.apply import pack_weight
+from runtime.cache_formats import TokenBlockFormat
+from runtime.formats import Format
+from runtime.packed import PackedWeight
+
+
+def make_packed_states(format_: Format) -> "PackedStates":
+    """Returns an empty store of states in a cache format."""
+    if isinstance(format_, TokenBlockFormat):
+        return PackedTokenBlocks(format_.row_format, format_.token_block)
+    return PackedTokens(format_)
+
+
+class PackedStates(ABC):
+    """States of past tokens of all sequences."""
+
+    @property
+    @abstractmethod
+    def token_count(self) -> int:
+        """Tokens held for each sequence."""
+
+    @property
+    @abstractmethod
+    def stored_bytes(self) -> int:
+        """Bytes held."""
+
+    @abstractmethod
+    def append(self, states: Tensor) -> None:
+        """Keeps the states [batch, heads, tokens, head_dim] of further tokens.
+
+        Raises:
+            ValueError: If a state is outside the range of the format.
+        """
+
+    @abstractmethod
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """Returns the states [batch, heads, tokens, head_dim] as they come back."""
+
+    @abstractmethod
+    def select(self, sequences: Tensor) -> None:
+        """Keeps these sequences of the batch, in this order; one may come several times."""
+
+    @abstractmethod
+    def truncate(self, token_count: int) -> None:
+        """Keeps the first tokens."""
+
+
+class PackedTokens(PackedStates):
+    """Every last axis of the states is a row of its own; the third axis grows.
+
+    Args:
+        format_: The format of every row.
+    """
+
+    def __init__(self, format_: Format) -> None:
+        self._format = format_
+        # Buffer of ``PackedWeight`` -> [tokens, batch, heads, ...], its rows in that order.
+        self._buffers: dict[str, Tensor] = {}
+        self._row_length = 0
+
+    @property
+    def token_count(self) -> int:
+        return next((len(buffer) for buffer in self._buffers.values()), 0)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
+
+    def append(self, states: Tensor) -> None:
+        batch, heads, tokens, self._row_length = states.shape
+        rows = states.permute(2, 0, 1, 3).reshape(-1, self._row_length)
+        for name, buffer in pack_weight(rows, self._format).named_buffers():
+            new = buffer.view(tokens, batch, heads, -1)
+            self._buffers[name] = torch.cat([self._buffers[name], new]) if name in self._buffers else new
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        tokens, batch, heads, _ = next(iter(self._buffers.values())).shape
+        packed = PackedWeight(self._format, (tokens * batch * heads, self._row_length))
+        packed.load_state_dict({name: b.flatten(0, 2) for name, b in self._buffers.items()}, assign=True)
+        rows: Tensor = packed()
+        return rows.view(tokens, batch, heads, self._row_length).permute(1, 2, 0, 3).to(dtype)
+
+    def select(self, sequences: Tensor) -> None:
+        self._buffers = {name: b.index_select(1, sequences.to(b.device)) for name, b in self._buffers.items()}
+
+    def truncate(self, token_count: int) -> None:
+        # Copied: a view would keep the memory of the rest.
+        self._buffers = {name: b[:token_count].clone() for name, b in self._buffers.items() if token_count}
+
+
+class PackedTokenBlocks(PackedStates):
+    """Every channel of a block of tokens is a row; tokens wait in float16 until their block is complete.
+
+    Args:
+        row_format: The format of a row.
+        token_block: Tokens of a block.
+    """
+
+    def __init__(self, row_format: Format, token_block: int) -> None:
+        self._length = token_block
+        # A block takes the place of a token, its [head_dim, token_block] numbers that of more heads.
+        self._blocks = PackedTokens(row_format)
+        self._recent: Tensor | None = None  # [batch, heads, less than a block, head_dim] float16
+
+    @property
+    def token_count(self) -> int:
+        recent = 0 if self._recent is None else self._recent.shape[2]
+        return self._blocks.token_count * self._length + recent
+
+    @property
+    def stored_bytes(self) -> int:
+        recent = 0 if self._recent is None else self._recent.numel() * self._recent.element_size()
+        return self._blocks.stored_bytes + recent
+
+    def append(self, states: Tensor) -> None:
+        new = states.to(torch.float16)
+        if not bool(torch.isfinite(new).all()):
+            msg = (
+                f"cached states must be finite in float16: got a largest one of {states.abs().max().item():g}. Use a "
+                "format without token blocks, or bf16."
+            )
+            raise ValueError(msg)
+        waiting = new if self._recent is None else torch.cat([self._recent, new], dim=2)
+        whole = waiting.shape[2] // self._length * self._length
+        if whole:
+            batch, heads, _, head_dim = waiting.shape
+            blocks = waiting[:, :, :whole].reshape(batch, heads, -1, self._length, head_dim).transpose(-1, -2)
+            # [batch, heads, blocks, head_dim, block] -> [batch, heads * head_dim, blocks, block]
+            self._blocks.append(blocks.transpose(2, 3).flatten(1, 2).to(torch.float32))
+        self._recent = waiting[:, :, whole:].clone()
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        assert self._recent is not None
+        recent = self._recent.to(dtype)
+        if not self._blocks.token_count:
+            return recent
+        batch, heads, _, head_dim = recent.shape
+        blocks = self._blocks.read(dtype).reshape(batch, heads, head_dim, -1, self._length)
+        # [batch, heads, head_dim, blocks, block] -> [batch, heads, tokens, head_dim]
+        return torch.cat([blocks.flatten(3, 4).transpose(2, 3), recent], dim=2)
+
+    def select(self, sequences: Tensor) -> None:
+        self._blocks.select(sequences)
+        if self._recent is not None:
+            self._recent = self._recent.index_select(0, sequences.to(self._recent.device))
+
+    def truncate(self, token_count: int) -> None:
+        if self._recent is None:
+            return
+        blocks = min(token_count // self._length, self._blocks.token_count)
+        # Tokens of a block that is opened again keep what they have lost.
+        kept = self.read(torch.float32)[:, :, blocks * self._length : token_count]
+        self._blocks.truncate(blocks)
+        self._recent = kept.to(torch.float16)

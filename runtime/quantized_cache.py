@@ -1,0 +1,126 @@
+"""A cache of past keys and values that holds them packed, each layer and each half in a format of its own.
+
+The tokens of the step at hand are read as they are; they are packed when the step adds them, and every later step
+reads them back dequantized (past-only quantization, WKVQuant: Yue et al. 2024, arXiv:2402.12065, section 4.1).
+This is the reference path: all of the past is dequantized at every step.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from runtime.cached_attention import CacheFormats, find_formats_by_module
+from runtime.formats import Format
+from runtime.packed_states import make_packed_states
+
+
+class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer of the cache, as transformers uses it.
+
+    Args:
+        keys: Format of the keys.
+        values: Format of the values.
+    """
+
+    is_croppable = True
+
+    def __init__(self, keys: Format, values: Format) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._formats = (keys, values)
+        self._past = (make_packed_states(keys), make_packed_states(values))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the layer holds."""
+        return sum(half.stored_bytes for half in self._past)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Notes that the layer is in use; nothing is set aside."""
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_options: Any) -> tuple[Tensor, Tensor]:
+        """Returns the keys and values [batch, heads, tokens, head_dim] that this step reads, and keeps its own packed.
+
+        Args:
+            key_states: Keys of the tokens of this step, [batch, heads, tokens, head_dim].
+            value_states: Their values, likewise.
+        """
+        self.lazy_initialization(key_states, value_states)
+        seen = []
+        for half, states in zip(self._past, (key_states, value_states), strict=True):
+            seen.append(torch.cat([half.read(states.dtype), states], dim=-2) if half.token_count else states)
+            half.append(states)
+        return seen[0], seen[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Returns how many tokens a step of ``query_length`` tokens sees, and the first of them."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Returns the tokens held."""
+        return self._past[0].token_count
+
+    def get_max_length(self) -> int:
+        """Returns -1: there is no most."""
+        return -1
+
+    # Its name in the first releases of transformers 5.
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        keys, values = self._formats
+        self._past = (make_packed_states(keys), make_packed_states(values))
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Puts the sequences in another order, some of them several times (beam search)."""
+        for half in self._past:
+            half.select(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens.
+
+        Args:
+            tokens_to_remove: Their number, negative.
+        """
+        for half in self._past:
+            half.truncate(half.token_count - abs(tokens_to_remove))
+
+
+class QuantizedCache(Cache):
+    """The cache of a model, to be given to its ``generate`` or ``forward`` as ``past_key_values``.
+
+    Args:
+        model: The model.
+        formats_by_cache: Cache unit -> format name, for the keys and the values of every layer.
+
+    Raises:
+        ValueError: If a name is no cache of the model, a format is unknown, or a layer is not named.
+    """
+
+    def __init__(self, model: Any, formats_by_cache: Mapping[str, str]) -> None:
+        found = find_formats_by_module(model, formats_by_cache)
+        by_layer: dict[int, CacheFormats] = {
+            int(model.get_submodule(name).layer_idx): formats for name, formats in found.items()
+        }
+        layers: list[Any] = []
+        for layer in range(len(DynamicCache(config=model.config).layers)):
+            formats = by_layer.get(layer, CacheFormats())
+            if formats.keys is None or formats.values is None:
+                msg = (
+                    f"the keys and the values of every layer must have a format: got none for layer {layer} of "
+                    f"{type(model).__name__}. Name them as well (bf16 leaves a cache unquantized)."
+                )
+                raise ValueError(msg)
+            layers.append(QuantizedCacheLayer(formats.keys, formats.values))
+        super().__init__(layers=layers)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the cache holds."""
+        return sum(layer.stored_bytes for layer in self.layers if isinstance(layer, QuantizedCacheLayer))

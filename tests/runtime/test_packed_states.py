@@ -1,0 +1,75 @@
+"""Packed states: back as the format renders them, however they came; and what is dropped has never been there."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from runtime.cache_formats import CACHE_FORMATS, TokenBlockFormat, cache_bytes
+from runtime.formats import Format
+from runtime.packed_states import make_packed_states
+from runtime.rendering import render
+
+NAMES = [
+    name
+    for name, f in CACHE_FORMATS.items()
+    if isinstance(f, TokenBlockFormat) or (f.kind in ("int", "float") and f.fits(32))
+]
+TOKENS = 75
+
+
+def draw_states() -> Tensor:
+    """Returns states [2, 3, 75, 32] that do not lie in one piece."""
+    return torch.randn(2, TOKENS, 3, 32, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
+
+
+def expected(states: Tensor, format_: Format) -> Tensor:
+    """Returns the states as they come back, a row at a time."""
+    if not isinstance(format_, TokenBlockFormat):
+        return torch.stack([render(row[None], format_)[0] for row in states.reshape(-1, 32)]).view(states.shape)
+    back = states.half().float().clone()
+    length = format_.token_block
+    for b, h, block in torch.cartesian_prod(*map(torch.arange, (2, 3, states.shape[2] // length))).tolist():
+        rows = slice(block * length, (block + 1) * length)
+        back[b, h, rows] = render(back[b, h, rows].T, format_.row_format).T
+    return back
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_come_back_as_the_format_renders_them_however_they_came(name: str) -> None:
+    states, format_ = draw_states(), CACHE_FORMATS[name]
+    packed = make_packed_states(format_)
+    assert (packed.token_count, packed.stored_bytes) == (0, 0)
+    for part in states.split([1, 29, 40, 5], dim=2):
+        packed.append(part)
+    assert torch.equal(packed.read(torch.float32), expected(states, format_))
+    assert packed.token_count == TOKENS
+    assert packed.stored_bytes == 2 * cache_bytes(format_, (3, 32), TOKENS)
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "bf16", "int3_t32", "int2_t64"])
+@pytest.mark.parametrize("kept", [0, 1, 32, 64, 70])
+def test_dropped_tokens_take_no_bytes(kept: int, name: str) -> None:
+    packed = make_packed_states(CACHE_FORMATS[name])
+    packed.append(draw_states())
+    before = packed.read(torch.float32)
+    packed.truncate(kept)
+    assert packed.token_count == kept
+    assert packed.stored_bytes == 2 * cache_bytes(CACHE_FORMATS[name], (3, 32), kept)
+    if kept:
+        # What a block that is opened again held goes on in float16.
+        torch.testing.assert_close(packed.read(torch.float32), before[:, :, :kept], rtol=2**-11, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "int3_t32"])
+def test_sequences_change_places(name: str) -> None:
+    packed = make_packed_states(CACHE_FORMATS[name])
+    packed.append(draw_states())
+    before = packed.read(torch.float64)
+    packed.select(torch.tensor([1, 1, 0]))
+    assert torch.equal(packed.read(torch.float64), before[[1, 1, 0]])
+
+
+def test_states_beyond_float16_are_refused() -> None:
+    states = torch.full((1, 1, 2, 4), 7e4)
+    with pytest.raises(ValueError, match="cached states must be finite in float16: got a largest one of 70000"):
+        make_packed_states(CACHE_FORMATS["int4_t32"]).append(states)
