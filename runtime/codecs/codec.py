@@ -37,6 +37,22 @@ def pick(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if rows is None else tensor[rows]
 
 
+def encode_by_rows(
+    weight: Tensor, encode_block: Callable[[Tensor], dict[str, Tensor]], block_weights: int = 1 << 21
+) -> dict[str, Tensor]:
+    """Returns what an encoder of independent rows makes of a weight, block by block to bound the temporaries."""
+    rows = max(1, block_weights // weight.shape[1])
+    parts = [encode_block(weight[start : start + rows]) for start in range(0, len(weight), rows)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def group_importance(importance: Tensor | None, grouped: Tensor) -> Tensor:
+    """Returns the importance of every weight of ``grouped`` [rows, groups, length], ones for None; a view."""
+    if importance is None:
+        return torch.ones(1, device=grouped.device).expand_as(grouped)
+    return importance.view(grouped.shape[1], -1).expand_as(grouped)
+
+
 def check_range(weight: Tensor, format_: Format, largest: float) -> None:
     """Raises ValueError unless all weights are finite and of magnitudes up to ``largest``."""
     limit = min(largest, torch.finfo(torch.float32).max)
