@@ -30,6 +30,18 @@ def test_bytes_are_those_of_the_packed_tensors(format_: Format) -> None:
         ("int3_channel", (1, 5), 5),
         ("int8_g32", (2, 96), 2 * (96 + 6 + 3)),
         ("bf16", (3, 7), 42),
+        # 97 digits five to a byte, and a scale.
+        ("ternary_channel", (3, 97), 3 * (20 + 2)),
+        # Codes, two scales, two selectors of 2 bits; 1 bit.
+        ("bitmod3_g64", (3, 128), 3 * (48 + 4 + 1)),
+        ("intfp8_g64", (3, 128), 3 * (128 + 4 + 1)),
+        # Codes, a scale for each of three planes of each of two groups: two bytes, or an exponent.
+        ("bcq3_g64", (5, 128), 5 * (48 + 12)),
+        ("bcq3_g64_pow2", (5, 128), 5 * (48 + 6)),
+        # Eight bits in three parts, each padded to a byte, and three scales.
+        ("nested8_channel", (2, 97), 2 * (49 + 25 + 25 + 6)),
+        # Two blocks: a sign a weight, factors of rank 3, which is the number of rows.
+        ("bitstack2_r4", (3, 97), 2 * (3 * 13 + 2 * 3 * (3 + 97))),
     ],
 )
 def test_bytes_by_hand(name: str, shape: tuple[int, int], expected_bytes: int) -> None:
