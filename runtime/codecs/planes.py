@@ -27,8 +27,8 @@ from runtime.powers import nearest_exponent, power_of_two
 from runtime.quantizers.grid import LARGEST_SCALE, SMALLEST_SCALE
 from runtime.storage import Format
 
-_ROUNDS = 8
-_CLIPPING = (1.0, 0.7)
+_ROUNDS = 10
+_CLIPPING = (1.0, 0.85, 0.7)
 # Holds the scales where planes do not tell them apart, relative to the mean of the diagonal.
 _DAMPING = 1e-6
 
