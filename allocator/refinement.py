@@ -18,15 +18,16 @@ EvoPress (Sieberling et al. 2024, arXiv:2410.14649), which searches by mutation,
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from allocator.assignments import Assignment, pick
+from allocator.assignments import Assignment
 from allocator.budget import Budget
+from allocator.improvement import PassCount, check_lowers_loss, make_improved
 from allocator.problems import build_problem, resolve_limits
 from allocator.progress import Progress
 from allocator.renderings import rendering_of
@@ -35,7 +36,7 @@ from allocator.verification import score_cached
 from runtime.costs import CostTable
 from sensitivity.profile import SensitivityProfile, fingerprint_of
 from sensitivity.sketches.plan_slope import measure_plan_slope
-from solvers import SolveParams, Termination, TrustRegion, solve
+from solvers import SolveParams, TrustRegion, solve
 
 MOST_CHANGES = (4, 8, 16, 32)
 ACCEPTANCE_SHARE = 0.125  # of the calibration sequences, at least two
@@ -64,6 +65,7 @@ class Refinement:
         progress: Called with (stage, done, total).
         load_model: Gives the reference model.
         rounds: The most rounds.
+        count: Counts the passes.
     """
 
     profile: SensitivityProfile
@@ -73,6 +75,7 @@ class Refinement:
     progress: Progress
     load_model: Callable[[], Any]
     rounds: int
+    count: PassCount = field(default_factory=PassCount)
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -81,12 +84,7 @@ class Refinement:
         if self.profile.fisher_sketch is None:
             msg = "refinement needs the Fisher sketch: the profile holds none. Measure with the metric 'fisher'."
             raise ValueError(msg)
-        if self.budget.max_kl is not None:
-            msg = (
-                f"refinement lowers the loss under limits: got '{self.budget.describe()}', a ceiling on the loss. Give "
-                "the memory that the plan for this ceiling needs, and refine under that."
-            )
-            raise ValueError(msg)
+        check_lowers_loss(self.budget, "refinement")
 
     def run(self, start: Assignment) -> Assignment:
         """Returns the refined assignment, or the start itself where no round found a better one."""
@@ -111,7 +109,7 @@ class Refinement:
                 break
         if choice is start.choice:
             return start
-        return replace(self._certify(start, choice), name=f"{start.name}, refined")
+        return make_improved(self.profile, self.tables, start, choice, how="refined")
 
     def _slope(self, choice: NDArray[np.int64], tokens: NDArray[np.int64], round_index: int) -> FloatArray:
         key = fingerprint_of(
@@ -123,6 +121,7 @@ class Refinement:
                 "tokens": fingerprint_of({"tokens": tokens.tolist()}),
             }
         )
+        self.count.add_slope(len(tokens))
         found = self.store.find_evaluation(key)
         if found is None:
             stage = f"refine, round {round_index + 1} of {self.rounds}"
@@ -165,24 +164,11 @@ class Refinement:
             )
             for i, choice in enumerate(choices)
         }
+        self.count.add_scores(len(choices), len(tokens))
         scores = score_cached(
             self.profile, named, tokens, load_model=self.load_model, store=self.store, progress=self.progress
         )
         return [float(scores[name].kl.mean()) for name in named]
-
-    def _certify(self, start: Assignment, choice: NDArray[np.int64]) -> Assignment:
-        """Returns the assignment with the additive optimum's bound, where the start has one."""
-        if start.result is None:
-            return replace(start, kind="plan", choice=choice)
-        additive = float(pick(self.profile.table(start.metric).loss, choice).sum())
-        result = replace(
-            start.result,
-            choice=choice,
-            objective=additive,
-            termination=Termination.FEASIBLE,
-            detail=f"{start.result.detail}; then refined by measurement, away from the additive optimum",
-        )
-        return replace(start, choice=choice, result=result)
 
 
 def limit_norms(slope: FloatArray) -> FloatArray:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from runtime.files import atomic_path
 from runtime.formats import FORMATS
 from runtime.packed import PackedWeight
+from runtime.residency import InMemory, Residency
 from runtime.units import list_weights
 
 CHECKPOINT_FILE = "model.safetensors"
@@ -56,19 +57,21 @@ def exact_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def rest_bytes(model: nn.Module, *, routers: bool = False) -> int:
-    """Returns the bytes of everything in the reference model that takes no format; routers may be asked to."""
+def rest_bytes(model: nn.Module, *, routers: bool = False, residency: Residency | None = None) -> int:
+    """Returns the bytes of everything in the reference model that takes no format; routers may be asked to.
+
+    Args:
+        model: The reference model.
+        routers: Whether routers take formats.
+        residency: Brings the weights into memory: what type is exact depends on the values.
+    """
     quantizable = {weight.parameter for weight in list_weights(model, routers=routers).values()}
-    return sum(
-        tensor.numel() * exact_dtype(tensor).itemsize
-        for name, tensor in _distinct_tensors(model).items()
-        if name not in quantizable
-    )
+    return sum(size for name, size in _exact_bytes(model, residency).items() if name not in quantizable)
 
 
-def reference_bytes(model: nn.Module) -> int:
+def reference_bytes(model: nn.Module, *, residency: Residency | None = None) -> int:
     """Returns the bytes of the whole reference model, each tensor in its narrowest exact type."""
-    return sum(tensor.numel() * exact_dtype(tensor).itemsize for tensor in _distinct_tensors(model).values())
+    return sum(_exact_bytes(model, residency).values())
 
 
 def header_reserve_bytes(model: nn.Module, *, routers: bool = False) -> int:
@@ -92,9 +95,9 @@ def header_reserve_bytes(model: nn.Module, *, routers: bool = False) -> int:
     return -(-total // 8) * 8
 
 
-def fixed_bytes(model: nn.Module, *, routers: bool = False) -> int:
+def fixed_bytes(model: nn.Module, *, routers: bool = False, residency: Residency | None = None) -> int:
     """Returns the bytes of a packed file that no choice of formats changes: the rest and the header reserve."""
-    return rest_bytes(model, routers=routers) + header_reserve_bytes(model, routers=routers)
+    return rest_bytes(model, routers=routers, residency=residency) + header_reserve_bytes(model, routers=routers)
 
 
 def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, str], *, header_bytes: int) -> int:
@@ -160,6 +163,18 @@ def _open(path: Path) -> safe_open:
     except SafetensorError as error:
         msg = f"a checkpoint must be a complete safetensors file: got '{path}' ({error}). Write or fetch it again."
         raise ValueError(msg) from error
+
+
+def _exact_bytes(model: nn.Module, residency: Residency | None) -> dict[str, int]:
+    """Returns name -> bytes of every distinct tensor in its narrowest exact type."""
+    residency = residency or InMemory()
+    found: dict[str, int] = {}
+    for block in residency.blocks:
+        with residency.resident(block):
+            for name, tensor in _distinct_tensors(model).items():
+                if name not in found and tensor.device.type != "meta":
+                    found[name] = tensor.numel() * exact_dtype(tensor).itemsize
+    return found
 
 
 def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:

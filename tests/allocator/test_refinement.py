@@ -125,7 +125,9 @@ def test_what_cannot_be_refined_is_refused(
 
 
 def test_refinement_without_verification_is_refused(tiny_profile: SensitivityProfile) -> None:
-    with pytest.raises(ValueError, match="refinement measures: got refine=1 without verification"):
+    with pytest.raises(
+        ValueError, match="refinement and evolution measure: got refine=1, evolve=0 without verification"
+    ):
         allocator.plan(tiny_profile, BUDGET, verify=False, refine=1)
 
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from runtime.apply import apply_formats_, check_formats_by_weight, install_empty_formats_, simulated_formats
+from runtime.apply import (
+    KeptRenderings,
+    apply_formats_,
+    check_formats_by_weight,
+    install_empty_formats_,
+    simulated_formats,
+)
 from runtime.packed import PackedExperts, QuantizedEmbedding, QuantizedLinear
 from runtime.units import list_weights
 from tests.runtime.format_mixes import MODELS, TOKENS, compute_logits, draw_formats, round_parameters_
@@ -71,6 +77,25 @@ def test_simulation_restores_the_model(name: str) -> None:
     assert_same_state(model, before)
     assert [p.data_ptr() for p in model.parameters()] == pointers
     assert model.config._experts_implementation == implementation
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_kept_renderings_give_what_is_rendered_anew(name: str) -> None:
+    model = MODELS[name]()
+    before = copy_state(model)
+    kept: KeptRenderings = {}
+    first, second = draw_formats(model, 1), draw_formats(model, 2)
+    half = {weight: (first if i % 2 else second)[weight] for i, weight in enumerate(first)}
+    for formats in (first, half, {}, dict(list(second.items())[:3]), first):
+        with simulated_formats(model, formats):
+            expected = copy_state(model)
+        held = {weight: rendered for weight, (_, rendered) in kept.items()}
+        with simulated_formats(model, formats, kept=kept):
+            assert_same_state(model, expected)
+        assert_same_state(model, before)
+        same = [w for w in held if kept[w][0] == formats.get(w) and kept[w][1] is held[w]]
+        assert formats is not half or same
+    assert not any(weight.expert_index is not None for n, weight in list_weights(model).items() if n in kept)
 
 
 class Interruption(Exception):
