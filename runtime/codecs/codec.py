@@ -38,7 +38,7 @@ def pick(tensor: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def encode_by_rows(
-    weight: Tensor, encode_block: Callable[[Tensor], dict[str, Tensor]], block_weights: int = 1 << 21
+    weight: Tensor, encode_block: Callable[[Tensor], dict[str, Tensor]], block_weights: int = 1 << 18
 ) -> dict[str, Tensor]:
     """Returns what an encoder of independent rows makes of a weight, block by block to bound the temporaries."""
     rows = max(1, block_weights // weight.shape[1])

@@ -115,19 +115,25 @@ def _levels(scale: Tensor, format_: Format) -> Tensor:
 def _nearest_codes(grouped: Tensor, levels: Tensor) -> Tensor:
     ordered, codes = levels.sort(dim=-1)
     middles = (ordered[..., 1:] + ordered[..., :-1]) / 2
-    places = torch.searchsorted(middles.contiguous(), grouped.contiguous())
-    return codes.gather(-1, places).to(torch.uint8)
+    # Up to fifteen comparisons of whole tensors are faster than a search for each number.
+    places = torch.zeros(grouped.shape, dtype=torch.uint8, device=grouped.device)
+    for k in range(middles.shape[-1]):
+        places += grouped > middles[..., k : k + 1]
+    return codes.to(torch.uint8).gather(-1, places.to(torch.int64))
 
 
 def _refit_scale(grouped: Tensor, h: Tensor, scale: Tensor, codes: Tensor, format_: Format) -> Tensor:
     """Returns the scales of least weighted error for the planes of the codes, near ``scale`` where these are many."""
-    planes = _plane_values(format_, grouped.device)[codes.to(torch.int64)]
-    weighted = (planes * h.unsqueeze(-1)).transpose(-1, -2)
-    left = grouped.unsqueeze(-1) - planes @ scale.unsqueeze(-1)
-    gram, moment = (weighted @ planes).double(), (weighted @ left).double()
+    shifts = torch.arange(format_.bits, dtype=torch.uint8, device=codes.device).unsqueeze(-1)
+    planes = (codes.unsqueeze(-2) >> shifts).bitwise_and_(1).to(torch.float32)
+    if format_.element != "zero_one":
+        planes.mul_(2.0).sub_(1.0)
+    left = grouped.unsqueeze(-2) - scale.unsqueeze(-2) @ planes
+    weighted = (planes * h.unsqueeze(-2)).transpose(-1, -2)
+    gram, moment = (planes @ weighted).double(), (left @ weighted).double()
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     damped = gram + _DAMPING * torch.where(mean > 0, mean, 1.0) * torch.eye(format_.bits, dtype=gram.dtype)
-    step: Tensor = torch.linalg.solve(damped, moment).squeeze(-1)
+    step: Tensor = torch.linalg.solve(damped, moment.transpose(-1, -2)).squeeze(-1)
     return scale + step.to(torch.float32)
 
 
