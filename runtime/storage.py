@@ -238,16 +238,16 @@ def _lay_out_nested(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
 def _lay_out_residual_blocks(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
     blocks, rank = format_.bits, min(format_.rank, *shape)
     return (
-        StoredTensor("signs", (blocks, shape[0], packed_row_bytes(shape[1], 1)), "uint8"),
+        StoredTensor("codes", (blocks, shape[0], packed_row_bytes(shape[1], 1)), "uint8"),
         StoredTensor("left", (blocks, shape[0], rank), "float16"),
         StoredTensor("right", (blocks, rank, shape[1]), "float16"),
     )
 
 
-def _lay_out_part(prefix: str, part: Format, shape: Shape) -> tuple[StoredTensor, ...]:
+def _lay_out_part(part_name: str, part: Format, shape: Shape) -> tuple[StoredTensor, ...]:
     if shape[1] == 0:
         return ()
-    return tuple(StoredTensor(f"{prefix}_{t.name}", t.shape, t.dtype) for t in part.stored_tensors(shape))
+    return tuple(StoredTensor(f"{t.name}_{part_name}", t.shape, t.dtype) for t in part.stored_tensors(shape))
 
 
 def _lay_out_column_mixture(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:

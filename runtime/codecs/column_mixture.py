@@ -42,9 +42,9 @@ def encode_column_mixture(weight: Tensor, format_: Format, importance: Tensor | 
     h = torch.ones(weight.shape[1]) if importance is None else importance
     mask = _choose_columns(weight, format_, h)
     tensors = {"mask": pack_codes(mask.to(torch.uint8).unsqueeze(0), 1)[0]} if bool(mask.any()) else {}
-    for prefix, part, columns in _list_parts(format_, mask):
+    for part_name, part, columns in _list_parts(format_, mask):
         encoded = PART_CODECS[part.kind].encode(weight[:, columns], part, h[columns])
-        tensors.update({f"{prefix}_{name}": tensor for name, tensor in encoded.items()})
+        tensors.update({f"{name}_{part_name}": tensor for name, tensor in encoded.items()})
     return tensors
 
 
@@ -53,10 +53,10 @@ def decode_column_mixture(
 ) -> Tensor:
     """Returns the columns of both parts in their places."""
     count = shape[0] if rows is None else len(rows)
-    whole = torch.empty((count, shape[1]), device=tensors["narrow_codes"].device)
-    for prefix, part, columns in _list_parts(format_, read_column_mask(tensors, shape)):
+    whole = torch.empty((count, shape[1]), device=tensors["codes_narrow"].device)
+    for part_name, part, columns in _list_parts(format_, read_column_mask(tensors, shape)):
         part_shape = (shape[0], len(columns))
-        whole[:, columns] = PART_CODECS[part.kind].decode(part_of(tensors, prefix), part, part_shape, rows)
+        whole[:, columns] = PART_CODECS[part.kind].decode(part_of(tensors, part_name), part, part_shape, rows)
     return whole
 
 
@@ -65,24 +65,24 @@ def column_mixture_codes(
 ) -> Tensor:
     """Returns the codes as uint8, each of the width of its column."""
     count = shape[0] if rows is None else len(rows)
-    whole = torch.empty((count, shape[1]), dtype=torch.uint8, device=tensors["narrow_codes"].device)
-    for prefix, part, columns in _list_parts(format_, read_column_mask(tensors, shape)):
+    whole = torch.empty((count, shape[1]), dtype=torch.uint8, device=tensors["codes_narrow"].device)
+    for part_name, part, columns in _list_parts(format_, read_column_mask(tensors, shape)):
         part_shape = (shape[0], len(columns))
-        whole[:, columns] = PART_CODECS[part.kind].codes(part_of(tensors, prefix), part, part_shape, rows)
+        whole[:, columns] = PART_CODECS[part.kind].codes(part_of(tensors, part_name), part, part_shape, rows)
     return whole
 
 
 def read_column_mask(tensors: StoredTensors, shape: tuple[int, int]) -> Tensor:
     """Returns which columns are wide, [in_features] bool; none where the weight has too few to have a wide one."""
     if "mask" not in tensors:
-        return torch.zeros(shape[1], dtype=torch.bool, device=tensors["narrow_codes"].device)
+        return torch.zeros(shape[1], dtype=torch.bool, device=tensors["codes_narrow"].device)
     return unpack_codes(tensors["mask"].unsqueeze(0), 1, shape[1])[0].bool()
 
 
-def part_of(tensors: StoredTensors, prefix: str) -> dict[str, Tensor]:
-    """Returns the tensors of one part, by the names of its own format."""
-    start = f"{prefix}_"
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+def part_of(tensors: StoredTensors, part_name: str) -> dict[str, Tensor]:
+    """Returns the tensors of the part called ``wide`` or ``narrow``, by the names of its own format."""
+    end = f"_{part_name}"
+    return {name.removesuffix(end): tensor for name, tensor in tensors.items() if name.endswith(end)}
 
 
 def mixture_of(format_: Format) -> Mixture:
@@ -92,7 +92,7 @@ def mixture_of(format_: Format) -> Mixture:
 
 
 def _list_parts(format_: Format, mask: Tensor) -> list[tuple[str, Format, Tensor]]:
-    """Returns prefix, format and columns of the parts that are there."""
+    """Returns name, format and columns of the parts that are there."""
     mixture = mixture_of(format_)
     parts = (("wide", mixture.wide, mask.nonzero()[:, 0]), ("narrow", mixture.narrow, (~mask).nonzero()[:, 0]))
     return [part for part in parts if len(part[2])]

@@ -47,12 +47,12 @@ def encode_group_mixture(weight: Tensor, format_: Format, importance: Tensor | N
         narrow = INTEGER.encode(inliers, mixture.narrow, h)
         tensors["outlier_index"] = torch.stack([index & 0xFF, index >> 8], dim=-1).to(torch.uint8)
         tensors["outlier"] = weight.gather(1, index).to(torch.float16)
-    for prefix, part, encoded, chosen in zip(
+    for part_name, part, encoded, chosen in zip(
         ("wide", "narrow"), (mixture.wide, mixture.narrow), (wide, narrow), places, strict=True
     ):
         if chosen.shape[1]:
             taken = _take_groups(encoded, part, chosen, groups)
-            tensors.update({f"{prefix}_{name}": tensor for name, tensor in taken.items()})
+            tensors.update({f"{name}_{part_name}": tensor for name, tensor in taken.items()})
     return tensors
 
 
@@ -93,10 +93,10 @@ def _join_groups(
     places = _places(mask, torch.arange(shape[0], device=device) if rows is None else rows)
     length = shape[1] // groups
     whole = torch.empty((len(places[0]), groups, length), dtype=dtype, device=device)
-    for prefix, part, chosen in zip(("wide", "narrow"), (mixture.wide, mixture.narrow), places, strict=True):
+    for part_name, part, chosen in zip(("wide", "narrow"), (mixture.wide, mixture.narrow), places, strict=True):
         if chosen.shape[1]:
             read = INTEGER.codes if dtype == torch.uint8 else INTEGER.decode
-            values = read(part_of(tensors, prefix), part, (shape[0], chosen.shape[1] * length), rows)
+            values = read(part_of(tensors, part_name), part, (shape[0], chosen.shape[1] * length), rows)
             index = chosen.unsqueeze(-1).expand(-1, -1, length)
             whole.scatter_(1, index, values.reshape(index.shape))
     return whole.flatten(1)

@@ -41,7 +41,7 @@ def encode_residual_blocks(weight: Tensor, format_: Format, importance: Tensor |
         left.append(U)
         right.append(V)
         residual = residual - _signed(positive, _product(U, V))
-    return {"signs": torch.stack(signs), "left": torch.stack(left), "right": torch.stack(right)}
+    return {"codes": torch.stack(signs), "left": torch.stack(left), "right": torch.stack(right)}
 
 
 def decode_residual_blocks(
@@ -67,7 +67,7 @@ def read_blocks(tensors: StoredTensors, shape: tuple[int, int], blocks: int, row
     Raises:
         ValueError: If there are not as many blocks.
     """
-    stored = len(tensors["signs"])
+    stored = len(tensors["codes"])
     if not 1 <= blocks <= stored:
         msg = f"blocks must be between 1 and those that are stored: got blocks={blocks}, stored={stored}. Read fewer."
         raise ValueError(msg)
@@ -82,7 +82,7 @@ def read_blocks(tensors: StoredTensors, shape: tuple[int, int], blocks: int, row
 
 
 def _read_signs(tensors: StoredTensors, shape: tuple[int, int], block: int, rows: Tensor | None) -> Tensor:
-    signs = tensors["signs"][block]
+    signs = tensors["codes"][block]
     return unpack_codes(signs if rows is None else signs[rows], 1, shape[1])
 
 

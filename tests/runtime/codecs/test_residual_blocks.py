@@ -74,7 +74,7 @@ def test_first_signs_are_those_of_the_weight() -> None:
     tensors, format_ = encode(weight, "bitstack3_r4"), FORMATS["bitstack3_r4"]
     codes = residual_block_codes(tensors, format_, shape)
     assert torch.equal((codes & 1).bool(), weight >= 0)
-    assert torch.equal(codes >> 2, unpack_codes(tensors["signs"][2], 1, 97))
+    assert torch.equal(codes >> 2, unpack_codes(tensors["codes"][2], 1, 97))
     rows = torch.tensor([4, 0, 4])
     assert torch.equal(residual_block_codes(tensors, format_, shape, rows), codes[rows])
     whole = decode_residual_blocks(tensors, format_, shape)
