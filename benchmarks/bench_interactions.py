@@ -154,8 +154,8 @@ def render(profile: SensitivityProfile, kl: dict[str, NDArray[np.float64]]) -> s
         "",
         f"Held-out KL in nats per token on {profile.evaluation_tokens.size} tokens, at the bytes of uniform 3 and 4 "
         f"bits and midway; linear layers allocated, embedding {EMBEDDING_FORMAT}, as in allocation.md. Losses: the "
-        "Fisher diagonal; correlations: the logit sketch. Change: KL minus that of the diagonal plan, 95 % interval of the "
-        "paired difference; negative is better.",
+        "Fisher diagonal; correlations: the logit sketch. Change: KL minus that of the diagonal plan, 95 % interval of "
+        "the paired difference; negative is better.",
         "",
         "| cross terms | " + " | ".join(f"{width:g} bits | change" for width in WIDTHS) + " |",
         "|---|" + "---|---|" * len(WIDTHS),
