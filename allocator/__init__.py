@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from allocator.artefacts import Model
     from allocator.budget import Budget, InfeasibleBudget
+    from allocator.format_table import list_formats
     from allocator.measuring import MeasureRequest
     from allocator.pipeline import Applied, apply, evaluate, frontier, load, measure, plan, report
     from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan, load_plan, save_plan
@@ -38,6 +39,7 @@ _HOME = {
     "apply": "allocator.pipeline",
     "evaluate": "allocator.pipeline",
     "frontier": "allocator.pipeline",
+    "list_formats": "allocator.format_table",
     "load": "allocator.pipeline",
     "load_plan": "allocator.plans",
     "load_profile": "sensitivity.profile",
@@ -63,6 +65,7 @@ __all__ = [
     "apply",
     "evaluate",
     "frontier",
+    "list_formats",
     "load",
     "load_plan",
     "load_profile",

@@ -19,6 +19,7 @@ from allocator.cli_options import Command, budget_options, make_budget, make_req
 from allocator.cli_output import (
     blockwise_text,
     describe_profile,
+    formats_text,
     plan_text,
     profile_text,
     render,
@@ -229,6 +230,22 @@ def report(model: str, low_memory: bool, plan_path: Path, text: str | None, out:
     from allocator.plans import load_plan
 
     return str(_with_progress(run, _open(model, low_memory), load_plan(plan_path), out, text=text))
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--formats", help="Comma-separated formats; default: all.")
+@click.option("--weight", help="Weight of MODEL to try them on; default: one in the middle.")
+@click.option("--quantizer", default="rtn", show_default=True, help="For integers: rtn, clipping or hqq.")
+@_json_option
+@_printed
+def formats(model: str | None, formats: str | None, weight: str | None, quantizer: str, as_json: bool) -> str:
+    """List the storage formats: bits per weight and who can run them; with MODEL, their error on one of its weights."""
+    from allocator.format_table import list_formats as run
+
+    names = None if formats is None else tuple(formats.split(","))
+    found = _with_progress(run, model, formats=names, weight=weight, quantizer=quantizer)
+    return render({"formats": found}, as_json, lambda document: formats_text(document["formats"]))
 
 
 @cli.command()
