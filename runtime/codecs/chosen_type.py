@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from runtime.codecs.codebook import Codebook, Scaled, choose_better, choose_scales
-from runtime.codecs.codec import Codec, StoredTensors, check_range, encode_by_rows, pick
+from runtime.codecs.codec import Codec, ColumnGrid, StoredTensors, check_range, encode_by_rows, pick
 from runtime.elements import ELEMENTS
 from runtime.packing import pack_codes, unpack_codes
 from runtime.quantizers.grid import LARGEST_SCALE, SMALLEST_SCALE
@@ -84,6 +84,27 @@ def chosen_type_codes(
     return unpack_codes(pick(tensors["codes"], rows), format_.bits, shape[1])
 
 
+def chosen_type_grid(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> ColumnGrid:
+    """Returns the values of the types of each column's groups times the scales."""
+    scales = tensors["scale"].T.to(torch.float32).contiguous()
+    selectors = unpack_codes(tensors["selector"], SELECTOR_BITS[format_.element], len(scales)).T.contiguous()
+    codebooks = [Codebook.of(values) for values in list_types(format_.element, format_.bits)]
+    length = shape[1] // len(scales)
+
+    def round_column(j: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        ratio, values = numbers / scales[j // length], torch.empty_like(numbers)
+        codes = torch.empty_like(numbers, dtype=torch.uint8)
+        for index, codebook in enumerate(codebooks):
+            rows = selectors[j // length] == index
+            codes[rows] = codebook.codes_of(ratio[rows])
+            values[rows] = codebook.values_of(codes[rows])
+        return codes, values.mul_(scales[j // length])
+
+    return ColumnGrid(
+        round_column=round_column, with_codes=lambda codes: {**tensors, "codes": pack_codes(codes, format_.bits)}
+    )
+
+
 def _encode_rows(weight: Tensor, format_: Format, importance: Tensor | None) -> dict[str, Tensor]:
     grouped = weight.reshape(len(weight), format_.group_count(weight.shape[1]), -1)
     best: Scaled | None = None
@@ -112,4 +133,6 @@ def _propose(grouped: Tensor, values: tuple[float, ...], bits: int) -> Iterator[
         yield stored, stored.to(torch.float32)
 
 
-CHOSEN_TYPE = Codec(encode=encode_chosen_type, decode=decode_chosen_type, codes=chosen_type_codes)
+CHOSEN_TYPE = Codec(
+    encode=encode_chosen_type, decode=decode_chosen_type, codes=chosen_type_codes, grid=chosen_type_grid
+)

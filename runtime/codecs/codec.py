@@ -40,6 +40,8 @@ class Codec:
         reads_importance: Whether the encoder uses it.
         grid: (tensors, format, (out_features, in_features)) -> the values that each weight may take when all but the
             codes stay; None where weights cannot be rounded one by one.
+        wide: (tensors, format, (out_features, in_features)) -> which weights [out_features, in_features] have the wide
+            codes of a mixture; None for families of one width.
     """
 
     encode: Callable[[Tensor, Format, Tensor | None], dict[str, Tensor]]
@@ -47,6 +49,7 @@ class Codec:
     codes: Callable[[StoredTensors, Format, tuple[int, int], Tensor | None], Tensor]
     reads_importance: bool = True
     grid: Callable[[StoredTensors, Format, tuple[int, int]], ColumnGrid] | None = None
+    wide: Callable[[StoredTensors, Format, tuple[int, int]], Tensor] | None = None
 
 
 def pick(tensor: Tensor, rows: Tensor | None) -> Tensor:

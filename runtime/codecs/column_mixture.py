@@ -112,4 +112,14 @@ def _choose_columns(weight: Tensor, format_: Format, h: Tensor) -> Tensor:
     return mask
 
 
-COLUMN_MIXTURE = Codec(encode=encode_column_mixture, decode=decode_column_mixture, codes=column_mixture_codes)
+def wide_of_columns(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> Tensor:
+    """Returns which weights are in wide columns."""
+    return read_column_mask(tensors, shape).expand(shape)
+
+
+COLUMN_MIXTURE = Codec(
+    encode=encode_column_mixture,
+    decode=decode_column_mixture,
+    codes=column_mixture_codes,
+    wide=wide_of_columns,
+)

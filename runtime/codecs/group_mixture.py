@@ -150,4 +150,14 @@ def _take_outliers(weight: Tensor, narrow: Tensor, count: int, groups: int, h: T
     return places, weight.scatter(1, places, mean.flatten(1).gather(1, places))
 
 
-GROUP_MIXTURE = Codec(encode=encode_group_mixture, decode=decode_group_mixture, codes=group_mixture_codes)
+def wide_of_groups(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> Tensor:
+    """Returns which weights are in wide groups."""
+    groups = format_.group_count(shape[1])
+    mask = unpack_codes(tensors["mask"], 1, groups).bool()
+    of_rows = mask.repeat_interleave(ROWS_OF_A_MASK, dim=0)[: shape[0]]
+    return of_rows.repeat_interleave(shape[1] // groups, dim=1)
+
+
+GROUP_MIXTURE = Codec(
+    encode=encode_group_mixture, decode=decode_group_mixture, codes=group_mixture_codes, wide=wide_of_groups
+)

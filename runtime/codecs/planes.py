@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from runtime.codecs.codec import Codec, StoredTensors, check_range, encode_by_rows, group_importance, pick
+from runtime.codecs.codec import Codec, ColumnGrid, StoredTensors, check_range, encode_by_rows, group_importance, pick
 from runtime.packing import pack_codes, unpack_codes
 from runtime.powers import nearest_exponent, power_of_two
 from runtime.quantizers.grid import LARGEST_SCALE, SMALLEST_SCALE
@@ -55,6 +55,21 @@ def decode_planes(
 def planes_codes(tensors: StoredTensors, format_: Format, shape: tuple[int, int], rows: Tensor | None = None) -> Tensor:
     """Returns the codes as uint8."""
     return unpack_codes(pick(tensors["codes"], rows), format_.bits, shape[1])
+
+
+def planes_grid(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> ColumnGrid:
+    """Returns the sums of each column's groups."""
+    levels = _levels(_read_scale(tensors["scale"], format_), format_).transpose(0, 1).contiguous()
+    length = shape[1] // len(levels)
+
+    def round_column(j: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        sums = levels[j // length]
+        codes = (numbers.unsqueeze(-1) - sums).abs().argmin(-1, keepdim=True)
+        return codes[:, 0].to(torch.uint8), sums.gather(-1, codes)[:, 0]
+
+    return ColumnGrid(
+        round_column=round_column, with_codes=lambda codes: {**tensors, "codes": pack_codes(codes, format_.bits)}
+    )
 
 
 def _encode_rows(weight: Tensor, format_: Format, importance: Tensor | None) -> dict[str, Tensor]:
@@ -148,4 +163,4 @@ def _read_scale(stored: Tensor, format_: Format) -> Tensor:
     return power_of_two(stored) if format_.scale_type == "pow2" else stored.to(torch.float32)
 
 
-PLANES = Codec(encode=encode_planes, decode=decode_planes, codes=planes_codes)
+PLANES = Codec(encode=encode_planes, decode=decode_planes, codes=planes_codes, grid=planes_grid)

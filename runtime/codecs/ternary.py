@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from runtime.codecs.codec import Codec, StoredTensors, check_range, encode_by_rows, group_importance, pick
+from runtime.codecs.codec import Codec, ColumnGrid, StoredTensors, check_range, encode_by_rows, group_importance, pick
 from runtime.packing import pack_trits, unpack_trits
 from runtime.quantizers.grid import LARGEST_SCALE
 from runtime.storage import Format
@@ -53,6 +53,19 @@ def ternary_codes(
     return unpack_trits(pick(tensors["codes"], rows), shape[1])
 
 
+def ternary_grid(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> ColumnGrid:
+    """Returns -scale, 0 and scale of each column's groups."""
+    scales = tensors["scale"].T.to(torch.float32).contiguous()
+    length = shape[1] // len(scales)
+
+    def round_column(j: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        scale = scales[j // length]
+        codes = _nearest_codes(numbers, scale)
+        return codes, codes.to(torch.float32).sub_(1.0).mul_(scale)
+
+    return ColumnGrid(round_column=round_column, with_codes=lambda codes: {**tensors, "codes": pack_trits(codes)})
+
+
 def _encode_rows(weight: Tensor, format_: Format, importance: Tensor | None) -> dict[str, Tensor]:
     grouped = weight.reshape(len(weight), format_.group_count(weight.shape[1]), -1)
     magnitude = grouped.abs()
@@ -61,9 +74,12 @@ def _encode_rows(weight: Tensor, format_: Format, importance: Tensor | None) -> 
     else:
         scale = _find_scale(magnitude, group_importance(importance, grouped))
     stored = scale.to(torch.float16)
-    half = stored.to(torch.float32).unsqueeze(-1) / 2
-    digits = 1 + (grouped > half).to(torch.uint8) - (grouped < -half).to(torch.uint8)
-    return {"codes": pack_trits(digits.flatten(1)), "scale": stored}
+    codes = _nearest_codes(grouped, stored.to(torch.float32).unsqueeze(-1))
+    return {"codes": pack_trits(codes.flatten(1)), "scale": stored}
+
+
+def _nearest_codes(numbers: Tensor, scale: Tensor) -> Tensor:
+    return 1 + (numbers > scale / 2).to(torch.uint8) - (numbers < -scale / 2).to(torch.uint8)
 
 
 def _median(magnitude: Tensor) -> Tensor:
@@ -81,4 +97,4 @@ def _find_scale(magnitude: Tensor, h: Tensor) -> Tensor:
     return (moment.gather(-1, best) / mass.gather(-1, best)).squeeze(-1).float()
 
 
-TERNARY = Codec(encode=encode_ternary, decode=decode_ternary, codes=ternary_codes)
+TERNARY = Codec(encode=encode_ternary, decode=decode_ternary, codes=ternary_codes, grid=ternary_grid)

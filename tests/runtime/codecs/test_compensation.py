@@ -11,6 +11,8 @@ from tests.runtime.quantizers.cases import draw_statistics, draw_weight
 
 NAMES = (
     *("int1_g64", "int1_channel_sym", "int1_g32_sym_pow2", "mxfp4", "mxint8", "nvfp4", "nvint4", "fp6_e3m2_g64"),
+    *("ternary_g64", "ternary_channel_median", "bitmod3_g64", "bitmod4_g32", "intfp4_g32", "intfp8_g16"),
+    *("bcq2_g64", "bcq3_channel", "bcq4_g64_pow2", "dual_binary_g64"),
     *("fp3_channel", "fp4_g64", "q4_0", "q4_1", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
 )
 SHAPE = (12, 256)
