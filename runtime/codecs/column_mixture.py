@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from runtime.codecs.binary import BINARY
-from runtime.codecs.codec import Codec, StoredTensors
+from runtime.codecs.codec import Codec, ColumnGrid, StoredTensors
 from runtime.codecs.integer import INTEGER
 from runtime.packing import pack_codes, unpack_codes
 from runtime.storage import Format, Mixture
@@ -70,6 +70,31 @@ def column_mixture_codes(
         part_shape = (shape[0], len(columns))
         whole[:, columns] = PART_CODECS[part.kind].codes(part_of(tensors, part_name), part, part_shape, rows)
     return whole
+
+
+def column_mixture_grid(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> ColumnGrid:
+    """Returns of each column the grid of its part."""
+    parts = _list_parts(format_, read_column_mask(tensors, shape))
+    grids: list[ColumnGrid] = []
+    place_of: dict[int, tuple[ColumnGrid, int]] = {}
+    for part_name, part, columns in parts:
+        make_grid = PART_CODECS[part.kind].grid
+        assert make_grid is not None
+        grids.append(make_grid(part_of(tensors, part_name), part, (shape[0], len(columns))))
+        place_of.update({j: (grids[-1], place) for place, j in enumerate(columns.tolist())})
+
+    def round_column(j: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        grid, place = place_of[j]
+        return grid.round_column(place, numbers)
+
+    def with_codes(codes: Tensor) -> dict[str, Tensor]:
+        packed = dict(tensors)
+        for grid, (part_name, _, columns) in zip(grids, parts, strict=True):
+            renamed = grid.with_codes(codes[:, columns]).items()
+            packed.update({f"{name}_{part_name}": tensor for name, tensor in renamed})
+        return packed
+
+    return ColumnGrid(round_column=round_column, with_codes=with_codes)
 
 
 def read_column_mask(tensors: StoredTensors, shape: tuple[int, int]) -> Tensor:
@@ -121,5 +146,6 @@ COLUMN_MIXTURE = Codec(
     encode=encode_column_mixture,
     decode=decode_column_mixture,
     codes=column_mixture_codes,
+    grid=column_mixture_grid,
     wide=wide_of_columns,
 )

@@ -18,9 +18,9 @@ Its scales are quantized a second time; here they are those of the two formats.
 import torch
 from torch import Tensor
 
-from runtime.codecs.codec import Codec, StoredTensors, check_range, pick
+from runtime.codecs.codec import Codec, ColumnGrid, StoredTensors, check_range, pick
 from runtime.codecs.column_mixture import mixture_of, part_of
-from runtime.codecs.integer import INTEGER
+from runtime.codecs.integer import INTEGER, read_steps, round_to_steps
 from runtime.packing import pack_codes, unpack_codes
 from runtime.quantizers.grid import LARGEST_SCALE
 from runtime.storage import MOST_OUTLIER_COLUMNS, ROWS_OF_A_MASK, Format
@@ -62,8 +62,7 @@ def decode_group_mixture(
     """Returns the groups of both parts in their places, and the outliers in theirs."""
     whole = _join_groups(tensors, format_, shape, rows, torch.float32)
     if "outlier" in tensors:
-        octets = pick(tensors["outlier_index"], rows).to(torch.int64)
-        whole.scatter_(1, octets[..., 0] | octets[..., 1] << 8, pick(tensors["outlier"], rows).to(torch.float32))
+        whole.scatter_(1, _read_index(tensors, rows), pick(tensors["outlier"], rows).to(torch.float32))
     return whole
 
 
@@ -72,6 +71,47 @@ def group_mixture_codes(
 ) -> Tensor:
     """Returns the codes as uint8, each of the width of its group; those of outliers are not looked at."""
     return _join_groups(tensors, format_, shape, rows, torch.uint8)
+
+
+def group_mixture_grid(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> ColumnGrid:
+    """Returns of each column the grids of its rows' groups; outliers stay what they are."""
+    mixture, groups = mixture_of(format_), format_.group_count(shape[1])
+    mask, length = unpack_codes(tensors["mask"], 1, groups).bool(), shape[1] // groups
+    places = _places(mask, torch.arange(shape[0]))
+    steps = torch.empty(3, shape[0], groups)
+    parts = [
+        part for part in zip(("wide", "narrow"), (mixture.wide, mixture.narrow), places, strict=True) if part[2].numel()
+    ]
+    for part_name, part, chosen in parts:
+        scale, zero_point = read_steps(part_of(tensors, part_name), part, None)
+        assert zero_point is not None
+        top = torch.full(scale.shape, float((1 << part.bits) - 1))
+        for whole, values in zip(steps, (scale, zero_point, top), strict=True):
+            whole.scatter_(1, chosen, values.to(torch.float32))
+    scales, zero_points, tops = steps.transpose(1, 2).contiguous()
+    outliers = torch.full(shape, torch.nan)
+    if "outlier" in tensors:
+        outliers.scatter_(1, _read_index(tensors, None), tensors["outlier"].to(torch.float32))
+
+    def round_column(j: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        codes, values = round_to_steps(numbers, scales[j // length], zero_points[j // length], tops[j // length])
+        return codes, torch.where(outliers[:, j].isnan(), values, outliers[:, j])
+
+    def with_codes(codes: Tensor) -> dict[str, Tensor]:
+        grouped = codes.reshape(shape[0], groups, length)
+        packed = dict(tensors)
+        for part_name, part, chosen in parts:
+            taken = grouped.gather(1, chosen.unsqueeze(-1).expand(-1, -1, length)).flatten(1)
+            packed[f"codes_{part_name}"] = pack_codes(taken, part.bits)
+        return packed
+
+    return ColumnGrid(round_column=round_column, with_codes=with_codes)
+
+
+def _read_index(tensors: StoredTensors, rows: Tensor | None) -> Tensor:
+    """Returns the columns [n, count] int64 of the outliers."""
+    octets = pick(tensors["outlier_index"], rows).to(torch.int64)
+    return octets[..., 0] | octets[..., 1] << 8
 
 
 def _check_places(format_: Format, in_features: int) -> None:
@@ -159,5 +199,9 @@ def wide_of_groups(tensors: StoredTensors, format_: Format, shape: tuple[int, in
 
 
 GROUP_MIXTURE = Codec(
-    encode=encode_group_mixture, decode=decode_group_mixture, codes=group_mixture_codes, wide=wide_of_groups
+    encode=encode_group_mixture,
+    decode=decode_group_mixture,
+    codes=group_mixture_codes,
+    grid=group_mixture_grid,
+    wide=wide_of_groups,
 )
