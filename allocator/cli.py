@@ -233,6 +233,21 @@ def report(model: str, low_memory: bool, plan_path: Path, text: str | None, out:
 
 
 @cli.command()
+@click.option("--prune", is_flag=True, help="Delete what no profile needs any more; no measurement may be running.")
+@_json_option
+@_printed
+def store(prune: bool, as_json: bool) -> str:
+    """Show what the store keeps of measurements, and how many bytes it takes."""
+    from allocator.store import Store
+
+    kept = Store()
+    freed_bytes = kept.prune() if prune else 0
+    rows = [{"kind": kind, "entries": n, "bytes": size} for kind, (n, size) in kept.list_kinds().items()]
+    document = {"root": str(kept.root), "freed_bytes": freed_bytes, "kinds": rows}
+    return render(document, as_json, lambda d: f"{d['root']}, freed {freed_bytes} bytes\n{table(d['kinds'])}")
+
+
+@cli.command()
 @click.argument("model", required=False)
 @click.option("--formats", help="Comma-separated formats; default: all.")
 @click.option("--weight", help="Weight of MODEL to try them on; default: one in the middle.")

@@ -42,6 +42,18 @@ def measure_options(command: Command) -> Command:
         ),
         click.option("--metrics", help="Comma-separated metrics to measure."),
         click.option("--sequences", type=int, help="Calibration sequences of the Fisher sketch."),
+        click.option(
+            "--until-stable",
+            is_flag=True,
+            help="Take only as many of these sequences as it takes until plans stop changing, and at least 32.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "auto"]),
+            default="float32",
+            show_default=True,
+            help="Type of the products in the Fisher sketch's passes; auto is bfloat16 where the processor has it.",
+        ),
         click.option("--sequence-tokens", type=int, help="Tokens of each calibration sequence."),
         click.option("--logit-sequences", type=int, help="Sequences of the single-unit KL."),
         click.option("--logit-tokens", type=int, help="Tokens of each of these."),
@@ -109,6 +121,7 @@ def make_budget(
 
 def make_request(options: dict[str, Any]) -> "MeasureRequest":
     from allocator.measuring import MeasureRequest
+    from runtime.device_types import choose_dtype
     from runtime.formats import DEFAULT_FORMATS, find_formats
     from sensitivity.measure_config import MeasureConfig
 
@@ -124,6 +137,8 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         "evaluation_sequence_tokens": options["held_out_tokens"],
         "quantizer": options["quantizer"],
         "seed": options["seed"],
+        "gradient_dtype": choose_dtype() if options["dtype"] == "auto" else options["dtype"],
+        "until_stable": options["until_stable"] or None,
     }
     set_amounts = {name: value for name, value in amounts.items() if value is not None}
     for name, word in (("logit_passes", "all"), ("fit_plans", "none")):

@@ -67,10 +67,11 @@ def plan_text(made: "Plan") -> str:
 
     counts = Counter(unit.format for unit in made.units)
     gap = f"{made.relative_gap:.2g}" if made.relative_gap < float("inf") else "not bounded"
+    error = "" if made.predicted_std_error is None else f" ± {made.predicted_std_error:.2g}"
     lines = [
         f"plan '{made.name}' for {made.budget}: {made.memory_bytes / 2**20:.2f} MiB, "
         f"{made.bits_per_weight:.3f} bits per weight (reference {made.reference_memory_bytes / 2**20:.1f} MiB)",
-        f"predicted KL {made.predicted_kl:.4g} nats per token, relative gap to the best possible {gap} "
+        f"predicted KL {made.predicted_kl:.4g}{error} nats per token, relative gap to the best possible {gap} "
         f"({made.termination}, {made.solve_s * 1e3:.1f} ms)",
         "formats: " + ", ".join(f"{name} x {count}" for name, count in counts.most_common()),
         made.verdict,

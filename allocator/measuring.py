@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from allocator.progress import Progress
+from allocator.stability import PlanStability
 from allocator.store import Store
 from runtime.candidates import Candidates, list_candidates
 from runtime.formats import DEFAULT_FORMATS
@@ -20,10 +21,11 @@ from sensitivity.calibration import (
     tokenize_documents,
 )
 from sensitivity.experts.self_sampling import sample_balanced_sequences
-from sensitivity.measure import measure_profile, measurement_fingerprint
+from sensitivity.measure import measure_profile
 from sensitivity.measure_config import MeasureConfig, MeasurementText, make_blockwise
 from sensitivity.pieces import Piece, read_or_measure
 from sensitivity.profile import SensitivityProfile, fingerprint_of
+from sensitivity.provenance import measurement_fingerprint
 
 SELF_BALANCED = "self-balanced"
 # Raised whenever the same model would sample other text.
@@ -87,6 +89,7 @@ def run_measurement(
             pieces=store.pieces(fingerprint),
             progress=progress,
             rendering=store.rendering(fingerprint),
+            is_stable=PlanStability(candidates).is_stable,
         )
         store.save_profile(profile)
     store.make_latest(profile)
