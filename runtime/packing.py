@@ -12,7 +12,7 @@ Digits of three values go five to a byte, 1.6 bits each: byte = t_0 + 3 t_1 + 9 
 import torch
 from torch import Tensor
 
-from runtime.storage import packed_row_bytes, trit_row_bytes
+from runtime.stored_tensor import packed_row_bytes, trit_row_bytes
 
 CODES_PER_WORD = 8
 _TRIT_POWERS = (1, 3, 9, 27, 81)

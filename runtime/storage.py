@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
+from runtime.stored_tensor import StoredTensor, packed_row_bytes, trit_row_bytes
+
 Shape = tuple[int, int]
-# Bytes of one number, by the names that torch gives the types.
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1}
 # How the names of tensors that hold codes begin; the others are metadata.
 CODE_TENSORS = ("codes", "values")
 # Bytes of a block of llama.cpp's formats: 32 weights, 256 of those that end in k.
@@ -27,7 +27,6 @@ GGML_BLOCKS = {
     "q5_k": 176,
     "q6_k": 210,
 }
-
 # Widths that a nested weight can be read at, each a prefix of the next.
 NESTED_WIDTHS = (4, 6, 8)
 # Bits that say of each group which type of a menu its elements have.
@@ -36,26 +35,6 @@ SELECTOR_BITS = {"bitmod": 2, "int_or_float": 1}
 ROWS_OF_A_MASK = 16
 # The place of an outlier in its row takes two bytes.
 MOST_OUTLIER_COLUMNS = 1 << 16
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a stored weight.
-
-    Args:
-        name: Name of the buffer, unique within the weight; it ends the tensor's name in the checkpoint.
-        shape: Its shape.
-        dtype: Name of its type in torch, a key of ``ITEM_BYTES``.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,16 +146,6 @@ class Format:
             # Codes lie in the blocks, between scales, without padding.
             return prod(shape) * self.bits // 8
         return sum(tensor.nbytes for tensor in tensors if tensor.name.startswith(CODE_TENSORS))
-
-
-def packed_row_bytes(count: int, bits: int) -> int:
-    """Returns the bytes of ``count`` codes of ``bits`` bits, padded to a whole byte."""
-    return (count * bits + 7) // 8
-
-
-def trit_row_bytes(count: int) -> int:
-    """Returns the bytes of ``count`` digits of three values, five to a byte."""
-    return (count + 4) // 5
 
 
 def _rounded(number: float) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from runtime.apply import pack_weight
-from runtime.formats import DEFAULT_FORMATS, FORMATS, Format, find_format, find_formats, packed_row_bytes
+from runtime.formats import DEFAULT_FORMATS, FORMATS, Format, find_format, find_formats
 
 # One row, one weight, primes, one group, several groups, an odd number of groups, more rows than columns.
 SHAPES = [(1, 1), (1, 64), (1, 128), (5, 97), (13, 7), (7, 32), (3, 96), (2, 384), (11, 640), (257, 2)]
@@ -74,12 +74,6 @@ def test_names_say_what_the_formats_are() -> None:
     assert (fields.kind, fields.bits, fields.group_size, fields.symmetric) == ("int", 3, 32, True)
     assert FORMATS["int8_channel"].group_size is None
     assert FORMATS["fp16"].bits == 16
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_row_bytes_round_up(bits: int) -> None:
-    assert [packed_row_bytes(count, bits) for count in (0, 1, 8)] == [0, 1, bits]
-    assert packed_row_bytes(9, bits) == bits + 1 if bits < 8 else 9
 
 
 def test_find_format() -> None:
