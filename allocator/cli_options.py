@@ -40,6 +40,14 @@ def measure_options(command: Command) -> Command:
             help="Rule that renders the candidates: rtn (default), clipping, hqq; gptq, coordinate_descent, "
             "learned_rounding and auto (the best of several), which read the calibration text and take longer.",
         ),
+        click.option(
+            "--transform",
+            "transforms",
+            metavar="NAME[,NAME]",
+            help="Rewrite the reference model first, its function unchanged: smoothquant, outliertune, mergequant, "
+            "awq, exponent_bias, hadamard, random_rotation, pca, head_hadamard, untie, random_rescaling. Options as in "
+            "smoothquant:alpha=0.7.",
+        ),
         click.option("--metrics", help="Comma-separated metrics to measure."),
         click.option("--sequences", type=int, help="Calibration sequences of the Fisher sketch."),
         click.option(
@@ -123,6 +131,7 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     from allocator.measuring import MeasureRequest
     from runtime.device_types import choose_dtype
     from runtime.formats import DEFAULT_FORMATS, find_formats
+    from runtime.transforms import parse_transform
     from sensitivity.measure_config import MeasureConfig
 
     amounts = {
@@ -148,6 +157,9 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     embedding_formats = _names(options["embedding_formats"])
     find_formats([*formats])
     find_formats([*(embedding_formats or formats)])
+    transforms = _names(options["transforms"]) or ()
+    for transform in transforms:
+        parse_transform(transform)
     return MeasureRequest(
         **{name: options[name] for name in ("calibration", "selection", "evaluation", "fuse")},
         formats=formats,
@@ -155,6 +167,7 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         experts=options["experts"] or "projection",
         routers=options["routers"],
         pins=_make_pins(options["pins"]),
+        transforms=transforms,
         config=MeasureConfig(**set_amounts),
     )
 
