@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.formats import Format, packed_row_bytes
+from runtime.kernels import dispatch
 from runtime.packing import pack_codes, unpack_codes
 from runtime.quantization import FLOAT_DTYPES, QuantizedWeight, dequantize_codes, round_to_float
 
@@ -74,6 +75,9 @@ class PackedWeight(nn.Module):
         """
         if self.format.kind == "float":
             return self._pick(self.values, rows).to(torch.float32)
+        dense = dispatch.dequantize(self, rows)
+        if dense is not None:
+            return dense
         bits = self.format.bits
         codes, scale = self._pick(self.codes, rows), self._pick(self.scale, rows)
         zero_point = None
@@ -108,7 +112,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [..., out_features] for x [..., in_features]."""
-        return nn.functional.linear(x, self.weight().to(x.dtype), self.bias)
+        return dispatch.linear(x, self.weight, self.bias)
 
 
 class QuantizedEmbedding(nn.Module):
