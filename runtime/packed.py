@@ -5,6 +5,8 @@
 the reference path: the matrix is dequantized to float32 whenever it is used, and it defines what correct means.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -84,6 +86,16 @@ class PackedWeight(nn.Module):
         if not self.format.symmetric:
             zero_point = unpack_codes(self._pick(self.zero_point, rows), bits, scale.shape[1])
         return dequantize_codes(unpack_codes(codes, bits, self.shape[1]), scale, zero_point, bits)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
+        # A model may be cast to another type; what is stored keeps its own and only moves.
+        stored = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in stored.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.format.name}, shape={self.shape}"

@@ -74,8 +74,8 @@ def describe_matrix(stored: StoredMatrix) -> Matrix:
     tensors = [t for t in (stored.codes, stored.scale, stored.zero_point) if t is not None]
     if not all(t.is_contiguous() and t.device.type == "cpu" for t in tensors):
         msg = (
-            f"the tensors of a packed weight must be contiguous on the CPU: got devices {[str(t.device) for t in tensors]}"
-            f", strides {[t.stride() for t in tensors]}. Load the checkpoint again."
+            "the tensors of a packed weight must be contiguous on the CPU: got devices "
+            f"{[str(t.device) for t in tensors]}, strides {[t.stride() for t in tensors]}. Load the checkpoint again."
         )
         raise ValueError(msg)
     rows, groups = stored.scale.shape
@@ -168,7 +168,8 @@ def _load_library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(path))
     except (CompilationFailed, OSError) as error:
         warnings.warn(
-            f"packed weights run on the slow reference path, tens of times slower: the CPU kernels cannot be had. {error}",
+            "packed weights run on the slow reference path, tens of times slower: the CPU kernels cannot be had. "
+            f"{error}",
             RuntimeWarning,
             stacklevel=2,
         )

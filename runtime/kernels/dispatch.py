@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from runtime.formats import Format
 from runtime.kernels.cpu import LEVELS, CpuKernels, Matrix, Product, StoredMatrix, describe_matrix, load_kernels
@@ -71,7 +72,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         return y if bias is None else y + bias
     matrix = None if x.requires_grad and torch.is_grad_enabled() else find_matrix(weight, x.device)
     kernels = None if matrix is None else selected_kernels()
-    if matrix is None or kernels is None or not _same_type(x, bias):
+    if matrix is None or kernels is None or not _fits(x, weight, bias):
         return linear_reference(x, weight(), bias)
     return _multiply(kernels, x, matrix, bias)
 
@@ -108,7 +109,7 @@ def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
         return None
     kept: Matrix | None = weight.__dict__.get("_matrix")
     if kept is None or kept.codes != codes.data_ptr() or kept.scale != scale.data_ptr():
-        if type(codes) is not Tensor or not (codes.is_contiguous() and scale.is_contiguous()):
+        if isinstance(codes, FakeTensor) or scale.dtype != torch.float16 or not codes.is_contiguous():
             return None
         kept = describe_matrix(stored_matrix(weight))
         weight.__dict__["_matrix"] = kept
@@ -122,9 +123,9 @@ def stored_matrix(weight: Packed) -> StoredMatrix:
     return StoredMatrix(codes, scale, weight._buffers.get("zero_point"), weight.format.bits, weight.shape[1])
 
 
-def _same_type(x: Tensor, bias: Tensor | None) -> bool:
-    # A sum of two types is the reference's to refuse.
-    return bias is None or bias.dtype == x.dtype
+def _fits(x: Tensor, weight: Packed, bias: Tensor | None) -> bool:
+    # What does not fit is the reference's to refuse, as torch does.
+    return x.shape[-1] == weight.shape[1] and (bias is None or bias.dtype == x.dtype)
 
 
 def _multiply(kernels: CpuKernels, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
@@ -149,7 +150,7 @@ def _packed_linear(
     """The product as one operation that torch.compile does not look into."""
     kernels = selected_kernels() if x.device.type == "cpu" else None
     stored = StoredMatrix(codes, scale, zero_point, bits, columns)
-    if kernels is None:
+    if kernels is None or x.shape[-1] != columns:
         dense = dequantize_stored(codes, scale, zero_point, bits=bits, columns=columns)
         return linear_reference(x, dense, None)
     return _multiply(kernels, x, describe_matrix(stored), None)

@@ -63,10 +63,18 @@ struct Unpacker {
     mask = _mm512_set1_epi8(static_cast<char>((1 << BITS) - 1));
   }
 
-  // The words of one vector; bytes past the end of the row are zero and not touched.
+  // The words of one vector, of which `left` bytes are in the row; those behind it are zero and not touched.
   __attribute__((always_inline)) inline __m512i load(const uint8_t* stream, int64_t left) const {
-    const __mmask64 present = left >= kBytes ? ~0ull >> (64 - kBytes) : (1ull << left) - 1;
-    const __m512i words = _mm512_maskz_loadu_epi8(present, stream);
+    if (left >= kBytes) return load_whole(stream);
+    return arrange(_mm512_maskz_loadu_epi8((1ull << left) - 1, stream));
+  }
+
+  __attribute__((always_inline)) inline __m512i load_whole(const uint8_t* stream) const {
+    if (kBytes == 64) return arrange(_mm512_loadu_si512(stream));
+    return arrange(_mm512_maskz_loadu_epi8(~0ull >> (64 - kBytes), stream));
+  }
+
+  __attribute__((always_inline)) inline __m512i arrange(__m512i words) const {
     return kPermutes ? _mm512_permutexvar_epi8(place, words) : words;
   }
 

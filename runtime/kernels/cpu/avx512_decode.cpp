@@ -94,62 +94,77 @@ BITPLAN_INLINE void prepare_row(const Matrix& w, const Activations& a, int64_t t
   }
 }
 
-// ROWS x TOKENS outputs.
-template <int BITS, int OCTETS, int ROWS, int TOKENS>
+// Adds the products of one vector of codes in each row to the sums of high and low bytes.
+template <int OCTETS, int ROWS, int TOKENS, class Unpacker>
+BITPLAN_INLINE void add_products(const Unpacker& unpacker, const __m512i (&words)[ROWS], const uint8_t* values,
+                                 int64_t stride, __m512i (&high)[ROWS][TOKENS], __m512i (&low)[ROWS][TOKENS]) {
+  for (int i = 0; i < OCTETS; ++i)
+    for (int t = 0; t < TOKENS; ++t) {
+      const uint8_t* planes = values + t * stride + i * 2 * kVector;
+      const __m512i h = _mm512_load_si512(planes), l = _mm512_load_si512(planes + kVector);
+      for (int r = 0; r < ROWS; ++r) {
+        const __m512i codes = unpacker.octet(words[r], i);
+        high[r][t] = _mm512_dpbusd_epi32(high[r][t], codes, h);
+        low[r][t] = _mm512_dpbusd_epi32(low[r][t], codes, l);
+      }
+    }
+}
+
+// total[ROWS][TOKENS] += sums of the blocks of one step; a step is a block, or the blocks of a vector.
+template <bool BY_LANE, int ROWS, int TOKENS>
+BITPLAN_INLINE void scale_sums(const __m512i (&high)[ROWS][TOKENS], const __m512i (&low)[ROWS][TOKENS],
+                               const float* factor, int64_t stride, __m512i part_of_lane,
+                               __m512 (&total)[ROWS][TOKENS]) {
+  for (int r = 0; r < ROWS; ++r)
+    for (int t = 0; t < TOKENS; ++t) {
+      const float* f = factor + (r * TOKENS + t) * stride;
+      const __m512 by_lane = BY_LANE ? _mm512_permutexvar_ps(part_of_lane, _mm512_loadu_ps(f)) : _mm512_set1_ps(*f);
+      const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[r][t], 8), low[r][t]);
+      total[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), by_lane, total[r][t]);
+    }
+}
+
+// ROWS x TOKENS outputs. Either a vector is some blocks, each in its share of the 16 lanes (BY_LANE), or a block is
+// one or more vectors.
+template <int BITS, int OCTETS, bool BY_LANE, int ROWS, int TOKENS>
 BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t row,
                                 float* scratch) {
   constexpr int kBytes = Unpacker<BITS, OCTETS>::kBytes, kCodes = kVector * OCTETS;
   const Unpacker<BITS, OCTETS> unpacker;
-  const int64_t row_bytes = w.row_bytes(), vectors = divide_up(w.columns, kCodes);
-  float* factor = scratch + 2 * a.block_stride;
+  const int64_t row_bytes = w.row_bytes(), vectors = divide_up(w.columns, kCodes), whole = row_bytes / kBytes;
+  const int64_t stride = a.block_stride;
+  float* factor = scratch + 2 * stride;
   float taken[ROWS * TOKENS];
   for (int r = 0; r < ROWS; ++r)
-    prepare_row<BITS, TOKENS>(w, a, token, row + r, scratch, factor + r * TOKENS * a.block_stride, taken + r * TOKENS);
+    prepare_row<BITS, TOKENS>(w, a, token, row + r, scratch, factor + r * TOKENS * stride, taken + r * TOKENS);
 
-  // Either a block is one or more vectors, or a vector is some blocks, each in its share of the 16 lanes.
-  const int64_t together = a.block > kCodes ? a.block / kCodes : 1;
-  const int64_t parts = a.block < kCodes ? kCodes / a.block : 1;
+  const int64_t together = BY_LANE ? 1 : a.block / kCodes, parts = BY_LANE ? kCodes / a.block : 1;
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i part_of_lane = _mm512_srlv_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(parts)), _mm512_set1_epi32(4));
+  const __m512i part_of_lane = _mm512_srli_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(parts)), 4);
   const uint8_t* stream = w.codes + row * row_bytes;
   const uint8_t* values = a.values + token * a.value_stride;
   __m512 total[ROWS][TOKENS];
   for (int r = 0; r < ROWS; ++r)
     for (int t = 0; t < TOKENS; ++t) total[r][t] = _mm512_setzero_ps();
 
-  for (int64_t v = 0, block = 0; v < vectors; v += together, block += parts) {
+  for (int64_t v = 0; v < vectors; factor += parts) {
     __m512i high[ROWS][TOKENS], low[ROWS][TOKENS];
     for (int r = 0; r < ROWS; ++r)
       for (int t = 0; t < TOKENS; ++t) high[r][t] = low[r][t] = _mm512_setzero_si512();
-    for (int64_t u = v; u < v + together && u < vectors; ++u) {
-      const int64_t offset = u * kBytes;
-      const uint8_t* vector_values = values + u * OCTETS * 2 * kVector;
+    const int64_t stop = v + together < vectors ? v + together : vectors;
+    do {
       __m512i words[ROWS];
-      for (int r = 0; r < ROWS; ++r) {
-        const uint8_t* place = stream + r * row_bytes + offset;
-        // The same column of the next rows, which lie right behind these.
-        _mm_prefetch(reinterpret_cast<const char*>(place + ROWS * row_bytes), _MM_HINT_T0);
-        words[r] = unpacker.load(place, row_bytes - offset);
-      }
-      for (int i = 0; i < OCTETS; ++i)
-        for (int t = 0; t < TOKENS; ++t) {
-          const uint8_t* planes = vector_values + t * a.value_stride + i * 2 * kVector;
-          const __m512i h = _mm512_load_si512(planes), l = _mm512_load_si512(planes + kVector);
-          for (int r = 0; r < ROWS; ++r) {
-            const __m512i codes = unpacker.octet(words[r], i);
-            high[r][t] = _mm512_dpbusd_epi32(high[r][t], codes, h);
-            low[r][t] = _mm512_dpbusd_epi32(low[r][t], codes, l);
-          }
-        }
-    }
-    for (int r = 0; r < ROWS; ++r)
-      for (int t = 0; t < TOKENS; ++t) {
-        const float* f = factor + (r * TOKENS + t) * a.block_stride + block;
-        const __m512 by_lane =
-            parts == 1 ? _mm512_set1_ps(*f) : _mm512_permutexvar_ps(part_of_lane, _mm512_loadu_ps(f));
-        const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[r][t], 8), low[r][t]);
-        total[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), by_lane, total[r][t]);
-      }
+      const uint8_t* place = stream + v * kBytes;
+      if (v < whole)
+        for (int r = 0; r < ROWS; ++r) words[r] = unpacker.load_whole(place + r * row_bytes);
+      else
+        for (int r = 0; r < ROWS; ++r) words[r] = unpacker.load(place + r * row_bytes, row_bytes - v * kBytes);
+      // The same columns two steps of rows ahead: into the second level, whose misses are many more at a time.
+      for (int r = 0; r < ROWS; ++r)
+        _mm_prefetch(reinterpret_cast<const char*>(place + (2 * ROWS + r) * row_bytes), _MM_HINT_T1);
+      add_products<OCTETS>(unpacker, words, values + v * OCTETS * 2 * kVector, a.value_stride, high, low);
+    } while (++v < stop);
+    scale_sums<BY_LANE>(high, low, factor, stride, part_of_lane, total);
   }
   for (int r = 0; r < ROWS; ++r)
     for (int t = 0; t < TOKENS; ++t)
@@ -157,43 +172,49 @@ BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t t
                                                        (out.bias ? out.bias[row + r] : 0.0f);
 }
 
-template <int BITS, int OCTETS, int TOKENS>
+template <int BITS, int OCTETS, bool BY_LANE, int TOKENS>
 void decode_range(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t first_row,
                   int64_t last_row, float* scratch) {
   constexpr int kRows = TOKENS == 1 ? 4 : TOKENS == 2 ? 2 : 1;
   int64_t row = first_row;
-  for (; row + kRows <= last_row; row += kRows) decode_rows<BITS, OCTETS, kRows, TOKENS>(w, a, token, out, row, scratch);
-  for (; row < last_row; ++row) decode_rows<BITS, OCTETS, 1, TOKENS>(w, a, token, out, row, scratch);
+  for (; row + kRows <= last_row; row += kRows)
+    decode_rows<BITS, OCTETS, BY_LANE, kRows, TOKENS>(w, a, token, out, row, scratch);
+  for (; row < last_row; ++row) decode_rows<BITS, OCTETS, BY_LANE, 1, TOKENS>(w, a, token, out, row, scratch);
 }
 
 using Range = void (*)(const Matrix&, const Activations&, int64_t, const Output&, int64_t, int64_t, float*);
 
-template <int BITS, int OCTETS>
+template <int BITS, int OCTETS, bool BY_LANE>
 Range by_tokens(int tokens) {
-  static const Range ranges[] = {decode_range<BITS, OCTETS, 1>, decode_range<BITS, OCTETS, 2>,
-                                 decode_range<BITS, OCTETS, 3>, decode_range<BITS, OCTETS, 4>};
+  static const Range ranges[] = {decode_range<BITS, OCTETS, BY_LANE, 1>, decode_range<BITS, OCTETS, BY_LANE, 2>,
+                                 decode_range<BITS, OCTETS, BY_LANE, 3>, decode_range<BITS, OCTETS, BY_LANE, 4>};
   return ranges[tokens - 1];
 }
 
-Range find_range(int bits, int octets, int tokens) {
+template <int BITS, int OCTETS>
+Range by_block(int block, int tokens) {
+  return block < kVector * OCTETS ? by_tokens<BITS, OCTETS, true>(tokens) : by_tokens<BITS, OCTETS, false>(tokens);
+}
+
+Range find_range(int bits, int octets, int block, int tokens) {
   switch (10 * bits + octets) {
-    case 12: return by_tokens<1, 2>(tokens);
-    case 14: return by_tokens<1, 4>(tokens);
-    case 18: return by_tokens<1, 8>(tokens);
-    case 22: return by_tokens<2, 2>(tokens);
-    case 24: return by_tokens<2, 4>(tokens);
-    case 32: return by_tokens<3, 2>(tokens);
-    case 42: return by_tokens<4, 2>(tokens);
-    case 51: return by_tokens<5, 1>(tokens);
-    case 61: return by_tokens<6, 1>(tokens);
-    case 71: return by_tokens<7, 1>(tokens);
-    default: return by_tokens<8, 1>(tokens);
+    case 12: return by_block<1, 2>(block, tokens);
+    case 14: return by_block<1, 4>(block, tokens);
+    case 18: return by_block<1, 8>(block, tokens);
+    case 22: return by_block<2, 2>(block, tokens);
+    case 24: return by_block<2, 4>(block, tokens);
+    case 32: return by_block<3, 2>(block, tokens);
+    case 42: return by_block<4, 2>(block, tokens);
+    case 51: return by_block<5, 1>(block, tokens);
+    case 61: return by_block<6, 1>(block, tokens);
+    case 71: return by_block<7, 1>(block, tokens);
+    default: return by_block<8, 1>(block, tokens);
   }
 }
 
 void decode(const Matrix& w, const Activations& a, int64_t token, int tokens, const Output& out, int64_t first_row,
             int64_t last_row, float* scratch) {
-  find_range(w.bits, a.interleave, tokens)(w, a, token, out, first_row, last_row, scratch);
+  find_range(w.bits, a.interleave, a.block, tokens)(w, a, token, out, first_row, last_row, scratch);
 }
 
 }  // namespace

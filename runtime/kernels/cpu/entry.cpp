@@ -100,7 +100,7 @@ void place_activations(Task& task, uint8_t* memory) {
 void run_rows(const Task& task, int64_t first_row, int64_t last_row, float* scratch) {
   const Product& p = *task.product;
   const Output out = {p.out, p.weight->rows, p.bias};
-  if (first_row >= last_row) return;
+  if (first_row >= last_row || p.tokens == 0) return;
   if (!task.kernels)
     portable_multiply(*p.weight, p.x, p.tokens, out, first_row, last_row, scratch);
   else if (p.tokens <= kDecodeTokens)
