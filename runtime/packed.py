@@ -1,8 +1,9 @@
 """Modules that hold a weight in its stored format and read it back when they run.
 
 ``PackedWeight`` is the stored matrix (its buffers are the tensors of the checkpoint, under the same names);
-``QuantizedLinear``, ``QuantizedEmbedding`` and ``PackedExperts`` put it where the dense parameter was. This is
-the reference path: the matrix is dequantized to float32 whenever it is used, and it defines what correct means.
+``QuantizedLinear``, ``QuantizedEmbedding`` and ``PackedExperts`` put it where the dense parameter was. Products go
+through ``runtime.kernels.dispatch``: a kernel where there is one, else the matrix is dequantized to float32 whenever it
+is used, which defines what correct means.
 """
 
 from collections.abc import Callable
@@ -162,8 +163,14 @@ class PackedExperts(nn.Module):
         for i, expert in enumerate(experts):
             self.add_module(str(i), expert)
 
+    def expert(self, index: int) -> PackedWeight:
+        """Returns the packed weight of one expert."""
+        packed: nn.Module | Tensor | None = self._modules[str(index)]
+        assert isinstance(packed, PackedWeight)
+        return packed
+
     def __getitem__(self, index: int | Tensor) -> Tensor:
-        dense: Tensor = self.get_submodule(str(int(index)))()
+        dense: Tensor = self.expert(int(index))()
         return dense
 
 

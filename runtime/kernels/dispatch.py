@@ -6,7 +6,7 @@ BITPLAN_KERNELS name a path instead: ``reference``, or an instruction set of ``r
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
@@ -75,6 +75,29 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     if matrix is None or kernels is None or not _fits(x, weight, bias):
         return linear_reference(x, weight(), bias)
     return _multiply(kernels, x, matrix, bias)
+
+
+def linear_many(xs: Sequence[Tensor], weights: Sequence[Packed]) -> list[Tensor]:
+    """Returns x W' of every pair; those that have a kernel are computed in one call.
+
+    Args:
+        xs: [tokens, columns] each, of one type.
+        weights: As many packed weights [rows, columns].
+    """
+    kernels = selected_kernels()
+    found = [find_matrix(w, x.device) if w.format.kind == "int" else None for x, w in zip(xs, weights, strict=True)]
+    if kernels is None or any(x.dtype not in _KERNEL_DTYPES for x in xs):
+        found = [None] * len(xs)
+    products = [
+        Product(x.to(torch.float32).contiguous(), matrix)
+        for x, matrix in zip(xs, found, strict=True)
+        if matrix is not None
+    ]
+    computed = iter(kernels.multiply(products) if kernels is not None and products else ())
+    return [
+        linear_reference(x, weight(), None) if matrix is None else next(computed).to(x.dtype)
+        for x, weight, matrix in zip(xs, weights, found, strict=True)
+    ]
 
 
 def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:

@@ -74,8 +74,6 @@ def test_without_a_compiler_the_reference_runs_and_says_so(copied: Path, monkeyp
     )
     environment = {**os.environ, "PYTHONPATH": str(copied.parent), "PATH": str(copied)}
     command = [sys.executable, "-c", code]
-    run = subprocess.run(
-        command, cwd=copied.parent, env=environment, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run(command, cwd=copied.parent, env=environment, capture_output=True, text=True, check=True)
     assert run.stderr.count("packed weights run on the slow reference path") == 1
     assert "no C++ compiler was found" in run.stderr
