@@ -50,7 +50,7 @@ def _multiply(states: Tensor, projection: PackedExperts, numbers: list[int], len
     weights = [projection.expert(number) for number in numbers]
     if not weights:
         return states.new_zeros((0, projection.expert(0).shape[0]))
-    return torch.cat(dispatch.linear_many(states.split(lengths), weights))
+    return torch.cat(dispatch.linear_many(torch.split(states, lengths), weights))
 
 
 def _has_kernels(module: Any, first: nn.Module | Tensor, last: nn.Module | Tensor, hidden_states: Tensor) -> bool:

@@ -91,7 +91,7 @@ class PackedWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
         # A model may be cast to another type; what is stored keeps its own and only moves.
         stored = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         for name, before in stored.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype:

@@ -11,7 +11,7 @@ import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,22 +108,36 @@ class CpuKernels:
             MemoryError: If there is no memory for the rounded activations.
         """
         outs = [torch.empty((p.x.shape[0], p.weight.rows), dtype=torch.float32) for p in products]
-        jobs = (_Product * len(products))(
-            *(
-                (
-                    ctypes.addressof(p.weight),
-                    p.x.data_ptr(),
-                    out.data_ptr(),
-                    _NULL if p.bias is None else p.bias.data_ptr(),
-                    p.x.shape[0],
-                )
-                for p, out in zip(products, outs, strict=True)
-            )
-        )
-        if self._multiply(jobs, len(products), self._level, torch.get_num_threads()):
-            msg = f"memory for the activations of {len(products)} products must be there. Use shorter prompts."
-            raise MemoryError(msg)
+        jobs = (_Product * len(products))()
+        for job, product, out in zip(jobs, products, outs, strict=True):
+            job.weight, job.x, job.out = ctypes.addressof(product.weight), product.x.data_ptr(), out.data_ptr()
+            job.bias = _NULL if product.bias is None else product.bias.data_ptr()
+            job.tokens = product.x.shape[0]
+        self._run(jobs, len(products))
         return outs
+
+    def multiply_one(self, x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
+        """Returns float32 [..., rows] of one product; the way with the least to do around it.
+
+        Args:
+            x: [..., columns] float32, contiguous.
+            weight: The weight [rows, columns].
+            bias: [rows] float32, contiguous, or None.
+
+        Raises:
+            MemoryError: If there is no memory for the rounded activations.
+        """
+        *leading, columns = x.shape
+        out = torch.empty((*leading, weight.rows), dtype=torch.float32)
+        bias_address = _NULL if bias is None else bias.data_ptr()
+        job = _Product(ctypes.addressof(weight), x.data_ptr(), out.data_ptr(), bias_address, x.numel() // columns)
+        self._run(ctypes.byref(job), 1)
+        return out
+
+    def _run(self, jobs: Any, count: int) -> None:
+        if self._multiply(jobs, count, self._level, torch.get_num_threads()):
+            msg = f"memory for the activations of {count} products must be there. Use shorter prompts."
+            raise MemoryError(msg)
 
     def dequantize(self, weight: Matrix, rows: Tensor | None = None) -> Tensor:
         """Returns the float32 matrix, or the given rows of it; the same numbers as the reference.

@@ -152,11 +152,9 @@ def _fits(x: Tensor, weight: Packed, bias: Tensor | None) -> bool:
 
 
 def _multiply(kernels: CpuKernels, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows.to(torch.float32).contiguous()
+    rows = x.to(torch.float32).contiguous()
     added = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    (y,) = kernels.multiply([Product(rows, matrix, added)])
-    return y.to(x.dtype).view(*x.shape[:-1], matrix.rows)
+    return kernels.multiply_one(rows, matrix, added).to(x.dtype)
 
 
 def _check_path(name: str) -> str:

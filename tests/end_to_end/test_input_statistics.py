@@ -13,8 +13,8 @@ from allocator.artefacts import Model
 from allocator.cli import run
 from allocator.renderings import rendering_of_plan
 from runtime.apply import simulated_formats
-from runtime.quantizers import STATISTICAL
 from runtime.kernels.dispatch import kernel_path
+from runtime.quantizers import STATISTICAL
 from tests.tiny_measurements import CONFIG, FLAGS, make_request
 
 MODELS = ("tiny_llama_dir", "tiny_tied_llama_dir", "tiny_mixtral_dir")
