@@ -36,7 +36,7 @@ class FragmentWeight:
         bits: Code width, 1 to 8.
         group_size: Weights of one row that share a scale, a multiple of 32; None for the whole row.
         words: [tiles, bits, ceil(out_features / 8), 4, 4] int32, the codes.
-        scale: [groups, rows padded to a multiple of 8] float16.
+        scale: [groups, rows padded to a multiple of 8] float16; groups of zeros follow where the row was padded.
         zero_point: The same shape in uint8, or None when the code 2**(bits - 1) stands for zero.
     """
 
@@ -84,8 +84,8 @@ def pack_fragments(
         bits=bits,
         group_size=group_size,
         words=pack_words(codes, bits),
-        scale=_pad_rows(scale.to(torch.float16)),
-        zero_point=None if zero_point is None else _pad_rows(zero_point),
+        scale=_pad_groups(scale.to(torch.float16), in_features, group_size),
+        zero_point=None if zero_point is None else _pad_groups(zero_point, in_features, group_size),
     )
 
 
@@ -139,9 +139,10 @@ def _to_pairs(codes: Tensor) -> Tensor:
     return split.permute(4, 5, 2, 3, 0, 6, 1, 7).reshape(PAIRS, split.shape[3], split.shape[0], 4, 4, 2)
 
 
-def _pad_rows(values: Tensor) -> Tensor:
-    """Returns [rows, groups] as [groups, rows padded to a multiple of 8], padded with zeros."""
+def _pad_groups(values: Tensor, in_features: int, group_size: int | None) -> Tensor:
+    """Returns [rows, groups] as [groups of the padded row, rows padded to a multiple of 8], padded with zeros."""
     rows, groups = values.shape
-    padded = torch.nn.functional.pad(values, (0, 0, 0, -rows % TILE_ROWS))
+    more = 0 if group_size is None else -(-(in_features + -in_features % TILE_CODES) // group_size) - groups
+    padded = torch.nn.functional.pad(values, (0, more, 0, -rows % TILE_ROWS))
     # Through one dimension: the strides of a single group must be those of a row, or it is no view of whole words.
-    return padded.t().reshape(-1).view(groups, padded.shape[0])
+    return padded.t().reshape(-1).view(groups + more, padded.shape[0])

@@ -18,7 +18,10 @@ from runtime.kernels.triton.fragment_layout import TILE_CODES
 
 # Most registers of a thread: without this the compiler aims at more programs a processor, and spills.
 _MOST_REGISTERS = 255
-_PROGRAM_BLOCKS_PER_PROCESSOR = 8
+_PROGRAMS_PER_PROCESSOR = 8
+# What a program should have on its way: with a few programs a processor this covers latency times bandwidth.
+_BYTES_AHEAD = 16384
+_MOST_STAGES = 6
 _LAUNCH_S = 2e-6
 _M_BUCKETS = (8, 16, 32, 64)
 MOST_ROWS = _M_BUCKETS[-1]
@@ -93,12 +96,15 @@ def find_launch(key: LaunchKey, device: Device, table: dict[LaunchKey, Launch] |
         return table[key]
     # Four warps or more would make compute capability 9.0 and 10.0 use instructions that take no operand from registers
     # without copies.
-    block_m = min(key.rows, 16 if device.architecture >= 90 else 32)
+    # 32 rows of x take all registers: enough below compute capability 9.0, where codes fill their words evenly.
+    most_rows = 32 if device.architecture < 90 and key.bits in (1, 2, 4) else 16
+    block_m = min(key.rows, most_rows)
     warps = 2 if key.out_features > TILE_CODES else 1
     tiles = _count_step_tiles(key)
     steps = -(-key.in_features // (TILE_CODES * tiles))
     candidates = [splits for splits in range(1, steps + 1) if splits == 1 or steps // splits >= 4]
-    stages = 3
+    step_bytes = 64 * warps * TILE_CODES * tiles * key.bits // 8
+    stages = min(_MOST_STAGES, max(3, 2 + _BYTES_AHEAD // step_bytes))
     splits = min(candidates, key=lambda s: _predict_s(key, device, block_m, warps, tiles, stages, s))
     return Launch(block_m=block_m, warps=warps, tiles=tiles, stages=stages, splits=splits)
 
@@ -127,7 +133,7 @@ def _predict_s(key: LaunchKey, device: Device, block_m: int, warps: int, tiles: 
     weight_bytes = key.out_features * key.in_features * code_bytes
     partial_bytes = 8 * splits * key.rows * key.out_features if splits > 1 else 0
     blocks = -(-key.out_features // (64 * warps)) * -(-key.rows // block_m)
-    resident = min(blocks * splits, _PROGRAM_BLOCKS_PER_PROCESSOR * device.processors)
+    resident = min(blocks * splits, _PROGRAMS_PER_PROCESSOR * device.processors)
     on_their_way = resident * (stages - 1) * 64 * warps * TILE_CODES * tiles * code_bytes
     needed = device.read_bytes_per_s * LATENCY_S
     seconds = (weight_bytes + partial_bytes) / device.read_bytes_per_s / min(1.0, on_their_way / needed)

@@ -1,12 +1,12 @@
 """Products with a packed weight by the Triton kernels: launches them, and is what the rest of the project calls.
 
-Up to 64 rows of x are multiplied by the codes as they are. For more rows the weight is dequantized first, a block of its
-rows at a time, and multiplied by the library's GEMM: then the time is that of arithmetic, and the weight is the very one
-that the reference multiplies by.
+Up to 64 rows of x are multiplied by the codes as they are. For more rows the weight is dequantized first, a block of
+its rows at a time, and multiplied by the library's GEMM: then the time is that of arithmetic, and the weight is the
+very one that the reference multiplies by.
 
-float32 activations are taken apart exactly enough: x = 2**e (a + 2**-11 b) with float16 a and b, two rows for each row,
-which costs nothing while both fit the tensor core's eight. What is lost is 2**-22 of an element or 2**-35 of the row's
-greatest.
+float32 activations are taken apart almost exactly: x = 2**e (a + 2**-11 b) with float16 a and b, two rows for each row,
+which costs nothing while both fit the tensor core's eight. What is lost is 2**-22 of an element, or 2**-35 of the
+greatest of its row.
 
 Runs on a CUDA device, or on the CPU if Triton was imported with TRITON_INTERPRET=1.
 """
