@@ -26,6 +26,7 @@ def multiply_weight(
     scale_ptr,
     zero_ptr,
     first_row_block,
+    last_row_block,
     row_blocks,
     first_step,
     last_step,
@@ -47,6 +48,7 @@ def multiply_weight(
         scale_ptr: [groups, row_blocks, 4] int32, two float16 scales a word.
         zero_ptr: [groups, row_blocks, 2] int32, four zero points a word; not read when SYMMETRIC.
         first_row_block: The program's first block of 8 rows of W.
+        last_row_block: Where the rows end that may be read.
         row_blocks: Blocks of 8 rows of W.
         first_step, last_step: Range of steps, each of 64 * TILES codes.
         BITS: Code width.
@@ -65,7 +67,7 @@ def multiply_weight(
     GROUPS: tl.constexpr = 2 if GROUP_SIZE == 32 else 1
     CODES: tl.constexpr = 32 if GROUP_SIZE == 32 else 64
     row_block = first_row_block + tl.arange(0, 8 * WARPS)
-    row_block_mask = row_block < row_blocks
+    row_block_mask = row_block < last_row_block
     # row_block >> 31 is zero, which the compiler cannot know: it must keep BASE in a register of each thread, and the
     # mask of a code and its exponent become one instruction instead of two.
     base_bits = ((row_block >> 31) | BASE_BITS).to(tl.uint32, bitcast=True)[:, None, None]
@@ -146,6 +148,7 @@ def weight_only_kernel(
         scale_ptr,
         zero_ptr,
         first_column // 8,
+        row_blocks,
         row_blocks,
         split * steps_per_split,
         tl.minimum(steps, (split + 1) * steps_per_split),
