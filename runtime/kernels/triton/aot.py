@@ -7,6 +7,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from runtime.kernels.triton.grouped_experts import Kind
+from runtime.kernels.triton.grouped_experts_kernel import grouped_experts_kernel
 from runtime.kernels.triton.launch_table import Launch, LaunchKey
 from runtime.kernels.triton.sass import KernelCode, read_code
 from runtime.kernels.triton.weight_only_kernel import weight_only_kernel
@@ -61,6 +63,35 @@ def compile_weight_only(key: LaunchKey, launch: Launch, *, dtype: str, symmetric
     )
 
 
+def compile_grouped_experts(
+    kinds: tuple[Kind, ...], *, architecture: int, block_m: int, gated: bool
+) -> CompiledProduct:
+    """Returns the experts' product compiled for a compute capability, for float16 activations.
+
+    Args:
+        kinds: (bits, group size or 0, symmetric, tiles of a step) of each kind of expert.
+        architecture: Compute capability times ten.
+        block_m: Rows of x in a program.
+        gated: With gate, up projection and activation.
+    """
+    constants = {
+        "KINDS": kinds,
+        "GATED": gated,
+        "BLOCK_M": block_m,
+        "WARPS": 2,
+        "STAGES": 3,
+        "UPCAST": False,
+    }
+    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
+    options = {"num_warps": 2, "num_stages": 3, "maxnreg": 255}
+    kernel = _compile(grouped_experts_kernel, constants, "fp16", target, options)
+    return CompiledProduct(
+        code=read_code(kernel.asm["cubin"]),
+        shared_bytes=kernel.metadata.shared,
+        weights_per_step=64 * 64 // _THREADS_PER_WARP * max(kind[3] for kind in kinds),
+    )
+
+
 def compile_weight_only_amd(key: LaunchKey, launch: Launch, *, dtype: str, architecture: str) -> str:
     """Returns the assembly of the weight-only product for an AMD architecture such as ``gfx942``."""
     target = GPUTarget("hip", architecture, _THREADS_PER_AMD_WARP)
@@ -89,6 +120,12 @@ def _compile(function: Any, constants: dict[str, object], dtype: str, target: An
         "x_ptr": f"*{dtype}",
         "bias_ptr": f"*{dtype}",
         "out_ptr": "*fp32",
+        "kind_ptr": "*i32",
+        "token_ptr": "*i64",
+        "offset_ptr": "*i64",
+        "block_expert_ptr": "*i64",
+        "block_first_ptr": "*i64",
+        "block_last_ptr": "*i64",
         "words_ptr": "*i32",
         "scale_ptr": "*i32",
         "zero_ptr": "*i32",

@@ -28,11 +28,13 @@ class KernelCode:
         registers: Registers of a thread.
         spill_bytes: Local memory of a thread.
         loop: How often each instruction stands in the main loop, full names (``HMMA.16816.F32``).
+        whole: The same for the whole kernel.
     """
 
     registers: int
     spill_bytes: int
     loop: Counter[str]
+    whole: Counter[str]
 
     @property
     def loop_length(self) -> int:
@@ -43,9 +45,10 @@ class KernelCode:
         """Returns how many instructions of the main loop begin with one of the names, up to a dot."""
         return sum(n for name, n in self.loop.items() if name.split(".")[0] in names)
 
-    def count_copies(self, bits: int) -> int:
-        """Returns the asynchronous copies from global to shared memory of a width."""
-        return sum(n for name, n in self.loop.items() if name.startswith("LDGSTS") and _copy_bits(name) == bits)
+
+def count_copies(code: Counter[str], bits: int) -> int:
+    """Returns the asynchronous copies from global to shared memory of a width."""
+    return sum(n for name, n in code.items() if name.startswith("LDGSTS") and _copy_bits(name) == bits)
 
 
 def read_code(cubin: bytes) -> KernelCode:
@@ -60,6 +63,7 @@ def read_code(cubin: bytes) -> KernelCode:
         registers=int(resources.group(1)),
         spill_bytes=int(resources.group(2)),
         loop=Counter(name for name, _ in _find_main_loop(instructions, targets)),
+        whole=Counter(name for name, _ in instructions),
     )
 
 
