@@ -1,6 +1,9 @@
-"""What belongs together: a model and its files, a model and its profile, a plan and the profile it was made from."""
+"""What belongs together: a model and its files, its profile, a plan and the profile and versions it was made with."""
 
+import platform
+from datetime import UTC, datetime
 from functools import cached_property
+from importlib.metadata import version
 
 import numpy as np
 
@@ -11,6 +14,7 @@ from allocator.plans import ArtefactMismatch, Plan
 from allocator.progress import Progress, silent
 from allocator.store import Store
 from runtime.loading import ReferenceModel, find_model, fingerprint_model, load_reference
+from runtime.stored_weights import load_stored_reference
 from sensitivity.profile import SensitivityProfile
 
 
@@ -19,10 +23,12 @@ class Model:
 
     Args:
         source: A Hugging Face directory or id, or a GGUF file.
+        low_memory: Whether its weights stay in its files and are read block by block: more time, less memory.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, *, low_memory: bool = False) -> None:
         self.source = source
+        self.low_memory = low_memory
         self.path = find_model(source)
         self.fingerprint = fingerprint_model(self.path)
 
@@ -33,7 +39,7 @@ class Model:
 
     def load_again(self) -> ReferenceModel:
         """Returns a copy of its own, which may be packed."""
-        return load_reference(self.source)
+        return load_stored_reference(self.source) if self.low_memory else load_reference(self.source)
 
 
 def open_model(model: str | Model) -> Model:
@@ -96,3 +102,14 @@ def assignment_of_plan(profile: SensitivityProfile, plan: Plan) -> Assignment:
     choice = [profile.candidates.format_index(plan.weights[u.weights[0].name]) for u in profile.candidates.units]
     kind = "uniform" if plan.termination == UNIFORM_RULE else "plan"
     return Assignment(name=plan.name, kind=kind, metric=plan.metric, choice=np.array(choice, dtype=np.int64))
+
+
+def provenance() -> dict[str, str]:
+    """Returns the versions and the moment of a plan."""
+    return {
+        "bitplan": version("bitplan"),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }

@@ -16,14 +16,28 @@ import click
 
 from allocator.budget import InfeasibleBudget, parse_bytes
 from allocator.cli_options import Command, budget_options, make_budget, make_request, measure_options, parse
-from allocator.cli_output import describe_profile, plan_text, profile_text, render, stray_output_to_stderr, table
+from allocator.cli_output import (
+    blockwise_text,
+    describe_profile,
+    plan_text,
+    profile_text,
+    render,
+    stray_output_to_stderr,
+    table,
+)
 
 if TYPE_CHECKING:
+    from allocator.artefacts import Model
     from sensitivity.profile import SensitivityProfile
 
 FAILURE, USAGE, INFEASIBLE = 1, 2, 3
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+_low_memory_option = click.option(
+    "--low-memory",
+    is_flag=True,
+    help="Read the model's weights from its files block by block: it may be larger than memory; takes longer.",
+)
 _plan_option = click.option("--plan", "plan_path", required=True, type=click.Path(path_type=Path), help="Plan file.")
 
 
@@ -51,11 +65,12 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("model")
+@_low_memory_option
 @measure_options
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the profile to this directory.")
 @_json_option
 @_printed
-def measure(model: str, out: Path | None, as_json: bool, **options: Any) -> str:
+def measure(model: str, low_memory: bool, out: Path | None, as_json: bool, **options: Any) -> str:
     """Measure how much each part of MODEL loses at each format. Interrupted measurements resume."""
     from allocator.pipeline import measure as run
     from sensitivity.profile import check_profile_place, save_profile
@@ -64,7 +79,9 @@ def measure(model: str, out: Path | None, as_json: bool, **options: Any) -> str:
     if out is not None:
         # Before minutes of work, not after.
         check_profile_place(out)
-    profile = _with_progress(run, model, request=request)
+    if low_memory:
+        click.echo(blockwise_text(), err=True)
+    profile = _with_progress(run, _open(model, low_memory), request=request)
     if out is not None:
         save_profile(profile, out)
     return render(describe_profile(profile), as_json, profile_text)
@@ -72,6 +89,7 @@ def measure(model: str, out: Path | None, as_json: bool, **options: Any) -> str:
 
 @cli.command()
 @click.argument("model")
+@_low_memory_option
 @budget_options
 @click.option("--metric", help="Metric to plan with; default: the best the profile holds.")
 @click.option("--verify/--no-verify", default=True, help="Measure the plan and its rivals on held-out text.")
@@ -83,15 +101,25 @@ def measure(model: str, out: Path | None, as_json: bool, **options: Any) -> str:
     metavar="ROUNDS",
     help="Improve the best measured plan around itself, at most so many rounds. Minutes each; for 4 bits and below.",
 )
+@click.option(
+    "--evolve",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="PASSES",
+    help="Improve it by random switches of formats, at most so many passes of one sequence; after --refine.",
+)
 @click.option("--profile", type=click.Path(path_type=Path), help="Profile directory; default: the model's latest.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the plan to this file.")
 @_json_option
 @_printed
 def plan(
     model: str,
+    low_memory: bool,
     metric: str | None,
     verify: bool,
     refine: int,
+    evolve: int,
     profile: Path | None,
     out: Path | None,
     as_json: bool,
@@ -105,12 +133,11 @@ def plan(
     if out is not None and out.is_dir():
         msg = f"a plan is written to a file: got --out '{out}', a directory. Name a file in it, such as plan.json."
         raise click.UsageError(msg)
-    if refine and not verify:
-        msg = "refinement measures: got --refine with --no-verify. Leave one of them out."
+    if (refine or evolve) and not verify:
+        msg = "refinement and evolution measure: got --refine or --evolve with --no-verify. Leave one of them out."
         raise click.UsageError(msg)
-    made = _with_progress(
-        run, model, asked, verify=verify, metric=metric, refine=refine, profile=_load_profile(profile)
-    )
+    options = {"verify": verify, "metric": metric, "refine": refine, "evolve": evolve}
+    made = _with_progress(run, _open(model, low_memory), asked, **options, profile=_load_profile(profile))
     if out is not None:
         save_plan(made, out)
     return render(made.to_dict(), as_json, lambda _: plan_text(made))
@@ -132,35 +159,38 @@ def frontier(model: str, points: int, metric: str | None, as_json: bool) -> str:
 
 @cli.command()
 @click.argument("model")
+@_low_memory_option
 @_plan_option
 @click.option(
     "--text", help="Held-out text: file, JSONL, directory or dataset; default: the profile's evaluation text."
 )
 @_json_option
 @_printed
-def evaluate(model: str, plan_path: Path, text: str | None, as_json: bool) -> str:
+def evaluate(model: str, low_memory: bool, plan_path: Path, text: str | None, as_json: bool) -> str:
     """Measure a plan of MODEL on held-out text, beside the reference and the uniform formats."""
     from dataclasses import asdict
 
     from allocator.pipeline import evaluate as run
     from allocator.plans import load_plan
 
-    evaluations = [asdict(e) for e in _with_progress(run, model, load_plan(plan_path), text=text)]
+    opened = _open(model, low_memory)
+    evaluations = [asdict(e) for e in _with_progress(run, opened, load_plan(plan_path), text=text)]
     return render({"evaluations": evaluations}, as_json, lambda document: table(document["evaluations"]))
 
 
 @cli.command()
 @click.argument("model")
+@_low_memory_option
 @_plan_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the packed model.")
 @_json_option
 @_printed
-def apply(model: str, plan_path: Path, out: Path, as_json: bool) -> str:
+def apply(model: str, low_memory: bool, plan_path: Path, out: Path, as_json: bool) -> str:
     """Pack MODEL by a plan and write it to a directory."""
     from allocator.pipeline import apply as run
     from allocator.plans import load_plan
 
-    applied = run(model, load_plan(plan_path), out)
+    applied = run(_open(model, low_memory), load_plan(plan_path), out)
     document = {
         "directory": str(applied.directory),
         "file_bytes": applied.file_bytes,
@@ -188,16 +218,17 @@ def generate(directory: Path, prompt: str, max_new_tokens: int, temperature: flo
 
 @cli.command()
 @click.argument("model")
+@_low_memory_option
 @_plan_option
 @click.option("--text", help="Evaluation text; default: the profile's.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the report.")
 @_printed
-def report(model: str, plan_path: Path, text: str | None, out: Path) -> str:
+def report(model: str, low_memory: bool, plan_path: Path, text: str | None, out: Path) -> str:
     """Write the report of a plan of MODEL: one HTML page and CSV files."""
     from allocator.pipeline import report as run
     from allocator.plans import load_plan
 
-    return str(_with_progress(run, model, load_plan(plan_path), out, text=text))
+    return str(_with_progress(run, _open(model, low_memory), load_plan(plan_path), out, text=text))
 
 
 @cli.command()
@@ -259,6 +290,12 @@ def _with_progress(function: Callable[..., Any], *arguments: Any, **options: Any
 
     with shown_progress() as progress:
         return function(*arguments, progress=progress, **options)
+
+
+def _open(model: str, low_memory: bool) -> "Model":
+    from allocator.artefacts import Model
+
+    return Model(model, low_memory=low_memory)
 
 
 def _load_profile(directory: Path | None) -> "SensitivityProfile | None":

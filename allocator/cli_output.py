@@ -54,6 +54,14 @@ def profile_text(document: dict[str, Any]) -> str:
     )
 
 
+def blockwise_text() -> str:
+    """Returns what is said before a model is measured block by block."""
+    from sensitivity.measure_config import BLOCKWISE_METRICS, METRICS
+
+    left_out = [metric for metric in METRICS if metric not in BLOCKWISE_METRICS]
+    return f"the model is read block by block: {' and '.join(left_out)} need it in memory and are left out."
+
+
 def plan_text(made: "Plan") -> str:
     from collections import Counter
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from allocator.assignments import Assignment, list_uniform, use_of
 from allocator.budget import MEMORY, Budget, InfeasibleBudget
+from allocator.expert_blocks import find_block_assignment
+from allocator.improvement import Improve
 from allocator.planning import find_assignment, find_interacting_assignment, find_least_loss, make_plan
 from allocator.plans import Plan
 from allocator.problems import resolve_limits
@@ -35,7 +37,11 @@ def list_rivals(
     *,
     only_metric: bool = False,
 ) -> list[Assignment]:
-    """Returns what is measured beside the best predicted assignment: other metrics, cross terms, uniform formats."""
+    """Returns what is measured beside the best predicted assignment.
+
+    These are the plans by other metrics, with cross terms, of a mixture's experts layer by layer as MC-MoE makes them,
+    and the uniform formats that fit.
+    """
     rivals: list[Assignment] = []
     if not only_metric:
         others = [m for m in (FISHER, SINGLE_UNIT_KL) if m in profile.losses and m != best.metric]
@@ -47,6 +53,8 @@ def list_rivals(
                 continue
     if profile.logit_gram is not None and budget.max_kl is None and profile.table(best.metric).unit_of_measure == NATS:
         rivals.append(find_interacting_assignment(profile, budget, tables, metric=best.metric)[0])
+    by_blocks = None if only_metric else find_block_assignment(profile, budget, tables, best)
+    rivals += [] if by_blocks is None else [by_blocks]
     limits = resolve_limits(profile, budget)
     rivals += [
         a
@@ -82,14 +90,14 @@ class Competition:
         self,
         best: Assignment,
         rivals: Sequence[Assignment],
-        refine: Callable[[Assignment], Assignment] | None = None,
+        improvements: Sequence[Improve] = (),
     ) -> Plan:
         """Returns the plan of the best measured assignment.
 
         Args:
             best: The best predicted assignment.
             rivals: What is measured beside it.
-            refine: Improves the best measured assignment, which the result is then measured against.
+            improvements: Each improves the best measured assignment, which its result is then measured against.
 
         Raises:
             InfeasibleBudget: If nothing keeps a ceiling on KL as measured.
@@ -106,8 +114,8 @@ class Competition:
             winner = choose_best(assignments, scores, self.tables[MEMORY], self.budget)
         if winner is None:
             raise self._unreachable(best.metric, assignments, scores)
-        if refine is not None:
-            assignments = _distinct([*assignments, refine(winner)])
+        for improve in improvements:
+            assignments = _distinct([*assignments, improve(winner)])
             scores = self._score(assignments)
             winner = choose_best(assignments, scores, self.tables[MEMORY], self.budget) or winner
         made = make_plan(self.profile, winner, self.budget, self.tables, self.provenance)

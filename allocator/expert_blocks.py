@@ -13,18 +13,27 @@ bits to another.
 Source: W. Huang et al. 2024, "MC-MoE", arXiv:2410.06270, section 3.2.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator.assignments import Assignment, use_of
+from allocator.budget import Budget
+from allocator.improvement import bound_by
+from allocator.problems import resolve_limits
 from runtime.candidates import Candidates
+from runtime.costs import CostTable
+from runtime.formats import Format
+from sensitivity.profile import SensitivityProfile
 from solvers import AllocationProblem, CountLimit, SolveParams, SolveResult, add_constraints
 from solvers.baselines.block_budgets import solve_block_budgets
 from solvers.constraints import trim_resources
 
 CODE_BITS = "code_bits"
+OTHER_BITS = 4  # of everything that is no expert
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,6 +98,58 @@ def solve_expert_blocks(
     choice = np.where(candidates.allowed[:, other], other, candidates.allowed.argmax(axis=1)).astype(np.int64)
     choice[units] = result.choice
     return ExpertBlocks(units=units, choice=choice, result=result)
+
+
+def find_block_assignment(
+    profile: SensitivityProfile, budget: Budget, tables: Mapping[str, CostTable], optimum: Assignment
+) -> Assignment | None:
+    """Returns MC-MoE's plan at the largest mean width, in eighths of a bit, that keeps a budget.
+
+    Args:
+        profile: The profile.
+        budget: The budget.
+        tables: Resource -> cost table.
+        optimum: The solver's answer to this budget; its metric's losses are used here too.
+
+    Returns:
+        The plan; None without experts, under a ceiling on the loss, and where the narrowest experts do not fit.
+    """
+    candidates = profile.candidates
+    widths = [
+        f.bits for u, unit in enumerate(candidates.units) if unit.kind == "expert" for f in _allowed(candidates, u)
+    ]
+    if not widths or budget.max_kl is not None:
+        return None
+    wide_enough = [f for f in candidates.formats if f.bits >= OTHER_BITS] or candidates.formats
+    other = min(wide_enough, key=lambda f: f.bits).name
+    limits = resolve_limits(profile, budget)
+
+    def solve_at(eighths: int) -> NDArray[np.int64] | None:
+        """Returns the choice at a mean width, if there is one and it keeps the budget."""
+        loss = profile.table(optimum.metric).loss
+        choice = solve_expert_blocks(candidates, loss, mean_bits=eighths / 8, other_format=other).choice
+        if choice is None:
+            return None
+        use = use_of(choice, {name: tables[name] for name in limits})
+        return choice if all(use[name] <= limit for name, limit in limits.items()) else None
+
+    # Stored bytes grow with the width but for a few scales: what bisection finds keeps the budget, and is the largest
+    # or close to it.
+    eighths = bisect_left(range(8 * min(widths), 8 * max(widths) + 1), True, key=lambda e: solve_at(e) is None)
+    largest = 8 * min(widths) + eighths - 1
+    choice = solve_at(largest)
+    if choice is None:
+        return None
+    name = f"experts layer by layer, {largest / 8:g} bits"
+    detail = (
+        f"the experts of each layer by themselves at a mean code width of {largest / 8:g} bits, the rest in {other}"
+    )
+    result = bound_by(profile, tables, optimum, choice, detail=detail)
+    return Assignment(name=name, kind="plan", metric=optimum.metric, choice=choice, result=result)
+
+
+def _allowed(candidates: Candidates, u: int) -> list[Format]:
+    return [candidates.formats[f] for f in np.flatnonzero(candidates.allowed[u])]
 
 
 def _build_problem(

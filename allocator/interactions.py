@@ -21,19 +21,22 @@ MOST_VECTORS = 256
 FloatArray = NDArray[np.float64]
 
 
-def sketch_from_gram(gram: NDArray[np.floating], loss: FloatArray) -> NDArray[np.float32]:
+def sketch_from_gram(
+    gram: NDArray[np.floating], loss: FloatArray, *, most_vectors: int = MOST_VECTORS
+) -> NDArray[np.float32]:
     """Returns vectors [S, U, F] with the leading correlations of a Gram matrix and norms that a loss asks for.
 
     Args:
         gram: [U * F, U * F] inner products, positive semidefinite.
-        loss: [U, F] nats per token; 1/2 |v|^2 of the result, where ``MOST_VECTORS`` directions hold all of it.
+        loss: [U, F] nats per token; 1/2 |v|^2 of the result, where the directions that are kept hold all of it.
+        most_vectors: Leading directions that are kept, S at most.
     """
     norms = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
     inverse = np.divide(1.0, norms, out=np.zeros_like(norms, dtype=np.float64), where=norms > 0)
     correlation = gram * inverse[:, None] * inverse[None, :]
     values, vectors = np.linalg.eigh(correlation)
     values = np.maximum(values[::-1], 0.0)
-    rank = min(MOST_VECTORS, int(np.count_nonzero(values > 1e-9 * values[0])))
+    rank = min(most_vectors, int(np.count_nonzero(values > 1e-9 * values[0])))
     scale = np.sqrt(2.0 * np.maximum(loss, 0.0)).ravel()
     sketch = (vectors[:, ::-1][:, :rank] * np.sqrt(values[:rank])).T * scale
     return np.asarray(sketch.reshape(rank, *loss.shape), dtype=np.float32)

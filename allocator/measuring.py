@@ -21,7 +21,7 @@ from sensitivity.calibration import (
 )
 from sensitivity.experts.self_sampling import sample_balanced_sequences
 from sensitivity.measure import measure_profile, measurement_fingerprint
-from sensitivity.measure_config import MeasureConfig, MeasurementText
+from sensitivity.measure_config import MeasureConfig, MeasurementText, make_blockwise
 from sensitivity.pieces import Piece, read_or_measure
 from sensitivity.profile import SensitivityProfile, fingerprint_of
 
@@ -64,7 +64,16 @@ class MeasureRequest:
 def run_measurement(
     reference: ReferenceModel, request: MeasureRequest, store: Store, progress: Progress
 ) -> SensitivityProfile:
-    """Returns the profile of a request: from the store, or measured (and resumed) piece by piece."""
+    """Returns the profile of a request: from the store, or measured (and resumed) piece by piece.
+
+    Of a model that is read block by block only what needs no more of it is measured; the profile has the fingerprint
+    and the numbers of one of the model in memory with these metrics.
+
+    Raises:
+        ValueError: If the request is wrong, or asks for what such a model cannot give.
+    """
+    if reference.stored_weights is not None:
+        request = _make_blockwise(request)
     candidates = find_candidates(reference, request)
     text = prepare_text(reference, request, kept=store.root / "texts")
     fingerprint = measurement_fingerprint(reference.fingerprint, candidates, text, request.config)
@@ -82,6 +91,16 @@ def run_measurement(
         store.save_profile(profile)
     store.make_latest(profile)
     return profile
+
+
+def _make_blockwise(request: MeasureRequest) -> MeasureRequest:
+    if request.calibration in (None, SELF_BALANCED):
+        msg = (
+            "calibration text of a model that is read block by block must be named: the model would be read once for "
+            "every token that it samples. Name a text (--calibration)."
+        )
+        raise ValueError(msg)
+    return replace(request, config=make_blockwise(request.config))
 
 
 def find_candidates(reference: ReferenceModel, request: MeasureRequest) -> Candidates:

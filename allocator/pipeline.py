@@ -1,20 +1,19 @@
 """The verbs: measure, plan, frontier, evaluate, apply, load, report. Composition only; the work is in the rooms."""
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from allocator.artefacts import Model, assignment_of_plan, find_profile, open_model, profile_of_plan
+from allocator.artefacts import Model, assignment_of_plan, find_profile, open_model, profile_of_plan, provenance
 from allocator.assignments import list_uniform, use_of
 from allocator.budget import LATENCY, MEMORY, Budget
 from allocator.competition import Competition, list_rivals
+from allocator.evolution import Evolution
+from allocator.improvement import Improve
 from allocator.measuring import MeasureRequest, run_measurement
 from allocator.planning import default_metric, find_assignment, make_plan
 from allocator.plans import Evaluation, Plan, check_same_model, check_same_profile
@@ -61,6 +60,7 @@ def plan(
     verify: bool = True,
     metric: str | None = None,
     refine: int = 0,
+    evolve: int = 0,
     profile: SensitivityProfile | None = None,
     store: Store | None = None,
     progress: Progress = silent,
@@ -71,7 +71,8 @@ def plan(
     the proof would take longer (the plan states its gap). With it, plans by several
     metrics, one with cross terms, and every uniform format that fits are measured on text that nothing else saw,
     and the best of them is returned, a uniform one included. With ``refine`` that best one is then improved around
-    itself (``allocator.refinement``): minutes, worth them where plans lose much.
+    itself (``allocator.refinement``), with ``evolve`` by random switches (``allocator.evolution``): minutes, worth
+    them where plans lose much.
 
     Args:
         model: A model, or its profile. Of a model the latest profile is taken, or measured with the defaults.
@@ -79,6 +80,7 @@ def plan(
         verify: Whether to measure. A profile alone can be verified only from scores in the store.
         metric: Metric to plan with; None for the best one held (and its rivals, when verifying).
         refine: The most rounds of refinement; they need ``verify``.
+        evolve: The most passes of evolution, after refinement where both are asked for; they need ``verify``.
         profile: Profile to use instead of the model's latest.
         store: Where profiles and scores are kept.
         progress: Called with (stage, done, total).
@@ -86,13 +88,19 @@ def plan(
     Raises:
         InfeasibleBudget: If nothing keeps the budget.
         ArtefactMismatch: If the profile was measured on another model.
-        ValueError: If the metric is not in the profile, or refinement is asked for that cannot be.
+        ValueError: If the metric is not in the profile, or refinement or evolution is asked for that cannot be.
     """
-    if refine and not verify:
-        msg = f"refinement measures: got refine={refine} without verification. Verify, or leave refine out."
+    if (refine or evolve) and not verify:
+        msg = (
+            f"refinement and evolution measure: got refine={refine}, evolve={evolve} without verification. Verify, or "
+            "leave them out."
+        )
         raise ValueError(msg)
     store = store or Store()
     model = model if isinstance(model, SensitivityProfile) else open_model(model)
+    if refine and isinstance(model, Model) and model.low_memory:
+        msg = f"refinement needs the whole model in memory: got refine={refine} with low_memory. Leave out one of them."
+        raise ValueError(msg)
     if profile is not None and isinstance(model, Model):
         check_same_profile(profile.provenance["model_fingerprint"], model.fingerprint, model.source)
     profile = profile or find_profile(model, store=store, progress=progress)
@@ -110,10 +118,14 @@ def plan(
         "progress": progress,
         "load_model": partial(_load_model, model),
     }
-    refinement = Refinement(**shared, rounds=refine) if refine else None
+    improvements: list[Improve] = []
+    if refine:
+        improvements.append(Refinement(**shared, rounds=refine).run)
+    if evolve:
+        improvements.append(Evolution(**shared, passes=evolve).run)
     rivals = list_rivals(profile, budget, tables, best, only_metric=metric is not None)
     competition = Competition(**shared, provenance=provenance())
-    return competition.run(best, rivals, refinement.run if refinement else None)
+    return competition.run(best, rivals, improvements)
 
 
 def frontier(
@@ -271,17 +283,6 @@ def report(
     write_csv(content, out)
     write_html(content, out / "report.html")
     return out / "report.html"
-
-
-def provenance() -> dict[str, str]:
-    """Returns the versions and the moment of a plan."""
-    return {
-        "bitplan": version("bitplan"),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
 
 
 def _load_model(model: Model | SensitivityProfile) -> Any:

@@ -81,9 +81,9 @@ def measure_fisher(path: Path, case: dict[str, Any]) -> tuple[int, tuple[float, 
 
     from runtime.candidates import list_candidates
     from runtime.loading import load_reference
+    from runtime.stored_weights import StoredWeights, build_empty_model
     from runtime.units import find_units
     from sensitivity.sketches.fisher_sketch import measure_fisher_sketch, measure_streamed_fisher_sketch
-    from sensitivity.streaming.stored_weights import StoredWeights, build_empty_model
 
     stored = case["path"] == "stored"
     model = build_empty_model(path) if stored else load_reference(str(path)).model

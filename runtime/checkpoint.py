@@ -18,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from runtime.files import atomic_path
+from runtime.formats import FORMATS
+from runtime.packed import PackedWeight
+from runtime.residency import InMemory, Residency
 from runtime.units import list_weights
 
 CHECKPOINT_FILE = "model.safetensors"
@@ -54,38 +57,47 @@ def exact_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def rest_bytes(model: nn.Module, *, routers: bool = False) -> int:
-    """Returns the bytes of everything in the reference model that takes no format; routers may be asked to."""
+def rest_bytes(model: nn.Module, *, routers: bool = False, residency: Residency | None = None) -> int:
+    """Returns the bytes of everything in the reference model that takes no format; routers may be asked to.
+
+    Args:
+        model: The reference model.
+        routers: Whether routers take formats.
+        residency: Brings the weights into memory: what type is exact depends on the values.
+    """
     quantizable = {weight.parameter for weight in list_weights(model, routers=routers).values()}
-    return sum(
-        tensor.numel() * exact_dtype(tensor).itemsize
-        for name, tensor in _distinct_tensors(model).items()
-        if name not in quantizable
-    )
+    return sum(size for name, size in _exact_bytes(model, residency).items() if name not in quantizable)
 
 
-def reference_bytes(model: nn.Module) -> int:
+def reference_bytes(model: nn.Module, *, residency: Residency | None = None) -> int:
     """Returns the bytes of the whole reference model, each tensor in its narrowest exact type."""
-    return sum(tensor.numel() * exact_dtype(tensor).itemsize for tensor in _distinct_tensors(model).values())
+    return sum(_exact_bytes(model, residency).values())
 
 
 def header_reserve_bytes(model: nn.Module, *, routers: bool = False) -> int:
-    """Returns the bytes set aside for the header of the packed file of a reference model, length field included."""
+    """Returns the bytes set aside for the header of the packed file of a reference model, length field included.
+
+    Any format of the menu fits. A format of more tensors than all others, or with a longer name for one, makes every
+    file longer by some bytes a weight, also those of plans that exist.
+    """
     weights = list_weights(model, routers=routers)
     quantizable = {weight.parameter for weight in weights.values()}
-    longest_suffix = len(".zero_point")
+    stored = [format_.stored_tensors((1, format_.group_size or 1)) for format_ in FORMATS.values()]
+    most_tensors = max(len(tensors) for tensors in stored)
+    longest_suffix = max(len(f".{tensor.name}") for tensors in stored for tensor in tensors)
     total = _PROVENANCE_BYTES
     for weight in weights.values():
-        total += 3 * (len(weight.name) + longest_suffix + _ENTRY_BYTES) + len(weight.name) + _FORMAT_BYTES
+        entries = most_tensors * (len(weight.name) + longest_suffix + _ENTRY_BYTES)
+        total += entries + len(weight.name) + _FORMAT_BYTES
     for name, tensor in _distinct_tensors(model).items():
         if name not in quantizable:
             total += len(name) + _ENTRY_BYTES + 12 * tensor.ndim
     return -(-total // 8) * 8
 
 
-def fixed_bytes(model: nn.Module, *, routers: bool = False) -> int:
+def fixed_bytes(model: nn.Module, *, routers: bool = False, residency: Residency | None = None) -> int:
     """Returns the bytes of a packed file that no choice of formats changes: the rest and the header reserve."""
-    return rest_bytes(model, routers=routers) + header_reserve_bytes(model, routers=routers)
+    return rest_bytes(model, routers=routers, residency=residency) + header_reserve_bytes(model, routers=routers)
 
 
 def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, str], *, header_bytes: int) -> int:
@@ -100,7 +112,12 @@ def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, str], *
     Raises:
         ValueError: If the header does not fit its reserve.
     """
-    tensors = {name: t.to(exact_dtype(t)) for name, t in _distinct_tensors(model).items()}
+    packed = {id(t) for module in model.modules() if isinstance(module, PackedWeight) for t in module.buffers()}
+    # What a format stores keeps its type, in which it was priced; only the rest is narrowed.
+    tensors = {
+        name: t.detach() if id(t) in packed else t.detach().to(exact_dtype(t))
+        for name, t in _distinct_tensors(model).items()
+    }
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header = _header(ordered, metadata).encode()
     if len(header) > header_bytes - 8:
@@ -148,13 +165,25 @@ def _open(path: Path) -> safe_open:
         raise ValueError(msg) from error
 
 
+def _exact_bytes(model: nn.Module, residency: Residency | None) -> dict[str, int]:
+    """Returns name -> bytes of every distinct tensor in its narrowest exact type."""
+    residency = residency or InMemory()
+    found: dict[str, int] = {}
+    for block in residency.blocks:
+        with residency.resident(block):
+            for name, tensor in _distinct_tensors(model).items():
+                if name not in found and tensor.device.type != "meta":
+                    found[name] = tensor.numel() * exact_dtype(tensor).itemsize
+    return found
+
+
 def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     distinct: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            distinct[name] = tensor.detach()
+            distinct[name] = tensor
     return distinct
 
 

@@ -6,13 +6,15 @@ another model.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from runtime.residency import InMemory, Residency
 
 PACKED_CONFIG_KEY = "bitplan"
 _Loaded = TypeVar("_Loaded")
@@ -28,12 +30,19 @@ class ReferenceModel:
         tokenizer: Its tokenizer.
         name: Directory or file name, or hub id.
         fingerprint: Hash of the content of its files.
+        residency: Brings its weights into memory where they are not.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     name: str
     fingerprint: str
+    residency: Residency = field(default_factory=InMemory)
+
+    @property
+    def stored_weights(self) -> Residency | None:
+        """What brings the weights into memory block by block; None where they all are."""
+        return None if isinstance(self.residency, InMemory) else self.residency
 
 
 def find_model(source: str) -> Path:
@@ -83,10 +92,7 @@ def load_reference(source: str) -> ReferenceModel:
     Raises:
         ValueError: If the model is missing, damaged, already packed, or has a missing or non-finite weight.
     """
-    path = find_model(source)
-    if path.is_dir() and hasattr(call_transformers(path, lambda: AutoConfig.from_pretrained(path)), PACKED_CONFIG_KEY):
-        msg = f"a reference model must not be packed already: got '{path}'. Name the model the plan was made for."
-        raise ValueError(msg)
+    path = find_unpacked(source)
     tokenizer, model, missing = call_transformers(path, lambda: _load(path))
     if missing:
         msg = (
@@ -94,16 +100,31 @@ def load_reference(source: str) -> ReferenceModel:
             "Fetch or save the model again."
         )
         raise ValueError(msg)
-    _check_finite(model, path)
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter, path)
     return ReferenceModel(
         model=model,
         tokenizer=tokenizer,
-        name=_name(source, path),
+        name=name_model(source, path),
         fingerprint=fingerprint_model(path),
     )
 
 
-def _name(source: str, path: Path) -> str:
+def find_unpacked(source: str) -> Path:
+    """Returns the local directory or GGUF file of a model that may be a reference.
+
+    Raises:
+        ValueError: If it is missing, damaged or already packed.
+    """
+    path = find_model(source)
+    if path.is_dir() and hasattr(call_transformers(path, lambda: AutoConfig.from_pretrained(path)), PACKED_CONFIG_KEY):
+        msg = f"a reference model must not be packed already: got '{path}'. Name the model the plan was made for."
+        raise ValueError(msg)
+    return path
+
+
+def name_model(source: str, path: Path) -> str:
+    """Returns what a model is called: its directory's or file's name, or its hub id."""
     if path.is_file():
         return path.stem
     # A fetched model lies in a directory that is named after a commit, and "." has no name at all.
@@ -158,12 +179,16 @@ def _fetch_from_hub(source: str) -> Path:
         raise ValueError(msg) from error
 
 
-def _check_finite(model: nn.Module, path: Path) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            count = int((~torch.isfinite(parameter)).sum())
-            msg = (
-                f"weights must be finite: got {count} non-finite values in '{name}' of '{path}'. "
-                "The file is damaged or training diverged; fetch or train the model again."
-            )
-            raise ValueError(msg)
+def check_finite(name: str, values: Tensor, path: Path) -> None:
+    """Checks that a parameter holds numbers only.
+
+    Raises:
+        ValueError: If it holds infinities or no numbers.
+    """
+    if not bool(torch.isfinite(values).all()):
+        count = int((~torch.isfinite(values)).sum())
+        msg = (
+            f"weights must be finite: got {count} non-finite values in '{name}' of '{path}'. "
+            "The file is damaged or training diverged; fetch or train the model again."
+        )
+        raise ValueError(msg)

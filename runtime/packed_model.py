@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from runtime.apply import FormatsByWeight, apply_formats_, install_empty_formats_
 from runtime.checkpoint import (
@@ -24,6 +22,7 @@ from runtime.checkpoint import (
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
 from runtime.rendering import RenderingRule
+from runtime.stored_weights import build_empty_model
 from runtime.units import list_weights
 
 FORMATS_KEY = "bitplan.formats"
@@ -40,7 +39,7 @@ def save_packed_(
     """Packs the model in place, writes it to a directory, and returns the bytes of the weight file.
 
     Args:
-        reference: The model; its weights are packed afterwards.
+        reference: The model; its weights are packed afterwards, and in memory as such.
         formats_by_weight: Weight name -> format name, for every weight that can be quantized.
         directory: Replaced as a whole once the new content is complete; it must be free or hold a packed model.
         metadata: Strings kept in the checkpoint's header.
@@ -61,7 +60,7 @@ def save_packed_(
     weights = list_weights(reference.model, routers=True)
     routers = any(weight.kind == "router" and name in formats_by_weight for name, weight in weights.items())
     header_bytes = header_reserve_bytes(reference.model, routers=routers)
-    apply_formats_(reference.model, formats_by_weight, quantizer=quantizer)
+    apply_formats_(reference.model, formats_by_weight, quantizer=quantizer, residency=reference.residency)
     with atomic_directory(directory) as temporary:
         reference.tokenizer.save_pretrained(temporary)
         config = reference.model.config.to_dict()
@@ -104,20 +103,11 @@ def load_packed(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str
     if FORMATS_KEY not in metadata:
         msg = f"a packed model must name its formats in the header: got none in '{path}'. Make it with 'bitplan apply'."
         raise ValueError(msg)
-    model = call_transformers(directory, lambda: _build_empty(directory))
+    model = call_transformers(directory, lambda: build_empty_model(directory))
     install_empty_formats_(model, json.loads(metadata[FORMATS_KEY]))
     _load_tensors_(model, load_tensors(path), path)
     tokenizer = call_transformers(directory, lambda: AutoTokenizer.from_pretrained(directory))
     return model.eval().requires_grad_(False), tokenizer, metadata
-
-
-def _build_empty(directory: Path) -> Any:
-    config = AutoConfig.from_pretrained(directory)
-    auto_model: Any = AutoModelForCausalLM
-    with init_empty_weights(include_buffers=False):
-        model = auto_model.from_config(config, dtype=torch.float32)
-    model.tie_weights()
-    return model
 
 
 def _load_tensors_(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.apply import FormatsByWeight, simulated_formats
+from runtime.apply import FormatsByWeight, KeptRenderings, simulated_formats
 from runtime.rendering import RenderingRule
 
 _GROUP_TOKENS = 512
@@ -53,13 +53,14 @@ def score_assignments(
         progress: Called with (passes done, passes in all).
     """
     group = max(1, _GROUP_TOKENS // tokens.shape[1])
+    kept: KeptRenderings = {}
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in assignments}
     total = len(assignments) * -(-tokens.shape[0] // group)
     for start in range(0, tokens.shape[0], group):
         batch = tokens[start : start + group]
         reference = _log_probabilities(model, batch)
         for name, formats in assignments.items():
-            with simulated_formats(model, formats, quantizer=quantizer):
+            with simulated_formats(model, formats, quantizer=quantizer, kept=kept):
                 log_q = _log_probabilities(model, batch) if formats else reference
             parts[name].append((_kl(reference, log_q), _nll(log_q, batch)))
             progress(sum(map(len, parts.values())), total)

@@ -100,7 +100,12 @@ def measure_profile(
         reference.model, config.quantizer, text.fisher.tokens, directory=rendering or pieces / "rendering"
     )
     routing = find_routing(
-        reference.model, candidates, text.fisher.tokens, path=pieces / "routing.safetensors", progress=progress
+        reference.model,
+        candidates,
+        text.fisher.tokens,
+        path=pieces / "routing.safetensors",
+        progress=progress,
+        residency=reference.stored_weights,
     )
     losses, sketch, gram = _measure_losses(reference, candidates, text, config, rule, pieces, progress, routing)
     fits = {}
@@ -126,9 +131,9 @@ def measure_profile(
         logit_gram=gram,
         selection_tokens=text.selection.tokens.numpy(),
         evaluation_tokens=text.evaluation.tokens.numpy(),
-        fixed_bytes=fixed_bytes(reference.model, routers=routers),
-        rest_bytes=rest_bytes(reference.model, routers=routers),
-        reference_bytes=reference_bytes(reference.model),
+        fixed_bytes=fixed_bytes(reference.model, routers=routers, residency=reference.residency),
+        rest_bytes=rest_bytes(reference.model, routers=routers, residency=reference.residency),
+        reference_bytes=reference_bytes(reference.model, residency=reference.residency),
         expert_share=_expert_share(reference.model.config),
         routing=routing,
         provenance=_provenance(reference, candidates, text, config, time.monotonic() - started),
@@ -160,6 +165,7 @@ def _measure_losses(
             quantizer=rule,
             pieces=pieces / FISHER,
             progress=partial(progress, FISHER),
+            residency=reference.stored_weights,
         )
         loss, std_error = fisher_loss(sketch)
         losses[FISHER] = LossTable(loss=loss, std_error=std_error, unit_of_measure=NATS)
@@ -186,7 +192,8 @@ def _measure_error(
 ) -> LossTable:
     def measure() -> Piece:
         if metric == WEIGHT_ERROR:
-            return {"error": measure_weight_error(reference.model, candidates, quantizer=rule)}
+            residency = reference.residency
+            return {"error": measure_weight_error(reference.model, candidates, quantizer=rule, residency=residency)}
         few = tokens[:_OUTPUT_SEQUENCES]
         return {"error": measure_output_error(reference.model, candidates, few, quantizer=rule)}
 

@@ -1,8 +1,8 @@
 """What a measurement is asked to do: the metrics, the amounts of text, and the text itself."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from runtime.quantizers import QUANTIZERS
+from runtime.quantizers import QUANTIZERS, STATISTICAL
 from sensitivity.calibration import TokenSequences
 from sensitivity.estimators import ESTIMATORS
 from sensitivity.prediction.prediction_fit import LEAST_PLANS
@@ -12,6 +12,8 @@ OUTPUT_ERROR = "output_error"
 FISHER = "fisher"
 SINGLE_UNIT_KL = "single_unit_kl"
 METRICS = (WEIGHT_ERROR, OUTPUT_ERROR, FISHER, SINGLE_UNIT_KL)
+# What can be measured with the weights of one block in memory at a time.
+BLOCKWISE_METRICS = (WEIGHT_ERROR, FISHER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,32 @@ class MeasureConfig:
         if self.quantizer not in QUANTIZERS:
             msg = f"quantizer must be among {', '.join(QUANTIZERS)}: got '{self.quantizer}'. Correct the name."
             raise ValueError(msg)
+
+
+def make_blockwise(config: MeasureConfig) -> MeasureConfig:
+    """Returns the settings for a model whose weights are in memory block by block: without metrics that need them all.
+
+    Args:
+        config: Settings; the default metrics are cut down, others must be possible.
+
+    Raises:
+        ValueError: If a metric that was asked for needs the whole model, or the quantizer does.
+    """
+    metrics = BLOCKWISE_METRICS if config.metrics == METRICS else config.metrics
+    impossible = [metric for metric in metrics if metric not in BLOCKWISE_METRICS]
+    if impossible:
+        msg = (
+            f"metrics of a model that is read block by block must be among {', '.join(BLOCKWISE_METRICS)}: got "
+            f"{impossible}. Leave them out, or load the model as a whole."
+        )
+        raise ValueError(msg)
+    if config.quantizer in STATISTICAL:
+        msg = (
+            f"the quantizer of a model that is read block by block must need no input statistics: got "
+            f"'{config.quantizer}'. Use {', '.join(name for name in QUANTIZERS if name not in STATISTICAL)}."
+        )
+        raise ValueError(msg)
+    return replace(config, metrics=metrics)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ The unit of measure is squared weight, not nats: comparable between units only a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from runtime.candidates import Candidates
 from runtime.rendering import RenderingRule, render_weight
+from runtime.residency import InMemory, Residency
 from runtime.units import Unit, Weight, read_weight
 
 
@@ -34,23 +36,48 @@ class WeightDifference:
 
 
 def list_differences(
-    model: nn.Module, candidates: Candidates, *, quantizer: RenderingRule = "rtn"
+    model: nn.Module,
+    candidates: Candidates,
+    *,
+    quantizer: RenderingRule = "rtn",
+    residency: Residency | None = None,
 ) -> Iterator[WeightDifference]:
-    """Yields the difference of every weight at every allowed format of its unit, one at a time."""
-    for u, unit in enumerate(candidates.units):
-        for weight in unit.weights:
-            values = read_weight(model, weight)
-            for f in np.flatnonzero(candidates.allowed[u]).tolist():
-                rendered = render_weight(weight, values, candidates.formats[f], quantizer)
-                yield WeightDifference(unit_index=u, format_index=f, weight=weight, difference=rendered - values)
+    """Yields the difference of every weight at every allowed format of its unit, one at a time.
+
+    Args:
+        model: The reference model.
+        candidates: Units and formats.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
+        residency: Brings the weights into memory.
+    """
+    residency = residency or InMemory()
+    weights = [(u, weight) for u, unit in enumerate(candidates.units) for weight in unit.weights]
+    for block, group in groupby(weights, key=lambda pair: residency.block_of(pair[1].parameter)):
+        with residency.resident(block):
+            for u, weight in group:
+                values = read_weight(model, weight)
+                for f in np.flatnonzero(candidates.allowed[u]).tolist():
+                    rendered = render_weight(weight, values, candidates.formats[f], quantizer)
+                    yield WeightDifference(unit_index=u, format_index=f, weight=weight, difference=rendered - values)
 
 
 def measure_weight_error(
-    model: nn.Module, candidates: Candidates, *, quantizer: RenderingRule = "rtn"
+    model: nn.Module,
+    candidates: Candidates,
+    *,
+    quantizer: RenderingRule = "rtn",
+    residency: Residency | None = None,
 ) -> NDArray[np.float64]:
-    """Returns the weight error [U, F] of every allowed candidate (zero elsewhere)."""
+    """Returns the weight error [U, F] of every allowed candidate (zero elsewhere).
+
+    Args:
+        model: The reference model.
+        candidates: Units and formats.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
+        residency: Brings the weights into memory.
+    """
     error = np.zeros(candidates.allowed.shape)
-    for d in list_differences(model, candidates, quantizer=quantizer):
+    for d in list_differences(model, candidates, quantizer=quantizer, residency=residency):
         error[d.unit_index, d.format_index] += float(d.difference.square().sum())
     return error
 

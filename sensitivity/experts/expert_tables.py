@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from runtime.candidates import Candidates
+from runtime.residency import Residency
 from sensitivity.experts.routing import RoutingStatistics
 from sensitivity.experts.routing_measurement import ALL_TEXT, measure_routing
 from sensitivity.experts.shrinkage import shrink_rare_losses
@@ -19,7 +20,13 @@ ROUTING = "routing"
 
 
 def find_routing(
-    model: Any, candidates: Candidates, tokens: Tensor, *, path: Path, progress: Callable[[str, int, int], None]
+    model: Any,
+    candidates: Candidates,
+    tokens: Tensor,
+    *,
+    path: Path,
+    progress: Callable[[str, int, int], None],
+    residency: Residency | None = None,
 ) -> RoutingStatistics | None:
     """Returns how often each expert is taken on a text, or None for a model without expert units.
 
@@ -29,12 +36,13 @@ def find_routing(
         tokens: [S, T] int64 calibration text.
         path: File of the finished piece.
         progress: Called with (stage, done, total).
+        residency: Brings the weights into memory; None where they all are.
     """
     if not any(unit.kind == "expert" for unit in candidates.units):
         return None
 
     def measure() -> Piece:
-        found = measure_routing(model, tokens)
+        found = measure_routing(model, tokens, residency=residency)
         return {
             "layers": np.array(found.layers, dtype=np.int64),
             "tokens": found.tokens,

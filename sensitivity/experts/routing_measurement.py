@@ -23,8 +23,10 @@ from torch import Tensor
 
 from runtime.apply import simulated_formats
 from runtime.rendering import RenderingRule
+from runtime.residency import Residency
 from sensitivity.experts.expert_calls import ExpertCall, find_expert_modules, layer_index_of, watched_experts
 from sensitivity.experts.routing import RoutingStatistics
+from sensitivity.streaming.layerwise_model import LayerwiseModel
 
 ALL_TEXT = "all"
 
@@ -101,16 +103,20 @@ class RoutingCounter:
 
 
 @torch.no_grad()
-def measure_routing(model: Any, tokens: Tensor, *, domains: Sequence[str] | None = None) -> RoutingStatistics:
+def measure_routing(
+    model: Any, tokens: Tensor, *, domains: Sequence[str] | None = None, residency: Residency | None = None
+) -> RoutingStatistics:
     """Returns the routing statistics of a model on some text, from one pass.
 
     Args:
         model: A mixture of experts.
         tokens: [S, T] int64.
         domains: Name of every sequence's domain, or None for one domain.
+        residency: Brings the weights into memory, each layer's once; None where they all are.
 
     Raises:
         ValueError: If the model has no experts or layers with different numbers of them, or the domains are not S.
+        NotLayerwise: If the layers cannot be run one by one, where they have to be.
     """
     of_sequence = list(domains) if domains is not None else [ALL_TEXT] * len(tokens)
     if len(of_sequence) != len(tokens):
@@ -118,11 +124,19 @@ def measure_routing(model: Any, tokens: Tensor, *, domains: Sequence[str] | None
         raise ValueError(msg)
     names = list(dict.fromkeys(of_sequence))
     counter = RoutingCounter(model, names)
+
+    def begin(s: int) -> None:
+        counter.domain = names.index(of_sequence[s])
+
+    layers = None if residency is None else LayerwiseModel(model, tokens[:1], residency)
     with watched_experts(model, counter.visit):
-        for sequence, domain in zip(tokens, of_sequence, strict=True):
-            counter.domain = names.index(domain)
+        for s, sequence in enumerate(tokens):
+            begin(s)
             counter.add_tokens(len(sequence))
-            model(sequence.unsqueeze(0), use_cache=False)
+            if layers is None:
+                model(sequence.unsqueeze(0), use_cache=False)
+        if layers is not None:
+            layers.run_layers(tokens, begin)
     return counter.statistics()
 
 

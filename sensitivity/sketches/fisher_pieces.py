@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.candidates import Candidates
+from runtime.decoder_layers import NotLayerwise
 from runtime.rendering import RenderingRule
+from runtime.residency import Residency
 from sensitivity.pieces import Piece, read_or_measure
 from sensitivity.sketches.fisher_sketch import measure_fisher_sketch, measure_streamed_fisher_sketch
-from sensitivity.streaming.decoder_layers import NotLayerwise
 
 Progress = Callable[[int, int], None]
 
@@ -29,6 +30,7 @@ def measure_sketch(
     quantizer: RenderingRule,
     pieces: Path,
     progress: Progress,
+    residency: Residency | None = None,
 ) -> NDArray[np.float32]:
     """Returns the Fisher sketch [S, U, F].
 
@@ -40,15 +42,26 @@ def measure_sketch(
         quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         pieces: Directory of what is finished: ``sketch.safetensors``, and until that is there the parts of it.
         progress: Called with (parts done, parts in all); not at all where the sketch is there.
+        residency: Brings the weights into memory, which they all are without.
+
+    Raises:
+        NotLayerwise: If the layers cannot be run one by one though their weights are not in memory together.
     """
     stream, sequences = pieces / "stream", pieces / "sequences"
 
     def measure() -> Piece:
         # Sequences are there when an earlier run found that the model is not layer-wise.
         if not sequences.exists():
-            with suppress(NotLayerwise):
+            with suppress(NotLayerwise) if residency is None else nullcontext():
                 sketch = measure_streamed_fisher_sketch(
-                    model, candidates, tokens, seed=seed, directory=stream, progress=progress, quantizer=quantizer
+                    model,
+                    candidates,
+                    tokens,
+                    seed=seed,
+                    directory=stream,
+                    progress=progress,
+                    quantizer=quantizer,
+                    residency=residency,
                 )
                 return {"sketch": sketch}
         return {"sketch": _measure_whole(model, candidates, tokens, seed, quantizer, sequences, progress)}

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from runtime.candidates import Candidates
 from runtime.rendering import RenderingRule, render_weight
+from runtime.residency import Residency
 from runtime.units import Weight
 from sensitivity.sketches.error_contraction import ErrorContraction
 from sensitivity.streaming.gradient_probes import SampledScore, received_gradients
 from sensitivity.streaming.gradient_stream import DEFAULT_KEPT_BYTES, GradientStream, Loss
-from sensitivity.streaming.layerwise_model import Residency
 
 
 def measure_fisher_sketch(

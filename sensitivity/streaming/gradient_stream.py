@@ -23,10 +23,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from runtime.decoder_layers import DecoderLayers, NotLayerwise, find_layers
+from runtime.residency import InMemory, Residency
 from runtime.units import Weight, read_weight
-from sensitivity.streaming.decoder_layers import DecoderLayers, NotLayerwise, find_layers
 from sensitivity.streaming.gradient_scope import only_gradients_of
-from sensitivity.streaming.layerwise_model import WHOLE, InMemory, LayerwiseModel, Residency
+from sensitivity.streaming.layerwise_model import WHOLE, LayerwiseModel
 from sensitivity.streaming.stream_files import GRADIENT, HIDDEN, RESULT, Step, StreamFiles, StreamSteps
 
 # (logits [T, V] in float32, sequence index) -> the scalar whose gradient is taken; always the same for the same input.

@@ -8,34 +8,20 @@ takes a gradient) cannot be run by itself, and the model is refused.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sensitivity.streaming.decoder_layers import NotLayerwise, StandIn, find_layers
+from runtime.decoder_layers import NotLayerwise, StandIn, find_layers
+from runtime.residency import Residency
 
 WHOLE = "Run it as a whole (measure_fisher_sketch)."
 _HIDDEN = "hidden_states"
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
-
-
-class Residency(Protocol):
-    """Brings weights into memory for as long as they are used."""
-
-    def resident(self, layer_index: int | None) -> AbstractContextManager[None]:
-        """Gives a context in which the weights of a layer are in memory; None: those outside of the layers."""
-
-
-class InMemory:
-    """All weights are in memory all the time."""
-
-    def resident(self, layer_index: int | None) -> AbstractContextManager[None]:
-        """Gives a context that does nothing."""
-        return nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +93,22 @@ class LayerwiseModel:
         first, logits = self._run_outside(tokens, last)
         assert logits is not None
         return first, logits
+
+    @torch.no_grad()
+    def run_layers(self, tokens: Tensor, begin: Callable[[int], None]) -> None:
+        """Runs each layer on all sequences before the next layer, so that it is in memory once.
+
+        Args:
+            tokens: [S, T] int64; the hidden states of all of them are kept.
+            begin: Called with the index of the sequence that a layer is run on next.
+        """
+        with self._residency.resident(None):
+            states = [self.embed(sequence[None]) for sequence in tokens]
+        for k in range(len(self.layers)):
+            with self._residency.resident(k):
+                for s, state in enumerate(states):
+                    begin(s)
+                    states[s] = self.run_layer(k, state)
 
     def check_logits(self, logits: Tensor) -> None:
         """Checks the logits [T, V] that the layers run one by one gave for the tokens of ``reference_logits``.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sensitivity.streaming.decoder_layers import StandIn, find_layers
+from runtime.decoder_layers import StandIn, find_layers
 
 
 class SuffixRunner:

@@ -159,6 +159,10 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "metric": (["measure", "MODEL", "--metrics", "taste"], "metrics must be among"),
     "count": (["measure", "MODEL", "--sequences", "1"], "fisher_sequences must be at least 2"),
     "passes": (["measure", "MODEL", "--logit-passes", "most"], "must be a whole number or 'all': got 'most'"),
+    "improved without measuring": (
+        ["plan", "MODEL", "--memory", "1MB", "--evolve", "300", "--no-verify"],
+        "refinement and evolution measure: got --refine or --evolve with --no-verify",
+    ),
     "few passes": (["measure", "MODEL", "--logit-passes", "1"], "logit_passes must be at least 2"),
     "fit plans": (
         ["measure", "MODEL", "--fit-plans", "some"],

@@ -1,14 +1,24 @@
 """MC-MoE's integer program against enumeration, layer by layer."""
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from allocator.expert_blocks import CODE_BITS, solve_expert_blocks
+import allocator
+from allocator.assignments import pick, use_of
+from allocator.budget import MEMORY, Budget
+from allocator.expert_blocks import CODE_BITS, find_block_assignment, solve_expert_blocks
+from allocator.planning import find_assignment
+from allocator.problems import build_cost_tables, resolve_limits
+from allocator.store import Store
 from runtime.candidates import Candidates, list_candidates
 from runtime.units import find_units
+from sensitivity.profile import SensitivityProfile
 from solvers import Termination
+from tests.tiny_measurements import CONFIG, make_request
 from tests.tiny_models import build_tiny_llama, build_tiny_mixtral
 
 FORMATS = ("int2_g32", "int3_g32", "int4_g32", "int8_g32")
@@ -72,3 +82,49 @@ def test_models_without_experts_and_unknown_formats_are_refused() -> None:
     candidates = make_candidates()
     with pytest.raises(ValueError, match="format must be among the candidates: got 'bf16'"):
         solve_expert_blocks(candidates, draw_loss(candidates, 0), mean_bits=3.0, other_format="bf16")
+
+
+@pytest.fixture(scope="module")
+def mixture(tiny_mixtral_dir: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> SensitivityProfile:
+    config = replace(CONFIG, metrics=("weight_error", "fisher"), fit_plans=None)
+    request = make_request(tiny_text, config=config)
+    return allocator.measure(str(tiny_mixtral_dir), request=request, store=Store(tmp_path_factory.mktemp("store")))
+
+
+@pytest.mark.parametrize("bits", [3.7, 4.2, 5.0])
+def test_the_largest_width_that_fits_a_budget_is_found(mixture: SensitivityProfile, bits: float) -> None:
+    budget, tables = Budget(bits_per_weight=bits), build_cost_tables(mixture)
+    limit = resolve_limits(mixture, budget)[MEMORY]
+    best = find_assignment(mixture, budget, tables, metric="fisher")
+    found = find_block_assignment(mixture, budget, tables, best)
+    assert found is not None and found.result is not None and best.result is not None
+    loss = mixture.table("fisher").loss
+    fitting = {}
+    for eighths in range(16, 129):
+        blocks = solve_expert_blocks(mixture.candidates, loss, mean_bits=eighths / 8, other_format="int4_g64")
+        if blocks.choice is not None and use_of(blocks.choice, tables)[MEMORY] <= limit:
+            fitting[eighths] = blocks.choice
+    assert found.name == f"experts layer by layer, {max(fitting) / 8:g} bits"
+    np.testing.assert_array_equal(found.choice, fitting[max(fitting)])
+    # The proof is that of the budget's own optimum.
+    assert found.result.objective == pytest.approx(pick(loss, found.choice).sum())
+    assert found.result.lower_bound == best.result.lower_bound <= best.result.objective <= found.result.objective
+    assert found.result.use[0] + tables[MEMORY].fixed == use_of(found.choice, tables)[MEMORY]
+
+
+def test_it_competes_with_the_other_plans_of_a_mixture(
+    mixture: SensitivityProfile, tiny_mixtral_dir: Path, tmp_path: Path
+) -> None:
+    made = allocator.plan(str(tiny_mixtral_dir), Budget(bits_per_weight=4.2), profile=mixture, store=Store(tmp_path))
+    assert any(e.name.startswith("experts layer by layer, ") for e in made.evaluations)
+
+
+def test_there_is_none_without_experts_or_room(mixture: SensitivityProfile, tiny_profile: SensitivityProfile) -> None:
+    for profile, budget in (
+        (tiny_profile, Budget(bits_per_weight=4.2)),
+        (mixture, Budget(max_kl=1.0)),
+        (mixture, Budget(bits_per_weight=2.7)),
+    ):
+        tables = build_cost_tables(profile)
+        best = find_assignment(profile, budget, tables, metric="fisher")
+        assert find_block_assignment(profile, budget, tables, best) is None

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from allocator.artefacts import provenance
 from allocator.assignments import list_uniform
 from allocator.budget import Budget
 from allocator.pipeline import plan as make
-from allocator.pipeline import provenance
 from allocator.planning import make_plan
 from allocator.plans import ArtefactMismatch, Plan, check_same_model, check_same_profile, load_plan, save_plan
 from allocator.problems import build_cost_tables

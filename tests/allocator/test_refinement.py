@@ -15,14 +15,7 @@ from allocator.assignments import Assignment, list_uniform, use_of
 from allocator.budget import MEMORY, Budget
 from allocator.planning import find_assignment
 from allocator.problems import build_cost_tables
-from allocator.refinement import (
-    ACCEPTANCE_SHARE,
-    FORGETTING,
-    LARGEST_NORM,
-    Refinement,
-    combine_slopes,
-    limit_norms,
-)
+from allocator.refinement import ACCEPTANCE_SHARE, Refinement
 from allocator.store import Store
 from sensitivity.evaluation import score_assignments
 from sensitivity.profile import SensitivityProfile
@@ -125,33 +118,30 @@ def test_what_cannot_be_refined_is_refused(
 
 
 def test_refinement_without_verification_is_refused(tiny_profile: SensitivityProfile) -> None:
-    with pytest.raises(ValueError, match="refinement measures: got refine=1 without verification"):
+    with pytest.raises(
+        ValueError, match="refinement and evolution measure: got refine=1, evolve=0 without verification"
+    ):
         allocator.plan(tiny_profile, BUDGET, verify=False, refine=1)
 
 
-def test_slopes_combine_as_a_weighted_sample() -> None:
-    rng = np.random.default_rng(0)
-    old, new = rng.normal(size=(5, 3, 4)), rng.normal(size=(7, 3, 4))
-    choice = np.array([1, 0, 3])
-    mean, error = combine_slopes([old, new], choice)
-    weights = np.concatenate([np.full(5, FORGETTING), np.ones(7)])
-    relative = np.concatenate([old, new])
-    relative = relative - np.take_along_axis(relative, choice[None, :, None].repeat(12, axis=0), axis=2)
-    expected = (weights[:, None, None] * relative).sum(axis=0) / weights.sum()
-    np.testing.assert_allclose(mean, expected, atol=1e-12)
-    spread = (weights[:, None, None] * (relative - expected) ** 2).sum(axis=0) / weights.sum()
-    effective = weights.sum() ** 2 / (weights**2).sum()
-    np.testing.assert_allclose(error, np.sqrt(spread / effective), atol=1e-12)
-    assert np.all(mean[np.arange(3), choice] == 0.0)
-    one, one_error = combine_slopes([new], choice)
-    np.testing.assert_allclose(one_error[0, 0], (new[:, 0, 0] - new[:, 0, 1]).std() / np.sqrt(7), atol=1e-12)
-    np.testing.assert_allclose(one[0, 0], (new[:, 0, 0] - new[:, 0, 1]).mean(), atol=1e-12)
-
-
-def test_one_sequence_does_not_outweigh_the_others() -> None:
-    slope = np.ones((5, 2, 3))
-    slope[2] *= 100.0
-    limited = limit_norms(slope)
-    np.testing.assert_array_equal(np.delete(limited, 2, axis=0), np.delete(slope, 2, axis=0))
-    np.testing.assert_allclose(limited[2], LARGEST_NORM)
-    np.testing.assert_array_equal(limit_norms(np.zeros((3, 2, 2))), np.zeros((3, 2, 2)))
+def test_of_plans_by_tilted_losses_the_best_measured_is_the_first_step(
+    tiny_profile: SensitivityProfile, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    tables = build_cost_tables(tiny_profile)
+    start = find_assignment(tiny_profile, BUDGET, tables, metric="fisher")
+    model = Model(str(tiny_llama_dir)).reference.model
+    refinement = make_refinement(tiny_profile, Store(tmp_path), lambda: model, rounds=1)
+    starts = refinement._starts(start)
+    narrow = min(f.bits for f in tiny_profile.candidates.formats)
+    bits = np.array([f.bits for f in tiny_profile.candidates.formats])
+    counts = [int(np.sum(bits[choice] == narrow)) for choice in starts]
+    # A larger factor never makes a solver take the narrowest format for more weight.
+    assert counts[-1] < counts[0]
+    limit = tiny_profile.fixed_bytes + 3.6 * sum(u.weight_count for u in tiny_profile.candidates.units) / 8
+    assert all(use_of(choice, tables)[MEMORY] <= limit for choice in starts)
+    refined = refinement.run(start)
+    best = min(
+        acceptance_kl(tiny_profile, model, replace(start, name=str(i), choice=choice))
+        for i, choice in enumerate(starts)
+    )
+    assert acceptance_kl(tiny_profile, model, refined) <= best * (1 + 1e-6)

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from runtime.candidates import list_candidates
-from runtime.quantizers import render
+from runtime.decoder_layers import NotLayerwise
+from runtime.rendering import render
 from runtime.units import Weight, find_units, list_weights, read_weight
 from sensitivity.sketches.fisher_sketch import measure_fisher_sketch
-from sensitivity.streaming.decoder_layers import NotLayerwise
 from sensitivity.streaming.gradient_stream import GradientStream
 from tests.sensitivity.exact_gradients import compute_gradients, contract, make_score
 from tests.sensitivity.streamed_models import FORMATS, SEED, TOKENS, make_candidates, measure_streamed

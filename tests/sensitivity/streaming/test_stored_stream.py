@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from runtime.loading import load_reference
+from runtime.stored_weights import StoredWeights, build_empty_model
 from runtime.units import Weight, list_weights
 from sensitivity.streaming.gradient_stream import GradientStream
-from sensitivity.streaming.stored_weights import StoredWeights, build_empty_model
 from tests.sensitivity.exact_gradients import make_score
 from tests.sensitivity.streamed_models import TOKENS, make_candidates, measure_streamed
 from tests.tiny_models import save_model

@@ -1,0 +1,48 @@
+"""What a family of formats has to offer: from a weight to its stored tensors and back."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from runtime.storage import Format
+
+StoredTensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec:
+    """The encoder and the decoder of one kind of format.
+
+    Args:
+        encode: (weight [out_features, in_features] float32, format, importance [in_features] or None) -> the tensors of
+            ``format.stored_tensors``, by name. The importance is the diagonal of the second moment of the weight's
+            inputs: what the squared error of each column counts. None counts all alike. Raises ValueError for a weight
+            that the format cannot hold.
+        decode: (tensors, format, (out_features, in_features), row indices [n] or None for all rows) -> the float32
+            weight [n, in_features]. Each row depends on its index alone, not on the others asked for.
+        codes: The same arguments as ``decode`` -> the codes [n, in_features], integers of any type.
+        reads_importance: Whether the encoder uses it.
+    """
+
+    encode: Callable[[Tensor, Format, Tensor | None], dict[str, Tensor]]
+    decode: Callable[[StoredTensors, Format, tuple[int, int], Tensor | None], Tensor]
+    codes: Callable[[StoredTensors, Format, tuple[int, int], Tensor | None], Tensor]
+    reads_importance: bool = True
+
+
+def pick(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """Returns the rows [n] of a tensor; all of them for None."""
+    return tensor if rows is None else tensor[rows]
+
+
+def check_range(weight: Tensor, format_: Format, largest: float) -> None:
+    """Raises ValueError unless all weights are finite and of magnitudes up to ``largest``."""
+    limit = min(largest, torch.finfo(torch.float32).max)
+    if not bool((weight.abs() <= limit).all()):
+        msg = (
+            f"weights must be finite and in the range of format '{format_.name}', at most {limit:g}: got "
+            f"max|w|={weight.abs().max().item():g}. Check the weight for huge values; bf16 has the widest range."
+        )
+        raise ValueError(msg)
