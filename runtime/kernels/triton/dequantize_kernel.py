@@ -32,7 +32,11 @@ def load_affine(
     scales = scales.to(tl.uint32, bitcast=True)
     scale0 = (scales & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(SCALE_DTYPE)[:, None, :]
     scale1 = (scales >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(SCALE_DTYPE)[:, None, :]
-    if SYMMETRIC:
+    if SYMMETRIC and BITS == 1:
+        # One bit is at position 1: 2 q - 1, with half the scale.
+        zero = tl.full((8 * WARPS, 1, 4), 1024 + 1, tl.float16)
+        return scale0 * 0.5, scale1 * 0.5, zero, zero
+    elif SYMMETRIC:
         zero = tl.full((8 * WARPS, 1, 4), 1024 + (1 << (BITS - 1)), tl.float16)
         return scale0, scale1, zero, zero
     else:
@@ -79,6 +83,7 @@ def dequantize_kernel(
     tile = tl.program_id(1)
     row_block = first_block + first_row // 8 + tl.arange(0, 8 * WARPS)
     mask = row_block < row_blocks
+    POSITION: tl.constexpr = 1 if SYMMETRIC and BITS == 1 else 0
     base_bits = tl.full((8 * WARPS, 1, 1), 0x64006400, tl.uint32)
     words = load_words(words_ptr, tile, row_block, mask, row_blocks, BITS)
     for half in tl.static_range(2):
@@ -87,7 +92,7 @@ def dequantize_kernel(
         else:
             group = (tile * 64 + half * 32) // GROUP_SIZE
         affine = load_affine(scale_ptr, zero_ptr, group, row_block, mask, row_blocks, BITS, SYMMETRIC, DTYPE, WARPS)
-        weight = operand_half(words, base_bits, affine, half, BITS, 0, BITS, 0, tl.float16, WARPS)
+        weight = operand_half(words, base_bits, affine, half, BITS, 0, BITS, POSITION, tl.float16, WARPS)
         # Tile order (v, warp, j, g): each row is put where it belongs.
         place = tl.arange(0, 64 * WARPS)
         row_in_block = place // (16 * WARPS) * 2 + place // 8 % 2

@@ -37,7 +37,7 @@ class FragmentWeight:
         group_size: Weights of one row that share a scale, a multiple of 32; None for the whole row.
         words: [tiles, bits, ceil(out_features / 8), 4, 4] int32, the codes.
         scale: [groups, rows padded to a multiple of 8] float16; groups of zeros follow where the row was padded.
-        zero_point: The same shape in uint8, or None when the code 2**(bits - 1) stands for zero.
+        zero_point: The same shape in uint8, or None when zero is at the code 2**(bits - 1), or at 1/2 for one bit.
     """
 
     shape: tuple[int, int]
@@ -62,7 +62,7 @@ def pack_fragments(
     Args:
         codes: [out_features, in_features] uint8, each below 2**bits.
         scale: [out_features, groups] float16.
-        zero_point: [out_features, groups] uint8, or None for 2**(bits - 1).
+        zero_point: [out_features, groups] uint8, or None for 2**(bits - 1), or 1/2 for one bit.
         bits: Code width, 1 to 8.
         group_size: Weights of one row that share a scale; None for the whole row.
 

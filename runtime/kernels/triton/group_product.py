@@ -65,7 +65,9 @@ def load_zero(
     """Returns BASE + STEP z of a group in float32, [64 * WARPS] in tile order, made without a conversion."""
     if SYMMETRIC:
         BASE: tl.constexpr = 17 * 128 if BITS > MANTISSA else 1 << MANTISSA
-        return tl.full((64 * WARPS,), BASE + (1 << (POSITION + BITS - 1)), tl.float32)
+        # Halfway between its two codes for one bit.
+        ZERO: tl.constexpr = 0.5 if BITS == 1 else 1 << (BITS - 1)
+        return tl.full((64 * WARPS,), BASE + (1 << POSITION) * ZERO, tl.float32)
     else:
         offset = group * row_blocks * 2 + row_block[:, None] * 2 + tl.arange(0, 2)[None, :]
         words = tl.load(zero_ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)

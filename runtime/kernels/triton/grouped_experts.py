@@ -13,7 +13,7 @@ from torch import Tensor
 
 from runtime.kernels.triton.fragment_layout import TILE_CODES, TILE_ROWS, FragmentWeight
 from runtime.kernels.triton.grouped_experts_kernel import grouped_experts_kernel
-from runtime.kernels.triton.weight_only_linear import is_interpreted
+from runtime.kernels.triton.weight_only_linear import INTERPRETED
 
 _WARPS = 2
 _STAGES = 3
@@ -129,7 +129,7 @@ def multiply_experts(x: Tensor, token: Tensor, counts: Tensor, experts: Fragment
         BLOCK_M=block_m,
         WARPS=_WARPS,
         STAGES=_STAGES,
-        UPCAST=is_interpreted(),
+        UPCAST=INTERPRETED,
         num_warps=_WARPS,
         maxnreg=_MOST_REGISTERS,
     )

@@ -53,7 +53,7 @@ def multiply_weight(
         first_step, last_step: Range of steps, each of 64 * TILES codes.
         BITS: Code width.
         GROUP_SIZE: Codes that share a scale; 0 for the whole row.
-        SYMMETRIC: Code 2**(BITS - 1) stands for zero.
+        SYMMETRIC: Zero is at the code 2**(BITS - 1), or at 1/2 for one bit.
         TILES: Tiles a step; the group size is a multiple of the step, or 32 with one tile.
         BLOCK_M: Rows of x.
         WARPS: Warps of the program.

@@ -23,16 +23,13 @@ from runtime.kernels.triton.fragment_layout import TILE_CODES, TILE_ROWS, Fragme
 from runtime.kernels.triton.launch_table import MOST_ROWS, LaunchKey, find_bucket, find_launch
 from runtime.kernels.triton.weight_only_kernel import sum_splits_kernel, weight_only_kernel
 
+# Whether kernels run in Triton's interpreter: fixed when they are defined, for the life of the process.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 _SUM_BLOCK = 1024
 _SPLIT_SCALE = 2.0**11
 # Rows of the weight that are dequantized at once: bounds the memory to 4096 x K floats.
 _DEQUANTIZED_ROWS = 4096
 _DEQUANTIZE_WARPS = 2
-
-
-def is_interpreted() -> bool:
-    """Returns True when the kernels run in Triton's interpreter."""
-    return bool(triton.knobs.runtime.interpret)
 
 
 def triton_linear(x: Tensor, weight: FragmentWeight, bias: Tensor | None = None) -> Tensor:
@@ -115,7 +112,7 @@ def dequantize_fragments(weight: FragmentWeight, dtype: torch.dtype, rows: tuple
     first, last = rows or (0, weight.shape[0])
     tiles = weight.words.shape[0]
     # The interpreter truncates where it should round to bfloat16; there torch rounds.
-    stored = torch.float32 if is_interpreted() else dtype
+    stored = torch.float32 if INTERPRETED else dtype
     out = torch.empty((last - first, tiles * TILE_CODES), dtype=stored, device=weight.words.device)
     words, scale, zero = _word_views(weight)
     block = first // TILE_ROWS
@@ -181,7 +178,7 @@ def _multiply_few(x: Tensor, weight: FragmentWeight, bias: Tensor | None, out_dt
         BLOCK_M=launch.block_m,
         WARPS=launch.warps,
         STAGES=launch.stages,
-        UPCAST=is_interpreted(),
+        UPCAST=INTERPRETED,
         num_warps=launch.warps,
         maxnreg=launch.max_registers,
     )

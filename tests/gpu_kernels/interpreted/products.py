@@ -59,7 +59,8 @@ def draw_weight(case: Case, generator: torch.Generator) -> tuple[FragmentWeight,
     if not case.symmetric:
         zero = torch.randint(0, 1 << case.bits, (rows, groups), dtype=torch.uint8, generator=generator)
     weight = pack_fragments(codes, scale, zero, bits=case.bits, group_size=case.group_size)
-    shift = torch.full((rows, groups), 2.0 ** (case.bits - 1)) if zero is None else zero
+    middle = 0.5 if case.bits == 1 else 2.0 ** (case.bits - 1)
+    shift = torch.full((rows, groups), middle) if zero is None else zero
     each = scale.double().repeat_interleave(count // groups, dim=1)
     dense = each * (codes.double() - shift.double().repeat_interleave(count // groups, dim=1))
     return weight, dense, each
