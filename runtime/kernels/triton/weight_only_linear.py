@@ -208,7 +208,10 @@ def _multiply_float32(x: Tensor, weight: FragmentWeight) -> Tensor:
     high = scaled.to(torch.float16)
     low = ((scaled - high.to(torch.float32)) * _SPLIT_SCALE).to(torch.float16)
     parts = torch.cat([high, low])
-    pieces = [_multiply_few(piece, weight, None, torch.float32) for piece in parts.split(MOST_ROWS)]
+    pieces = [
+        _multiply_few(parts[first : first + MOST_ROWS], weight, None, torch.float32)
+        for first in range(0, max(1, parts.shape[0]), MOST_ROWS)
+    ]
     first, second = torch.cat(pieces).chunk(2)
     return torch.ldexp(first + second / _SPLIT_SCALE, exponent)
 
