@@ -7,11 +7,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from runtime.kernels.triton.dequantize_kernel import dequantize_kernel
 from runtime.kernels.triton.grouped_experts import Kind
 from runtime.kernels.triton.grouped_experts_kernel import grouped_experts_kernel
 from runtime.kernels.triton.launch_table import Launch, LaunchKey
 from runtime.kernels.triton.sass import KernelCode, read_code
-from runtime.kernels.triton.weight_only_kernel import weight_only_kernel
+from runtime.kernels.triton.weight_only_kernel import sum_splits_kernel, weight_only_kernel
 
 _THREADS_PER_WARP = 32
 _THREADS_PER_AMD_WARP = 64
@@ -92,6 +93,28 @@ def compile_grouped_experts(
     )
 
 
+def compile_dequantization(
+    bits: int, group_size: int | None, *, architecture: int, dtype: str, symmetric: bool
+) -> KernelCode:
+    """Returns the dequantization of a weight to ``fp16`` or ``bf16``, compiled for a compute capability."""
+    constants = {
+        "BITS": bits,
+        "GROUP_SIZE": group_size or 0,
+        "SYMMETRIC": symmetric,
+        "DTYPE": triton.language.float16 if dtype == "fp16" else triton.language.bfloat16,
+        "WARPS": 2,
+    }
+    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
+    return read_code(_compile(dequantize_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype).asm["cubin"])
+
+
+def compile_split_sum(splits: int, *, architecture: int, dtype: str) -> KernelCode:
+    """Returns the sum of a split product, compiled for a compute capability."""
+    constants = {"SPLITS": splits, "HAS_BIAS": True, "BLOCK": 1024}
+    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
+    return read_code(_compile(sum_splits_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype).asm["cubin"])
+
+
 def compile_weight_only_amd(key: LaunchKey, launch: Launch, *, dtype: str, architecture: str) -> str:
     """Returns the assembly of the weight-only product for an AMD architecture such as ``gfx942``."""
     target = GPUTarget("hip", architecture, _THREADS_PER_AMD_WARP)
@@ -115,11 +138,20 @@ def _weight_only_constants(key: LaunchKey, launch: Launch, symmetric: bool) -> d
     }
 
 
-def _compile(function: Any, constants: dict[str, object], dtype: str, target: Any, options: dict[str, int]) -> Any:
+def _compile(
+    function: Any,
+    constants: dict[str, object],
+    dtype: str,
+    target: Any,
+    options: dict[str, int],
+    *,
+    out: str = "fp32",
+) -> Any:
     types = {
         "x_ptr": f"*{dtype}",
         "bias_ptr": f"*{dtype}",
-        "out_ptr": "*fp32",
+        "out_ptr": f"*{out}",
+        "partial_ptr": "*fp32",
         "kind_ptr": "*i32",
         "token_ptr": "*i64",
         "offset_ptr": "*i64",

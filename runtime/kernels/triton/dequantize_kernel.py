@@ -15,12 +15,13 @@ def load_affine(
     row_block,
     row_block_mask,
     row_blocks,
+    like,
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     DTYPE: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """Returns the scales and zero points of a group as ``pair_floats`` takes them, in the order of the words.
+    """Returns the scales and zero points of a group, and ``like``, as ``pair_floats`` takes them.
 
     In float16 s (q - z) is exact before it is rounded, once. A float16 scale is not exact in bfloat16, so for that type
     the scales are float32, and so is the product.
@@ -35,10 +36,10 @@ def load_affine(
     if SYMMETRIC and BITS == 1:
         # One bit is at position 1: 2 q - 1, with half the scale.
         zero = tl.full((8 * WARPS, 1, 4), 1024 + 1, tl.float16)
-        return scale0 * 0.5, scale1 * 0.5, zero, zero
+        return scale0 * 0.5, scale1 * 0.5, zero, zero, like
     elif SYMMETRIC:
         zero = tl.full((8 * WARPS, 1, 4), 1024 + (1 << (BITS - 1)), tl.float16)
-        return scale0, scale1, zero, zero
+        return scale0, scale1, zero, zero, like
     else:
         c = tl.arange(0, 2)[None, :]
         zeros = tl.load(zero_ptr + group * row_blocks * 2 + row_block[:, None] * 2 + c, mask=mask, other=0)
@@ -48,7 +49,7 @@ def load_affine(
         odd = tl.reshape(tl.join((zeros >> 8) & 0xFF, zeros >> 24), (8 * WARPS, 4))
         zero0 = (even | 0x6400).to(tl.uint16).to(tl.float16, bitcast=True)[:, None, :]
         zero1 = (odd | 0x6400).to(tl.uint16).to(tl.float16, bitcast=True)[:, None, :]
-        return scale0, scale1, zero0, zero1
+        return scale0, scale1, zero0, zero1, like
 
 
 @triton.jit
@@ -84,6 +85,7 @@ def dequantize_kernel(
     row_block = first_block + first_row // 8 + tl.arange(0, 8 * WARPS)
     mask = row_block < row_blocks
     POSITION: tl.constexpr = 1 if SYMMETRIC and BITS == 1 else 0
+    like = tl.zeros((1, 1, 1), out_ptr.dtype.element_ty)
     base_bits = tl.full((8 * WARPS, 1, 1), 0x64006400, tl.uint32)
     words = load_words(words_ptr, tile, row_block, mask, row_blocks, BITS)
     for half in tl.static_range(2):
@@ -91,7 +93,9 @@ def dequantize_kernel(
             group = 0
         else:
             group = (tile * 64 + half * 32) // GROUP_SIZE
-        affine = load_affine(scale_ptr, zero_ptr, group, row_block, mask, row_blocks, BITS, SYMMETRIC, DTYPE, WARPS)
+        affine = load_affine(
+            scale_ptr, zero_ptr, group, row_block, mask, row_blocks, like, BITS, SYMMETRIC, DTYPE, WARPS
+        )
         weight = operand_half(words, base_bits, affine, half, BITS, 0, BITS, POSITION, tl.float16, WARPS)
         # Tile order (v, warp, j, g): each row is put where it belongs.
         place = tl.arange(0, 64 * WARPS)
@@ -99,4 +103,4 @@ def dequantize_kernel(
         row = first_row + (place // 16 % WARPS * 8 + place % 8) * 8 + row_in_block
         column = tile * 64 + half * 32 + tl.arange(0, 32)
         offset = row.to(tl.int64)[:, None] * out_stride + column[None, :]
-        tl.store(out_ptr + offset, weight.to(out_ptr.dtype.element_ty), mask=row[:, None] < N)
+        tl.store(out_ptr + offset, weight, mask=row[:, None] < N)

@@ -55,8 +55,8 @@ def pair_floats(
     Args:
         words: The BITS words of each thread.
         base_bits: The exponent of BASE in both halves.
-        affine: () for code floats; for weights s (q - z) in the type of s, the scales of the rows j = 0 and j = 1 and
-            their zero points as code floats, each [r, 1, v].
+        affine: () for code floats; for weights s (q - z), the scales of the rows j = 0 and j = 1 and their zero points
+            as code floats, each [r, 1, v], and a tensor of the type that the weights are rounded to.
         PAIR: Which of the 16 pairs.
         BITS, LOW, WIDTH, POSITION, DTYPE: Bits LOW .. LOW + WIDTH of the codes, put at POSITION, in floats of DTYPE.
     """
@@ -76,7 +76,9 @@ def pair_floats(
         return tl.join(first, second)
     else:
         scale, zero = affine[PAIR % 2], affine[2 + PAIR % 2]
-        return tl.join((first - zero).to(scale.dtype) * scale, (second - zero).to(scale.dtype) * scale)
+        first = ((first - zero).to(scale.dtype) * scale).to(affine[4].dtype)
+        second = ((second - zero).to(scale.dtype) * scale).to(affine[4].dtype)
+        return tl.join(first, second)
 
 
 @triton.jit

@@ -131,7 +131,8 @@ def dequantize_fragments(weight: FragmentWeight, dtype: torch.dtype, rows: tuple
         SYMMETRIC=weight.zero_point is None,
         DTYPE=triton.language.float16 if dtype == torch.float16 else triton.language.bfloat16,
         WARPS=_DEQUANTIZE_WARPS,
-        num_warps=_DEQUANTIZE_WARPS,
+        # Twice as many as the rows are divided among: half a tile in float32 would not fit the registers of one.
+        num_warps=2 * _DEQUANTIZE_WARPS,
     )
     return out[:, : weight.shape[1]].to(dtype)
 

@@ -14,7 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from runtime.kernels.triton.aot import CompiledProduct, compile_weight_only, compile_weight_only_amd
+from runtime.kernels.triton.aot import (
+    CompiledProduct,
+    compile_dequantization,
+    compile_split_sum,
+    compile_weight_only,
+    compile_weight_only_amd,
+)
 from runtime.kernels.triton.devices import DEVICES
 from runtime.kernels.triton.launch_table import Launch, LaunchKey, find_launch
 from runtime.kernels.triton.sass import count_copies
@@ -115,6 +121,22 @@ def test_product_compiles_for_amd(bits: int) -> None:
     assert text.count("global_load_dwordx4") >= bits * launch.tiles
     assert "v_cvt_f32_u32" not in text
     assert "v_cvt_f16_u16" not in text
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_dequantization_compiles_without_spills(dtype: str) -> None:
+    code = compile_dequantization(3, 64, architecture=90, dtype=dtype, symmetric=False)
+    assert code.spill_bytes == 0
+    assert not any(name.startswith(("I2F", "LDL", "STL")) for name in code.whole)
+    # The words of a tile: three times 8 bytes a thread.
+    assert sum(n for name, n in code.whole.items() if name.startswith("LDG") and name.endswith("64")) >= 3
+
+
+def test_sum_of_splits_compiles_without_spills() -> None:
+    code = compile_split_sum(4, architecture=90, dtype="bf16")
+    assert code.spill_bytes == 0
+    # Added in their order, without atomics: the result does not depend on which program was first.
+    assert not any(name.startswith(("RED", "ATOM")) for name in code.whole)
 
 
 def write_golden() -> None:
