@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from allocator.artefacts import Model
     from allocator.budget import Budget, InfeasibleBudget
+    from allocator.format_table import list_formats
     from allocator.measuring import MeasureRequest
     from allocator.pipeline import Applied, apply, evaluate, frontier, load, measure, plan, report
     from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan, load_plan, save_plan
+    from allocator.prefixes import PrefixFound, find_prefix
     from allocator.store import Store
     from sensitivity.measure_config import MeasureConfig
     from sensitivity.profile import SensitivityProfile, load_profile, save_profile
@@ -32,12 +34,15 @@ _HOME = {
     "MeasureRequest": "allocator.measuring",
     "Model": "allocator.artefacts",
     "Plan": "allocator.plans",
+    "PrefixFound": "allocator.prefixes",
     "SensitivityProfile": "sensitivity.profile",
     "Store": "allocator.store",
     "UnitPlan": "allocator.plans",
     "apply": "allocator.pipeline",
     "evaluate": "allocator.pipeline",
+    "find_prefix": "allocator.prefixes",
     "frontier": "allocator.pipeline",
+    "list_formats": "allocator.format_table",
     "load": "allocator.pipeline",
     "load_plan": "allocator.plans",
     "load_profile": "sensitivity.profile",
@@ -57,12 +62,15 @@ __all__ = [
     "MeasureRequest",
     "Model",
     "Plan",
+    "PrefixFound",
     "SensitivityProfile",
     "Store",
     "UnitPlan",
     "apply",
     "evaluate",
+    "find_prefix",
     "frontier",
+    "list_formats",
     "load",
     "load_plan",
     "load_profile",

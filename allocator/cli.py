@@ -19,6 +19,7 @@ from allocator.cli_options import Command, budget_options, make_budget, make_req
 from allocator.cli_output import (
     blockwise_text,
     describe_profile,
+    formats_text,
     plan_text,
     profile_text,
     render,
@@ -183,14 +184,15 @@ def evaluate(model: str, low_memory: bool, plan_path: Path, text: str | None, as
 @_low_memory_option
 @_plan_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the packed model.")
+@click.option("--prefix", type=click.Path(path_type=Path), help="File of 'bitplan prefix' that ships with the model.")
 @_json_option
 @_printed
-def apply(model: str, low_memory: bool, plan_path: Path, out: Path, as_json: bool) -> str:
+def apply(model: str, low_memory: bool, plan_path: Path, out: Path, prefix: Path | None, as_json: bool) -> str:
     """Pack MODEL by a plan and write it to a directory."""
     from allocator.pipeline import apply as run
     from allocator.plans import load_plan
 
-    applied = run(_open(model, low_memory), load_plan(plan_path), out)
+    applied = run(_open(model, low_memory), load_plan(plan_path), out, prefix=prefix)
     document = {
         "directory": str(applied.directory),
         "file_bytes": applied.file_bytes,
@@ -201,6 +203,27 @@ def apply(model: str, low_memory: bool, plan_path: Path, out: Path, as_json: boo
 
 
 @cli.command()
+@click.argument("model")
+@_plan_option
+@click.option("--length", type=click.IntRange(1), default=3, show_default=True, help="Most tokens of the prefix.")
+@click.option("--candidates", type=click.IntRange(1), default=12, show_default=True, help="Tokens tried at each place.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Write the prefix to this file.")
+@_json_option
+@_printed
+def prefix(model: str, plan_path: Path, length: int, candidates: int, out: Path, as_json: bool) -> str:
+    """Find tokens before every text that lower the loss of a plan of MODEL, and measure what they do."""
+    from allocator.cli_output import describe_prefix, prefix_text
+    from allocator.plans import load_plan
+    from allocator.prefixes import find_prefix
+    from runtime.transforms.prefix_tokens import save_prefix
+
+    found = _with_progress(find_prefix, model, load_plan(plan_path), length=length, candidates=candidates)
+    if found.prefix is not None:
+        save_prefix(found.prefix, out)
+    return render(describe_prefix(found), as_json, prefix_text)
+
+
+@cli.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="Text to continue.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
@@ -208,12 +231,15 @@ def apply(model: str, low_memory: bool, plan_path: Path, out: Path, as_json: boo
 @click.option("--seed", type=int, default=0, show_default=True)
 @_printed
 def generate(directory: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
-    """Continue a text with the packed model in DIRECTORY."""
+    """Continue a text with the packed model in DIRECTORY, behind its prefix if it has one."""
     from allocator.generation import generate_text
     from allocator.pipeline import load
+    from runtime.transforms.prefix_tokens import PREFIX_FILE, load_prefix
 
     model, tokenizer = load(directory)
-    return generate_text(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    path = directory / PREFIX_FILE
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    return generate_text(model, tokenizer, prompt, **sampling, prefix=load_prefix(path) if path.exists() else None)
 
 
 @cli.command()
@@ -229,6 +255,37 @@ def report(model: str, low_memory: bool, plan_path: Path, text: str | None, out:
     from allocator.plans import load_plan
 
     return str(_with_progress(run, _open(model, low_memory), load_plan(plan_path), out, text=text))
+
+
+@cli.command()
+@click.option("--prune", is_flag=True, help="Delete what no profile needs any more; no measurement may be running.")
+@_json_option
+@_printed
+def store(prune: bool, as_json: bool) -> str:
+    """Show what the store keeps of measurements, and how many bytes it takes."""
+    from allocator.store import Store
+
+    kept = Store()
+    freed_bytes = kept.prune() if prune else 0
+    rows = [{"kind": kind, "entries": n, "bytes": size} for kind, (n, size) in kept.list_kinds().items()]
+    document = {"root": str(kept.root), "freed_bytes": freed_bytes, "kinds": rows}
+    return render(document, as_json, lambda d: f"{d['root']}, freed {freed_bytes} bytes\n{table(d['kinds'])}")
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--formats", help="Comma-separated formats; default: all.")
+@click.option("--weight", help="Weight of MODEL to try them on; default: one in the middle.")
+@click.option("--quantizer", default="rtn", show_default=True, help="For integers: rtn, clipping or hqq.")
+@_json_option
+@_printed
+def formats(model: str | None, formats: str | None, weight: str | None, quantizer: str, as_json: bool) -> str:
+    """List the storage formats: bits per weight and who can run them; with MODEL, their error on one of its weights."""
+    from allocator.format_table import list_formats as run
+
+    names = None if formats is None else tuple(formats.split(","))
+    found = _with_progress(run, model, formats=names, weight=weight, quantizer=quantizer)
+    return render({"formats": found}, as_json, lambda document: formats_text(document["formats"]))
 
 
 @cli.command()

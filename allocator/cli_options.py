@@ -40,8 +40,28 @@ def measure_options(command: Command) -> Command:
             help="Rule that renders the candidates: rtn (default), clipping, hqq; gptq, coordinate_descent, "
             "learned_rounding and auto (the best of several), which read the calibration text and take longer.",
         ),
+        click.option(
+            "--transform",
+            "transforms",
+            metavar="NAME[,NAME]",
+            help="Rewrite the reference model first, its function unchanged: smoothquant, outliertune, mergequant, "
+            "awq, exponent_bias, hadamard, random_rotation, pca, head_hadamard, untie, random_rescaling. Options as in "
+            "smoothquant:alpha=0.7.",
+        ),
         click.option("--metrics", help="Comma-separated metrics to measure."),
         click.option("--sequences", type=int, help="Calibration sequences of the Fisher sketch."),
+        click.option(
+            "--until-stable",
+            is_flag=True,
+            help="Take only as many of these sequences as it takes until plans stop changing, and at least 32.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "auto"]),
+            default="float32",
+            show_default=True,
+            help="Type of the products in the Fisher sketch's passes; auto is bfloat16 where the processor has it.",
+        ),
         click.option("--sequence-tokens", type=int, help="Tokens of each calibration sequence."),
         click.option("--logit-sequences", type=int, help="Sequences of the single-unit KL."),
         click.option("--logit-tokens", type=int, help="Tokens of each of these."),
@@ -109,7 +129,9 @@ def make_budget(
 
 def make_request(options: dict[str, Any]) -> "MeasureRequest":
     from allocator.measuring import MeasureRequest
+    from runtime.device_types import choose_dtype
     from runtime.formats import DEFAULT_FORMATS, find_formats
+    from runtime.transforms import parse_transform
     from sensitivity.measure_config import MeasureConfig
 
     amounts = {
@@ -124,6 +146,8 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         "evaluation_sequence_tokens": options["held_out_tokens"],
         "quantizer": options["quantizer"],
         "seed": options["seed"],
+        "gradient_dtype": choose_dtype() if options["dtype"] == "auto" else options["dtype"],
+        "until_stable": options["until_stable"] or None,
     }
     set_amounts = {name: value for name, value in amounts.items() if value is not None}
     for name, word in (("logit_passes", "all"), ("fit_plans", "none")):
@@ -133,6 +157,9 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     embedding_formats = _names(options["embedding_formats"])
     find_formats([*formats])
     find_formats([*(embedding_formats or formats)])
+    transforms = _names(options["transforms"]) or ()
+    for transform in transforms:
+        parse_transform(transform)
     return MeasureRequest(
         **{name: options[name] for name in ("calibration", "selection", "evaluation", "fuse")},
         formats=formats,
@@ -140,6 +167,7 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         experts=options["experts"] or "projection",
         routers=options["routers"],
         pins=_make_pins(options["pins"]),
+        transforms=transforms,
         config=MeasureConfig(**set_amounts),
     )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from allocator.plans import Plan
+    from allocator.prefixes import PrefixFound
     from sensitivity.profile import SensitivityProfile
 
 
@@ -62,25 +63,58 @@ def blockwise_text() -> str:
     return f"the model is read block by block: {' and '.join(left_out)} need it in memory and are left out."
 
 
+def describe_prefix(found: "PrefixFound") -> dict[str, Any]:
+    return {
+        "tokens": [] if found.prefix is None else found.prefix.tokens.tolist(),
+        "text": found.text,
+        "prefix_bytes": found.prefix_bytes,
+        "search_kl": list(found.search_kl),
+        "scores": [vars(score) for score in found.scores],
+        "verdict": found.verdict,
+    }
+
+
+def prefix_text(document: dict[str, Any]) -> str:
+    search = " -> ".join(f"{kl:.4g}" for kl in document["search_kl"])
+    lines = [
+        f"prefix {document['tokens']} {document['text']!r}, {document['prefix_bytes']} bytes of keys and values",
+        f"KL on the search's text: {search}",
+        document["verdict"],
+    ]
+    return "\n".join(lines + ([table(document["scores"])] if document["scores"] else []))
+
+
 def plan_text(made: "Plan") -> str:
     from collections import Counter
 
     counts = Counter(unit.format for unit in made.units)
     gap = f"{made.relative_gap:.2g}" if made.relative_gap < float("inf") else "not bounded"
+    error = "" if made.predicted_std_error is None else f" ± {made.predicted_std_error:.2g}"
     lines = [
         f"plan '{made.name}' for {made.budget}: {made.memory_bytes / 2**20:.2f} MiB, "
         f"{made.bits_per_weight:.3f} bits per weight (reference {made.reference_memory_bytes / 2**20:.1f} MiB)",
-        f"predicted KL {made.predicted_kl:.4g} nats per token, relative gap to the best possible {gap} "
+        f"predicted KL {made.predicted_kl:.4g}{error} nats per token, relative gap to the best possible {gap} "
         f"({made.termination}, {made.solve_s * 1e3:.1f} ms)",
         "formats: " + ", ".join(f"{name} x {count}" for name, count in counts.most_common()),
         made.verdict,
     ]
+    if transforms := made.provenance.get("transforms"):
+        added = made.provenance["transforms_added_weights"]
+        lines.insert(1, f"under the transforms {transforms} ({added} weights added)")
     rows = [_brief(vars(evaluation)) for evaluation in made.evaluations]
     return "\n".join(lines + ([table(rows)] if rows else []))
 
 
 def _brief(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("name", "memory_bytes", "predicted_kl", "kl", "kl_low", "kl_high", "shipped")}
+
+
+def formats_text(rows: Sequence[dict[str, Any]]) -> str:
+    shown = []
+    for row in rows:
+        runs_on = row["refusal"] or ", ".join(row["runs_on"])
+        shown.append({**{name: value for name, value in row.items() if name != "refusal"}, "runs_on": runs_on})
+    return table(shown)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

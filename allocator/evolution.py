@@ -6,8 +6,8 @@ best of that step is the next parent. The sequences are drawn anew for every ste
 switches: a unit drawn at random goes one format up, others drawn at random one format down until every limit is kept
 again. In the paper units of one shape trade levels; here a limit is in bytes and a switch is mended to the byte.
 
-No slope and no prediction enters, so nothing misleads it, but every step is one of chance: a generation costs as many
-passes as half a round of refinement (`allocator.refinement`), and the paper runs hundreds of them.
+No slope and no prediction enters, so nothing misleads it, but every step is one of chance, and there must be many:
+refinement (`allocator.refinement`) is the way for few passes, and both count them alike.
 
 Source: Sieberling, Kuznedelev, Kurtic and Alistarh, "EvoPress" (2024, arXiv:2410.14649), section 3.
 """

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from allocator.progress import Progress
+from allocator.stability import PlanStability
 from allocator.store import Store
+from allocator.transformed import transform_
 from runtime.candidates import Candidates, list_candidates
 from runtime.formats import DEFAULT_FORMATS
 from runtime.loading import ReferenceModel
@@ -20,10 +22,11 @@ from sensitivity.calibration import (
     tokenize_documents,
 )
 from sensitivity.experts.self_sampling import sample_balanced_sequences
-from sensitivity.measure import measure_profile, measurement_fingerprint
+from sensitivity.measure import measure_profile
 from sensitivity.measure_config import MeasureConfig, MeasurementText, make_blockwise
 from sensitivity.pieces import Piece, read_or_measure
 from sensitivity.profile import SensitivityProfile, fingerprint_of
+from sensitivity.provenance import measurement_fingerprint
 
 SELF_BALANCED = "self-balanced"
 # Raised whenever the same model would sample other text.
@@ -46,6 +49,7 @@ class MeasureRequest:
         experts: What of a mixture of experts is one unit, a name in ``EXPERT_GRANULARITIES``.
         routers: Whether routers take formats too.
         pins: Regular expression on unit names -> format.
+        transforms: Transforms of the reference model with their options, in order, such as ``smoothquant:alpha=0.7``.
         config: Amounts and seed.
     """
 
@@ -58,6 +62,7 @@ class MeasureRequest:
     experts: str = "projection"
     routers: bool = False
     pins: Mapping[str, str] = field(default_factory=dict)
+    transforms: tuple[str, ...] = ()
     config: MeasureConfig = field(default_factory=MeasureConfig)
 
 
@@ -69,14 +74,22 @@ def run_measurement(
     Of a model that is read block by block only what needs no more of it is measured; the profile has the fingerprint
     and the numbers of one of the model in memory with these metrics.
 
+    Args:
+        reference: The model as it was trained; rewritten in place where the request names transforms.
+        request: The request.
+        store: Where profiles and their pieces are kept.
+        progress: Called with (stage, done, total).
+
     Raises:
         ValueError: If the request is wrong, or asks for what such a model cannot give.
     """
     if reference.stored_weights is not None:
         request = _make_blockwise(request)
-    candidates = find_candidates(reference, request)
     text = prepare_text(reference, request, kept=store.root / "texts")
-    fingerprint = measurement_fingerprint(reference.fingerprint, candidates, text, request.config)
+    if request.transforms:
+        reference = transform_(reference, request.transforms, text.fisher.tokens, store)
+    candidates = find_candidates(reference, request)
+    fingerprint = measurement_fingerprint(reference.weights_fingerprint, candidates, text, request.config)
     profile = store.find_profile(fingerprint)
     if profile is None:
         profile = measure_profile(
@@ -87,6 +100,7 @@ def run_measurement(
             pieces=store.pieces(fingerprint),
             progress=progress,
             rendering=store.rendering(fingerprint),
+            is_stable=PlanStability(candidates).is_stable,
         )
         store.save_profile(profile)
     store.make_latest(profile)

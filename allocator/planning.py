@@ -19,6 +19,7 @@ from sensitivity.experts.expert_tables import FISHER_SHRUNK
 from sensitivity.measure_config import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
 from sensitivity.profile import NATS, SensitivityProfile
 from sensitivity.sketches.combination import COMBINED
+from sensitivity.sketches.fisher_sketch import sequence_losses
 from solvers import AllocationProblem, SolveParams, SolveResult, Termination, solve, solve_least_cost
 from solvers.least_cost import LOSS
 
@@ -155,6 +156,20 @@ def predicted_kl(profile: SensitivityProfile, assignment: Assignment) -> tuple[f
     return additive, _with_cross_terms(profile, assignment, loss, additive)
 
 
+def predicted_std_error(profile: SensitivityProfile, assignment: Assignment) -> float | None:
+    """Returns the standard error of the additive prediction of an assignment; None where its metric is no sample.
+
+    Units that are measured on one text err together. For the Fisher sketch that is seen in the sums over all units by
+    each sequence; for other metrics the units count as independent, which is rather too little.
+    """
+    metric = predicting_metric(profile, assignment.metric)
+    if metric == FISHER and profile.fisher_sketch is not None:
+        losses = sequence_losses(profile.fisher_sketch, assignment.choice)
+        return float(losses.std(ddof=1) / math.sqrt(len(losses)))
+    std_error = pick(profile.table(metric).std_error, assignment.choice)
+    return float(math.hypot(*std_error)) if std_error.any() else None
+
+
 def make_plan(
     profile: SensitivityProfile,
     assignment: Assignment,
@@ -175,6 +190,7 @@ def make_plan(
         units=_unit_plans(profile, assignment, tables[MEMORY]),
         budget=budget.describe(),
         predicted_kl=additive,
+        predicted_std_error=predicted_std_error(profile, assignment),
         predicted_kl_with_interactions=with_interactions,
         corrected_kl=None if fit is None else fit.correct(additive),
         correction_error=None if fit is None else fit.error_factor,

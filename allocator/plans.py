@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.files import write_text
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # Of the 8 KiB that runtime/checkpoint.py sets aside for all metadata besides the formats.
 _HEADER_BYTES = 6 * 1024
 _SHORTENED_CHARACTERS = (1000, 300, 100, 30, 10)
@@ -82,6 +82,8 @@ class Plan:
         units: One entry a unit.
         budget: The budget, as text.
         predicted_kl: Sum of the units' losses in nats per token; NaN where no metric predicts them.
+        predicted_std_error: Standard error of this sum over the calibration text, of the same unit; None where the
+            metric is no sample.
         predicted_kl_with_interactions: The same with the cross terms, or None when they were not measured.
         corrected_kl: KL to expect, nats per token: the prediction corrected by measured plans (power law); None where
             none were measured.
@@ -110,6 +112,7 @@ class Plan:
     units: Sequence[UnitPlan]
     budget: str
     predicted_kl: float
+    predicted_std_error: float | None
     predicted_kl_with_interactions: float | None
     corrected_kl: float | None
     correction_error: float | None

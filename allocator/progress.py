@@ -14,6 +14,7 @@ STAGE_NAMES = {
     "single_unit_kl": "single-unit KL",
     "routing": "routing of the experts",
     "prediction_fit": "whole plans, to correct predictions",
+    "evolve": "evolving the plan, in passes",
     "verify": "verifying plans on held-out text",
     "evaluate": "evaluating on held-out text",
     "latency": "timing formats on this device",

@@ -3,11 +3,15 @@
     <root>/profiles/<fingerprint>/            a finished profile
     <root>/pieces/<fingerprint>/              pieces of a measurement that is not finished
     <root>/renderings/<fingerprint>/          input statistics that a profile's quantizer reads, and rendered weights
+    <root>/transforms/<hash>.safetensors      tensors that a reference model's transforms were folded by
     <root>/evaluations/<hash>.safetensors     per-sequence KL and log-likelihood of one assignment on one text
     <root>/latencies/<hash>.safetensors       microseconds of every candidate on one device
     <root>/latest/<model fingerprint>.json    which profile was measured last for a model
+    <root>/texts/sampled-<hash>.safetensors   calibration text that a model sampled
 
-Everything is keyed by content, written whole or not at all, and safe to delete at any time.
+Everything is keyed by content, written whole or not at all, and safe to delete at any time. What no profile needs any
+more is deleted by ``prune``: renderings of profiles that are neither there nor being measured, and what a killed
+process left under a temporary name.
 """
 
 import json
@@ -24,6 +28,7 @@ from runtime.files import atomic_path, write_text
 from sensitivity.profile import SensitivityProfile, load_profile, save_profile
 
 CACHE_VARIABLE = "BITPLAN_CACHE"
+KINDS = ("profiles", "pieces", "renderings", "evaluations", "latencies", "latest", "texts")
 
 
 def default_root() -> Path:
@@ -77,6 +82,29 @@ class Store:
         record = json.dumps({"profile": profile.fingerprint}) + "\n"
         write_text(self._latest(profile.provenance["model_fingerprint"]), record)
 
+    def list_kinds(self) -> dict[str, tuple[int, int]]:
+        """Returns the name of each directory of the store -> entries and bytes in it."""
+        return {
+            kind: (len(list((self.root / kind).glob("*"))), _count_bytes(self.root / kind))
+            for kind in KINDS
+            if (self.root / kind).is_dir()
+        }
+
+    def prune(self) -> int:
+        """Deletes what no profile needs, and returns its bytes. No measurement may run meanwhile."""
+        needed = {path.name for kind in ("profiles", "pieces") for path in (self.root / kind).glob("*")}
+        stale = [path for path in (self.root / "renderings").glob("*") if path.name not in needed]
+        # rglob finds what lies below another one as well.
+        left = [path for kind in KINDS for end in ("tmp", "old") for path in (self.root / kind).rglob(f".*.{end}")]
+        freed_bytes = 0
+        for path in [*stale, *left]:
+            freed_bytes += _count_bytes(path)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        return freed_bytes
+
     def find_evaluation(self, key: str) -> dict[str, NDArray[np.float64]] | None:
         """Returns the per-sequence numbers kept under a key, or None."""
         return _read_arrays(self._evaluation(key))
@@ -84,6 +112,15 @@ class Store:
     def save_evaluation(self, key: str, arrays: dict[str, NDArray[np.float64]]) -> None:
         """Keeps per-sequence numbers under a key."""
         with atomic_path(self._evaluation(key)) as temporary:
+            save_file(arrays, temporary)
+
+    def find_transforms(self, key: str) -> dict[str, NDArray[np.float64]] | None:
+        """Returns the tensors of transforms kept under a key, or None."""
+        return _read_arrays(self._transforms(key))
+
+    def save_transforms(self, key: str, arrays: dict[str, NDArray[np.float64]]) -> None:
+        """Keeps the tensors of transforms under a key."""
+        with atomic_path(self._transforms(key)) as temporary:
             save_file(arrays, temporary)
 
     def find_latency(self, key: str) -> NDArray[np.float64] | None:
@@ -96,6 +133,9 @@ class Store:
         with atomic_path(self._latency(key)) as temporary:
             save_file({"latency_us": latency_us}, temporary)
 
+    def _transforms(self, key: str) -> Path:
+        return self.root / "transforms" / f"{key}.safetensors"
+
     def _latency(self, key: str) -> Path:
         return self.root / "latencies" / f"{key}.safetensors"
 
@@ -104,6 +144,10 @@ class Store:
 
     def _evaluation(self, key: str) -> Path:
         return self.root / "evaluations" / f"{key}.safetensors"
+
+
+def _count_bytes(path: Path) -> int:
+    return sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file())
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[np.float64]] | None:

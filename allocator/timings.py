@@ -10,7 +10,7 @@ from runtime.latency import device_name, measure_latency
 from sensitivity.profile import SensitivityProfile, fingerprint_of
 
 # Raised whenever the same candidates on the same device would be timed in another way.
-TIMING_VERSION = 1
+TIMING_VERSION = 2
 
 
 def find_latency(profile: SensitivityProfile, store: Store, progress: Progress) -> CostTable:
@@ -23,6 +23,7 @@ def find_latency(profile: SensitivityProfile, store: Store, progress: Progress) 
     """
     candidates = profile.candidates
     device = device_name()
+    frequency = None if profile.routing is None else profile.routing.frequency_by_expert()
     key = fingerprint_of(
         {
             "version": TIMING_VERSION,
@@ -31,6 +32,7 @@ def find_latency(profile: SensitivityProfile, store: Store, progress: Progress) 
             "formats": [f.name for f in candidates.formats],
             "allowed": candidates.allowed.astype(int).tolist(),
             "expert_share": profile.expert_share,
+            "expert_frequency": frequency and sorted(frequency.items()),
         }
     )
     kept = store.find_latency(key)
@@ -39,6 +41,7 @@ def find_latency(profile: SensitivityProfile, store: Store, progress: Progress) 
     table = measure_latency(
         candidates,
         expert_share=profile.expert_share,
+        expert_frequency=frequency,
         progress=lambda done, total: progress("latency", done, total),
     )
     store.save_latency(key, table.cost)

@@ -15,6 +15,7 @@ from allocator.planning import predicted_kl
 from allocator.plans import Evaluation
 from allocator.renderings import needs_statistics, rendering_of
 from allocator.store import Store
+from allocator.transformed import TRANSFORMS_CONTENT, is_transformed
 from runtime.costs import CostTable
 from runtime.units import count_weights
 from sensitivity.evaluation import SequenceScores, mean_interval, score_assignments
@@ -50,6 +51,7 @@ def score_cached(
                 "version": EVALUATION_VERSION,
                 "model": profile.provenance["model_fingerprint"],
                 "quantizer": profile.provenance["quantizer"],
+                **({"transforms": profile.provenance[TRANSFORMS_CONTENT]} if is_transformed(profile) else {}),
                 # What a quantizer renders from weights alone is the same for every profile.
                 **({"statistics": profile.fingerprint} if needs_statistics(profile) else {}),
                 "tokens": fingerprint_of({"tokens": tokens.tolist()}),
@@ -131,8 +133,7 @@ def make_evaluation(
     nll, nll_low, nll_high = mean_interval(scores.nll)
     if assignment is None:
         name, kind, memory_bytes, predicted = REFERENCE, REFERENCE, profile.reference_bytes, None
-        # It has no packed file's header; the rest is in both.
-        stored_bits = 8.0 * (memory_bytes - profile.rest_bytes) / count_weights(profile.candidates.units)
+        stored_bits = _reference_bits(profile)
     else:
         name, kind = assignment.name, assignment.kind
         memory_bytes = round(float(pick(memory.cost, assignment.choice).sum()) + memory.fixed)
@@ -153,3 +154,11 @@ def make_evaluation(
         tokens=int(tokens.size),
         shipped=shipped,
     )
+
+
+def _reference_bits(profile: SensitivityProfile) -> float:
+    if is_transformed(profile):
+        # The profile's units and rest are those of the rewritten model.
+        return float(profile.provenance["reference_bits_per_weight"])
+    # It has no packed file's header; the rest is in both.
+    return 8.0 * (profile.reference_bytes - profile.rest_bytes) / count_weights(profile.candidates.units)

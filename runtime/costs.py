@@ -94,7 +94,7 @@ def read_cost(
 
     def read_bytes(unit: Unit, format_: Format) -> float:
         return sum(
-            _read_share(weight, _frequency(unit, weight, expert_share, expert_frequency), batch_tokens)
+            _read_share(weight, visit_share(unit, weight, expert_share, expert_frequency), batch_tokens)
             * format_.storage_bytes(weight.shape)
             for weight in unit.weights
         )
@@ -108,9 +108,20 @@ def read_cost(
     )
 
 
-def _frequency(
+def visit_share(
     unit: Unit, weight: Weight, expert_share: float, expert_frequency: Mapping[tuple[int, int], float] | None
 ) -> float:
+    """Returns the share of tokens that a weight multiplies: 1 but for experts.
+
+    Args:
+        unit: The unit of the weight.
+        weight: The weight.
+        expert_share: Every expert's share where none is measured.
+        expert_frequency: (layer index, expert index) -> share of tokens that take the expert; None when not measured.
+
+    Raises:
+        ValueError: If a frequency is not a share, or an expert has none.
+    """
     if weight.kind != "expert":
         return 1.0
     if expert_frequency is None:

@@ -8,13 +8,13 @@ do when a whole model runs. An embedding costs its one row, an expert its share 
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
 from runtime.candidates import Candidates
-from runtime.costs import CostTable
+from runtime.costs import CostTable, visit_share
 from runtime.formats import Format
 from runtime.packed import PackedWeight, QuantizedEmbedding, QuantizedLinear
 from runtime.units import Unit, Weight
@@ -32,13 +32,18 @@ def device_name() -> str:
 
 
 def measure_latency(
-    candidates: Candidates, *, expert_share: float, progress: Callable[[int, int], None] = lambda done, total: None
+    candidates: Candidates,
+    *,
+    expert_share: float,
+    expert_frequency: Mapping[tuple[int, int], float] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CostTable:
     """Returns the microseconds of each candidate in one decode step of batch 1.
 
     Args:
         candidates: Units and formats.
-        expert_share: Experts a token visits / experts of a layer.
+        expert_share: Experts a token visits / experts of a layer; every expert's part where none is measured.
+        expert_frequency: (layer index, expert index) -> share of tokens that take the expert; None when not measured.
         progress: Called with (shapes timed, shapes in all).
     """
     keys = {
@@ -53,15 +58,22 @@ def measure_latency(
         progress(i, len(keys))
     cost = np.full(candidates.allowed.shape, np.nan)
     for u, f in zip(*np.nonzero(candidates.allowed), strict=True):
-        cost[u, f] = _unit_us(candidates.units[u], candidates.formats[f], timed, expert_share)
+        cost[u, f] = _unit_us(candidates.units[u], candidates.formats[f], timed, expert_share, expert_frequency)
     return CostTable(
         resource="latency_us", cost=cost, fixed=0.0, unit_of_measure="us", source="measured", device=device_name()
     )
 
 
-def _unit_us(unit: Unit, format_: Format, timed: dict[Key, float], expert_share: float) -> float:
+def _unit_us(
+    unit: Unit,
+    format_: Format,
+    timed: dict[Key, float],
+    expert_share: float,
+    expert_frequency: Mapping[tuple[int, int], float] | None,
+) -> float:
     return sum(
-        timed[_key(weight, format_)] * (expert_share if weight.kind == "expert" else 1.0) for weight in unit.weights
+        timed[_key(weight, format_)] * visit_share(unit, weight, expert_share, expert_frequency)
+        for weight in unit.weights
     )
 
 

@@ -23,9 +23,12 @@ from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
 from runtime.rendering import RenderingRule
 from runtime.stored_weights import build_empty_model
+from runtime.transforms import has_map, install_map_
 from runtime.units import list_weights
 
 FORMATS_KEY = "bitplan.formats"
+# In the configuration: a rotated model whose embedding is tied has a matrix behind its last norm.
+MAP_KEY = "matrix_after_norm"
 
 
 def save_packed_(
@@ -65,7 +68,7 @@ def save_packed_(
         reference.tokenizer.save_pretrained(temporary)
         config = reference.model.config.to_dict()
         config.pop("quantization_config", None)
-        config[PACKED_CONFIG_KEY] = {"schema_version": 1}
+        config[PACKED_CONFIG_KEY] = {"schema_version": 1, **({MAP_KEY: True} if has_map(reference.model) else {})}
         write_text(temporary / "config.json", json.dumps(config, indent=2, default=str) + "\n")
         formats = json.dumps(dict(formats_by_weight), separators=(",", ":"))
         return save_checkpoint(
@@ -103,11 +106,18 @@ def load_packed(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str
     if FORMATS_KEY not in metadata:
         msg = f"a packed model must name its formats in the header: got none in '{path}'. Make it with 'bitplan apply'."
         raise ValueError(msg)
-    model = call_transformers(directory, lambda: build_empty_model(directory))
+    model = call_transformers(directory, lambda: _build_empty(directory))
     install_empty_formats_(model, json.loads(metadata[FORMATS_KEY]))
     _load_tensors_(model, load_tensors(path), path)
     tokenizer = call_transformers(directory, lambda: AutoTokenizer.from_pretrained(directory))
     return model.eval().requires_grad_(False), tokenizer, metadata
+
+
+def _build_empty(directory: Path) -> Any:
+    model = build_empty_model(directory)
+    if getattr(model.config, PACKED_CONFIG_KEY, {}).get(MAP_KEY):
+        install_map_(model, device="meta")
+    return model
 
 
 def _load_tensors_(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

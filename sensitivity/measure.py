@@ -11,17 +11,17 @@ the sequences of the Fisher sketch, and ``logit_passes`` of the single-unit KL, 
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.candidates import Candidates
-from runtime.checkpoint import fixed_bytes, reference_bytes, rest_bytes
+from runtime.checkpoint import fixed_bytes, rest_bytes
 from runtime.loading import ReferenceModel
 from runtime.rendering import RenderingRule
 from sensitivity.criteria.estimator_input import EstimatorInput
@@ -40,38 +40,19 @@ from sensitivity.measure_config import (
 )
 from sensitivity.pieces import Piece, read_or_measure
 from sensitivity.prediction.fitted_plans import fit_profile
-from sensitivity.profile import NATS, LossTable, SensitivityProfile, fingerprint_of
+from sensitivity.profile import NATS, LossTable, SensitivityProfile
+from sensitivity.provenance import make_provenance
 from sensitivity.sketches.combination import COMBINED, combine
 from sensitivity.sketches.completion import complete
-from sensitivity.sketches.fisher_pieces import measure_sketch
+from sensitivity.sketches.fisher_pieces import IsStable, measure_growing_sketch, measure_sketch
 from sensitivity.sketches.fisher_sketch import fisher_loss
 from sensitivity.sketches.logit_pieces import measure_single_unit_kl
 from sensitivity.sketches.pair_design import choose_pairs
 from sensitivity.weight_inputs import find_rendering
 
-# Raised whenever a change makes the same inputs give other numbers.
-MEASUREMENT_VERSION = 3
-
 _OUTPUT_SEQUENCES = 16  # of those of the Fisher sketch; the output error is an average, not a sample
 
 Progress = Callable[[str, int, int], None]
-
-
-def measurement_fingerprint(
-    model_fingerprint: str, candidates: Candidates, text: MeasurementText, config: MeasureConfig
-) -> str:
-    """Returns the hash of everything that the numbers of a measurement depend on."""
-    return fingerprint_of(
-        {
-            "version": MEASUREMENT_VERSION,
-            "model": model_fingerprint,
-            "units": [[w.name for w in unit.weights] for unit in candidates.units],
-            "formats": [f.name for f in candidates.formats],
-            "allowed": candidates.allowed.astype(int).tolist(),
-            "text": [part.fingerprint for part in (text.fisher, text.logit, text.selection, text.evaluation, text.fit)],
-            "config": asdict(config),
-        }
-    )
 
 
 def measure_profile(
@@ -83,6 +64,7 @@ def measure_profile(
     pieces: Path,
     progress: Progress,
     rendering: Path | None = None,
+    is_stable: IsStable | None = None,
 ) -> SensitivityProfile:
     """Returns the profile of a model.
 
@@ -94,6 +76,8 @@ def measure_profile(
         pieces: Directory for the finished pieces; those already there are used.
         progress: Called with (stage, pieces done, pieces of the stage).
         rendering: Directory for what a quantizer that reads input statistics keeps; None to keep it with the pieces.
+        is_stable: Whether the Fisher sketch is of enough sequences; asked after every doubling of them, where the
+            settings say so.
     """
     started = time.monotonic()
     rule = find_rendering(
@@ -107,7 +91,9 @@ def measure_profile(
         progress=progress,
         residency=reference.stored_weights,
     )
-    losses, sketch, gram = _measure_losses(reference, candidates, text, config, rule, pieces, progress, routing)
+    losses, sketch, gram = _measure_losses(
+        reference, candidates, text, config, rule, pieces, progress, routing, is_stable
+    )
     fits = {}
     if config.fit_plans is not None:
         fits = fit_profile(
@@ -133,10 +119,17 @@ def measure_profile(
         evaluation_tokens=text.evaluation.tokens.numpy(),
         fixed_bytes=fixed_bytes(reference.model, routers=routers, residency=reference.residency),
         rest_bytes=rest_bytes(reference.model, routers=routers, residency=reference.residency),
-        reference_bytes=reference_bytes(reference.model, residency=reference.residency),
+        reference_bytes=reference.reference_bytes,
         expert_share=_expert_share(reference.model.config),
         routing=routing,
-        provenance=_provenance(reference, candidates, text, config, time.monotonic() - started),
+        provenance=make_provenance(
+            reference,
+            candidates,
+            text,
+            config,
+            sketched=0 if sketch is None else len(sketch),
+            seconds=time.monotonic() - started,
+        ),
     )
 
 
@@ -149,6 +142,7 @@ def _measure_losses(
     pieces: Path,
     progress: Progress,
     routing: RoutingStatistics | None,
+    is_stable: IsStable | None,
 ) -> tuple[dict[str, LossTable], NDArray[np.float32] | None, NDArray[np.float32] | None]:
     """Returns metric -> table, the Fisher sketch and the Gram matrix of the logit sketch, where they are measured."""
     losses: dict[str, LossTable] = {}
@@ -157,16 +151,7 @@ def _measure_losses(
             losses[metric] = _measure_error(metric, reference, candidates, text.fisher.tokens, rule, pieces, progress)
     sketch = gram = None
     if FISHER in config.metrics:
-        sketch = measure_sketch(
-            reference.model,
-            candidates,
-            text.fisher.tokens,
-            seed=config.seed,
-            quantizer=rule,
-            pieces=pieces / FISHER,
-            progress=partial(progress, FISHER),
-            residency=reference.stored_weights,
-        )
+        sketch = _measure_sketch(reference, candidates, text.fisher.tokens, config, rule, pieces, progress, is_stable)
         loss, std_error = fisher_loss(sketch)
         losses[FISHER] = LossTable(loss=loss, std_error=std_error, unit_of_measure=NATS)
         if routing is not None:
@@ -179,6 +164,33 @@ def _measure_losses(
         losses[COMBINED] = combine(losses[FISHER], losses[SINGLE_UNIT_KL], candidates.allowed)
     losses |= _measure_others(reference, candidates, text.fisher.tokens, config, rule, pieces, progress, known=losses)
     return losses, sketch, gram
+
+
+def _measure_sketch(
+    reference: ReferenceModel,
+    candidates: Candidates,
+    tokens: Tensor,
+    config: MeasureConfig,
+    rule: RenderingRule,
+    pieces: Path,
+    progress: Progress,
+    is_stable: IsStable | None,
+) -> NDArray[np.float32]:
+    measure = partial(
+        measure_sketch,
+        reference.model,
+        candidates,
+        tokens,
+        seed=config.seed,
+        quantizer=rule,
+        progress=partial(progress, FISHER),
+        residency=reference.stored_weights,
+        dtype=getattr(torch, config.gradient_dtype),
+    )
+    if not config.until_stable:
+        return measure(pieces=pieces / FISHER)
+    assert is_stable is not None, "who asks for plans that are stable says when they are"
+    return measure_growing_sketch(measure, len(tokens), is_stable=is_stable, pieces=pieces / FISHER)
 
 
 def _measure_error(
@@ -282,20 +294,3 @@ def _expert_share(config: Any) -> float:
     used = getattr(config, "num_experts_per_tok", None)
     count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     return used / count if used and count else 1.0
-
-
-def _provenance(
-    reference: ReferenceModel, candidates: Candidates, text: MeasurementText, config: MeasureConfig, seconds: float
-) -> dict[str, str]:
-    return {
-        "model": reference.name,
-        "model_fingerprint": reference.fingerprint,
-        "profile": measurement_fingerprint(reference.fingerprint, candidates, text, config),
-        "calibration": f"{text.fisher.source} ({text.fisher.fingerprint[:16]})",
-        "selection": f"{text.selection.source} ({text.selection.fingerprint[:16]})",
-        "evaluation": f"{text.evaluation.source} ({text.evaluation.fingerprint[:16]})",
-        "quantizer": config.quantizer,
-        "seed": str(config.seed),
-        "measurement_version": str(MEASUREMENT_VERSION),
-        "measured_in_s": f"{seconds:.1f}",
-    }

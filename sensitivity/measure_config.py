@@ -12,6 +12,7 @@ OUTPUT_ERROR = "output_error"
 FISHER = "fisher"
 SINGLE_UNIT_KL = "single_unit_kl"
 METRICS = (WEIGHT_ERROR, OUTPUT_ERROR, FISHER, SINGLE_UNIT_KL)
+GRADIENT_DTYPES = ("float32", "bfloat16")
 # What can be measured with the weights of one block in memory at a time.
 BLOCKWISE_METRICS = (WEIGHT_ERROR, FISHER)
 
@@ -22,7 +23,7 @@ class MeasureConfig:
 
     Args:
         metrics: Names in ``METRICS``, or of further estimators in ``ESTIMATORS``.
-        fisher_sequences: Sequences of the Fisher sketch.
+        fisher_sequences: Sequences of the Fisher sketch; the most, with ``until_stable``.
         sequence_tokens: Tokens of each of these.
         logit_sequences: Sequences of the logit sketch, run in one batch; even, as its halves are compared.
         logit_sequence_tokens: Tokens of each of these.
@@ -36,6 +37,9 @@ class MeasureConfig:
         evaluation_sequence_tokens: Tokens of each selection and evaluation sequence.
         quantizer: Rule that renders the candidates, a name in ``QUANTIZERS``.
         seed: Seed of labels, sampled text and the pairs that are measured.
+        gradient_dtype: Type that the products of the Fisher sketch's passes are computed in, ``float32`` or
+            ``bfloat16``.
+        until_stable: Whether the Fisher sketch ends before its last sequence, when plans stop changing.
 
     Raises:
         ValueError: If a count is not positive, or a name is unknown.
@@ -55,10 +59,12 @@ class MeasureConfig:
     evaluation_sequence_tokens: int = 256
     quantizer: str = "rtn"
     seed: int = 0
+    until_stable: bool = False
+    gradient_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(value, int) and name != "seed" and value < 2:
+            if isinstance(value, int) and name not in ("seed", "until_stable") and value < 2:
                 msg = f"{name} must be at least 2 (a standard error needs two samples): got {value}. Raise it."
                 raise ValueError(msg)
         if self.logit_sequences % 2:
@@ -71,6 +77,9 @@ class MeasureConfig:
         unknown = [metric for metric in self.metrics if metric not in known]
         if unknown or not self.metrics:
             msg = f"metrics must be among {', '.join(known)}: got {list(self.metrics)}. Correct the names."
+            raise ValueError(msg)
+        if self.gradient_dtype not in GRADIENT_DTYPES:
+            msg = f"gradient_dtype must be among {', '.join(GRADIENT_DTYPES)}: got '{self.gradient_dtype}'. Correct it."
             raise ValueError(msg)
         if self.quantizer not in QUANTIZERS:
             msg = f"quantizer must be among {', '.join(QUANTIZERS)}: got '{self.quantizer}'. Correct the name."

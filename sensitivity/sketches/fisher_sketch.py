@@ -41,6 +41,7 @@ def measure_fisher_sketch(
     seed: int,
     quantizer: RenderingRule = "rtn",
     first: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[NDArray[np.float32]]:
     """Yields ``sketch[s]`` [U, F] for the sequences ``first`` and on, one after another.
 
@@ -54,6 +55,7 @@ def measure_fisher_sketch(
         seed: Seed of the labels; the labels of a sequence depend on the seed and its index alone.
         quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         first: Index of the first sequence to measure (earlier ones are measured already).
+        dtype: Type that products are computed in; weights, sums and gradients are float32 in any case.
     """
     sketch = np.zeros(candidates.allowed.shape)
 
@@ -67,7 +69,8 @@ def measure_fisher_sketch(
         for s in range(first, tokens.shape[0]):
             sketch.fill(0.0)
             with torch.enable_grad():
-                logits = model(tokens[s : s + 1], use_cache=False).logits[0].float()
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    logits = model(tokens[s : s + 1], use_cache=False).logits[0].float()
                 torch.autograd.backward(score(logits, s))
             yield (sketch / np.sqrt(tokens.shape[1])).astype(np.float32)
 
@@ -85,6 +88,7 @@ def measure_streamed_fisher_sketch(
     base: Callable[[Weight], Tensor] | None = None,
     residency: Residency | None = None,
     kept_bytes: int = DEFAULT_KEPT_BYTES,
+    dtype: torch.dtype = torch.float32,
 ) -> NDArray[np.float32]:
     """Returns the sketch [S, U, F] of all sequences, measured one layer of the model at a time.
 
@@ -105,6 +109,7 @@ def measure_streamed_fisher_sketch(
         residency: Brings the weights into memory.
         kept_bytes: Bound on the bytes of rendered errors (four fifths at most) and gradients kept at once; the
             gradients of one layer and sequence always are.
+        dtype: Type that products are computed in; weights, sums and gradients are float32 in any case.
 
     Raises:
         NotLayerwise: If the layers of the model cannot be run one by one.
@@ -118,6 +123,7 @@ def measure_streamed_fisher_sketch(
         directory=directory,
         residency=residency,
         kept_bytes=kept_bytes,
+        dtype=dtype,
     )
     contraction = ErrorContraction(
         candidates, len(tokens), quantizer=quantizer, base=base, error_bytes=kept_bytes * 4 // 5
@@ -139,3 +145,9 @@ def fisher_loss(sketch: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArr
     """
     squares = 0.5 * sketch.astype(np.float64) ** 2
     return squares.mean(axis=0), squares.std(axis=0, ddof=1) / np.sqrt(len(sketch))
+
+
+def sequence_losses(sketch: NDArray[np.float32], choice: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Returns the additive loss of a choice [U] by every sequence of a Fisher sketch, nats per token, [S]."""
+    chosen = sketch[:, np.arange(len(choice)), choice].astype(np.float64)
+    return np.asarray(0.5 * np.square(chosen).sum(axis=1))

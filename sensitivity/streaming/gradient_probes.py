@@ -68,16 +68,18 @@ class SampledScore:
 
     Args:
         seed: Seed; the labels of a sequence depend on it and the sequence's index alone.
+        first: Index of the sequence that is called 0 here, where others are measured before it.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, first: int = 0) -> None:
         self._seed = seed
+        self._first = first
         self._labels: dict[int, Tensor] = {}
 
     def __call__(self, logits: Tensor, index: int) -> Tensor:
         """Returns the score of a sequence from its logits [T, V] in float32."""
         if index not in self._labels:
-            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + index) % 2**63)
+            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self._first + index) % 2**63)
             p = torch.softmax(logits.detach(), dim=-1)
             self._labels[index] = torch.multinomial(p, 1, generator=generator)[:, 0]
         return nn.functional.cross_entropy(logits, self._labels[index], reduction="sum")

@@ -17,6 +17,7 @@ Paper: recomputing activations from stored layer inputs is gradient checkpointin
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,6 +63,7 @@ class GradientStream:
         residency: Brings the weights into memory.
         kept_bytes: Bound on what accumulators keep for a block and its gradients for a few sequences together; the
             gradients for one sequence are kept in any case.
+        dtype: Type that products are computed in; weights, sums and gradients are float32 in any case.
 
     Raises:
         ValueError: If there is no weight.
@@ -78,6 +80,7 @@ class GradientStream:
         directory: Path,
         residency: Residency | None = None,
         kept_bytes: int = DEFAULT_KEPT_BYTES,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._model = model
         self._tokens = tokens
@@ -85,6 +88,7 @@ class GradientStream:
         self._files = StreamFiles(directory)
         self._residency = residency or InMemory()
         self._kept_bytes = kept_bytes
+        self._products = partial(torch.autocast, "cpu", dtype, enabled=dtype != torch.float32)
         layers = find_layers(model, otherwise=WHOLE)
         self._blocks = _group_by_block(layers, weights)
         self._steps = StreamSteps(layer_count=len(layers.layers), blocks=frozenset(self._blocks))
@@ -131,7 +135,8 @@ class GradientStream:
         accumulators: Mapping[str, GradientAccumulator],
         progress: Callable[[int, int], None],
     ) -> None:
-        model = LayerwiseModel(self._model, self._tokens[:1], self._residency)
+        with self._products():
+            model = LayerwiseModel(self._model, self._tokens[:1], self._residency)
         while pending:
             step = pending.pop(0)
             with self._residency.resident(step.resident_layer()):
@@ -151,11 +156,10 @@ class GradientStream:
 
     @torch.no_grad()
     def _run_forward(self, model: LayerwiseModel, k: int) -> None:
-        if k == 0:
-            states = [model.embed(self._tokens[s : s + 1]) for s in range(len(self._tokens))]
-        else:
-            below = self._files.read_states(HIDDEN, k - 1)
-            states = [model.run_layer(k - 1, _sequence(below, s)) for s in range(len(below))]
+        below = self._files.read_states(HIDDEN, k - 1) if k else self._tokens
+        run = partial(model.run_layer, k - 1) if k else model.embed
+        with self._products():
+            states = [run(_sequence(below, s)) for s in range(len(below))]
         self._files.write_states(HIDDEN, k, torch.cat(states))
 
     @torch.enable_grad()
@@ -164,7 +168,8 @@ class GradientStream:
         gradients: list[Tensor] = []
         for s in range(len(states)):
             last = _sequence(states, s).requires_grad_()
-            _, logits = model.run_outside(self._tokens[s : s + 1], last)
+            with self._products():
+                _, logits = model.run_outside(self._tokens[s : s + 1], last)
             if s == 0:
                 model.check_logits(logits.detach())
             gradients += torch.autograd.grad(self._loss(logits, s), last)
@@ -176,7 +181,8 @@ class GradientStream:
 
         def differentiate(s: int, parameters: list[nn.Parameter]) -> list[Tensor | None]:
             first = _sequence(hidden, s).requires_grad_()
-            output = model.run_layer(k, first)
+            with self._products():
+                output = model.run_layer(k, first)
             gradient, *gradients = _gradients([output], [_sequence(above, s)], [first, *parameters])
             assert gradient is not None
             below[s] = gradient[0]
@@ -194,7 +200,8 @@ class GradientStream:
         last, above = self._files.read_states(HIDDEN, L), self._files.read_states(GRADIENT, 0)
 
         def differentiate(s: int, parameters: list[nn.Parameter]) -> list[Tensor | None]:
-            first, logits = model.run_outside(self._tokens[s : s + 1], _sequence(last, s))
+            with self._products():
+                first, logits = model.run_outside(self._tokens[s : s + 1], _sequence(last, s))
             # The gradient of a loss with respect to itself is 1.
             ends = [(self._loss(logits, s), None), (first, _sequence(above, s))]
             reached = [(output, gradient) for output, gradient in ends if output.requires_grad]

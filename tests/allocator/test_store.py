@@ -103,3 +103,36 @@ def test_default_root(variables: dict[str, str], expected: str, monkeypatch: pyt
         monkeypatch.setenv(name, value)
     assert default_root() == Path(expected)
     assert Store().root == Path(expected)
+
+
+def test_prune_keeps_what_a_profile_or_a_measurement_needs(store: Store, tiny_profile: SensitivityProfile) -> None:
+    store.save_profile(tiny_profile)
+    store.save_evaluation("key", {"kl": np.zeros(3)})
+    for fingerprint in (tiny_profile.fingerprint, "being-measured", "gone"):
+        (store.rendering(fingerprint) / "rendered").mkdir(parents=True)
+        (store.rendering(fingerprint) / "rendered" / "weight.safetensors").write_bytes(bytes(1000))
+    pieces = store.pieces("being-measured") / "fisher"
+    pieces.mkdir(parents=True)
+    (pieces / "piece.safetensors").write_bytes(bytes(10))
+    # Left by killed processes.
+    (pieces / ".piece.safetensors.x1.tmp").write_bytes(bytes(200))
+    half = store.root / "profiles" / ".half.x2.tmp"
+    half.mkdir()
+    (half / "arrays.safetensors").write_bytes(bytes(30))
+    kept = {kind: entries for kind, (entries, _) in store.list_kinds().items()}
+    assert store.prune() == 1230
+    assert store.prune() == 0
+    assert not store.rendering("gone").exists() and not half.exists()
+    assert store.rendering(tiny_profile.fingerprint).exists() and store.rendering("being-measured").exists()
+    assert [p.name for p in pieces.iterdir()] == ["piece.safetensors"]
+    assert store.find_profile(tiny_profile.fingerprint) is not None and store.find_evaluation("key") is not None
+    assert store.list_kinds()["renderings"] == (2, 2000)
+    assert {kind: entries for kind, (entries, _) in store.list_kinds().items()} == {
+        **kept,
+        "renderings": kept["renderings"] - 1,
+        "profiles": kept["profiles"] - 1,
+    }
+
+
+def test_an_empty_store_has_nothing_to_prune(store: Store) -> None:
+    assert store.list_kinds() == {} and store.prune() == 0

@@ -45,8 +45,10 @@ def test_unit_sums_its_weights_and_an_expert_counts_by_its_share() -> None:
     (expert,) = (u for u in find_units(build_tiny_mixtral(), fuse=[r"(gate_up|down)_proj"]) if u.name.endswith(LAST))
     (dense,) = (u for u in find_units(build_tiny_llama(), fuse=[r"(gate|up)_proj"]) if u.name == DENSE)
     timed = {((256, 64), "bf16", False): 3.0, ((64, 128), "bf16", False): 5.0, ((128, 64), "bf16", False): 7.0}
-    assert latency._unit_us(expert, FORMATS["bf16"], timed, 0.25) == (3.0 + 5.0) * 0.25
-    assert latency._unit_us(dense, FORMATS["bf16"], timed, 0.25) == 7.0 + 7.0
+    assert latency._unit_us(expert, FORMATS["bf16"], timed, 0.25, None) == (3.0 + 5.0) * 0.25
+    # Where the routing is measured, by that: layer 1, expert 3.
+    assert latency._unit_us(expert, FORMATS["bf16"], timed, 0.25, {(1, 3): 0.75}) == (3.0 + 5.0) * 0.75
+    assert latency._unit_us(dense, FORMATS["bf16"], timed, 0.25, None) == 7.0 + 7.0
 
 
 def test_experts_that_no_token_visits_cost_nothing() -> None:

@@ -12,7 +12,7 @@ import pytest
 from runtime.candidates import list_candidates
 from runtime.checkpoint import fixed_bytes, reference_bytes, rest_bytes
 from runtime.units import find_units
-from sensitivity import measure
+from sensitivity import provenance
 from sensitivity.calibration import TokenSequences
 from sensitivity.criteria.estimator_input import EstimatorInput
 from sensitivity.criteria.output_error import measure_output_error
@@ -21,9 +21,9 @@ from sensitivity.estimators import find_estimator
 from sensitivity.experts.expert_tables import FISHER_SHRUNK
 from sensitivity.experts.routing_measurement import measure_routing
 from sensitivity.experts.shrinkage import shrink_rare_losses
-from sensitivity.measure import measurement_fingerprint
 from sensitivity.measure_config import FISHER, METRICS, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR, MeasureConfig
 from sensitivity.profile import NATS, SensitivityProfile, load_profile, save_profile
+from sensitivity.provenance import measurement_fingerprint
 from sensitivity.sketches.combination import COMBINED, combine
 from sensitivity.sketches.fisher_sketch import fisher_loss, measure_streamed_fisher_sketch
 from sensitivity.sketches.logit_sketch import LogitSketch, gram_of
@@ -211,6 +211,7 @@ BOUNDS = r"must be at least 2 \(a standard error needs two samples\): got "
             r"metrics must be among weight_error, output_error, fisher, single_unit_kl, .*kurtosis.*: got \[\]",
         ),
         ({"metrics": ("fisher", "hessian")}, r"metrics must be among .*: got \['fisher', 'hessian'\]"),
+        ({"gradient_dtype": "float16"}, "gradient_dtype must be among float32, bfloat16: got 'float16'"),
         ({"quantizer": "magic"}, "quantizer must be among .*rtn.*: got 'magic'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -264,6 +265,8 @@ CHANGES: dict[str, Callable[[Measurement], Measurement]] = {
     "fit_plans": change_config(fit_plans=6),
     "no_fit": change_config(fit_plans=None),
     "metrics": change_config(metrics=(FISHER,)),
+    "until_stable": change_config(until_stable=True),
+    "gradient_dtype": change_config(gradient_dtype="bfloat16"),
 }
 
 
@@ -276,7 +279,7 @@ def test_fingerprint_covers_whatever_changes_the_numbers(
 ) -> None:
     fingerprints = {name: fingerprint(change(measurement)) for name, change in CHANGES.items()}
     own = fingerprint(measurement)
-    monkeypatch.setattr(measure, "MEASUREMENT_VERSION", measure.MEASUREMENT_VERSION + 1)
+    monkeypatch.setattr(provenance, "MEASUREMENT_VERSION", provenance.MEASUREMENT_VERSION + 1)
     fingerprints["version"] = fingerprint(measurement)
     assert len({own, *fingerprints.values()}) == len(CHANGES) + 2
     monkeypatch.undo()
