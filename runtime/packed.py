@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from runtime.codecs import CODECS, StoredTensors
 from runtime.codecs.integer import pack_quantized
+from runtime.kernels import triton as triton_kernels
 from runtime.quantization import QuantizedWeight
 from runtime.storage import Format
 
@@ -82,6 +83,13 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [..., out_features] for x [..., in_features]."""
+        if triton_kernels.serves(x.device.type):
+            # Imported where it is needed: on other machines there may be no Triton.
+            from runtime.kernels.triton.packed_product import packed_linear
+
+            y = packed_linear(x, self.weight, self.bias)
+            if y is not None:
+                return y
         return nn.functional.linear(x, self.weight().to(x.dtype), self.bias)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from runtime.codecs import CODECS
 from runtime.kernels.triton.fragment_layout import FragmentWeight, pack_fragments
-from runtime.kernels.triton.weight_only_linear import INTERPRETED, triton_linear
+from runtime.kernels.triton.weight_only_linear import triton_linear
 from runtime.packing import unpack_codes
 from runtime.powers import power_of_two
 from runtime.storage import Format
@@ -32,16 +32,14 @@ class Packed(Protocol):
 def packed_linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor | None:
     """Returns x W' + bias in the type of x, or None where the kernels cannot compute it.
 
-    They can on a CUDA device, or on the CPU under Triton's interpreter; for the formats of ``fits_kernels`` whose
-    scales are float16 numbers; for float16, bfloat16 and float32; without gradients.
+    They can where they run at all (``serves``), for the formats of ``fits_kernels`` whose scales are float16 numbers,
+    for float16, bfloat16 and float32, and without gradients.
 
     Args:
         x: [..., in_features].
         weight: The packed weight [out_features, in_features].
         bias: [out_features], or None.
     """
-    if x.device.type != "cuda" and not INTERPRETED:
-        return None
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
     if wants_gradient or x.dtype not in _DTYPES or x.shape[-1] != weight.shape[1] or not fits_kernels(weight.format):
         return None
