@@ -13,7 +13,7 @@ from torch import Tensor
 
 from runtime.kernels.triton.fragment_layout import TILE_CODES, TILE_ROWS, FragmentWeight
 from runtime.kernels.triton.grouped_experts_kernel import grouped_experts_kernel
-from runtime.kernels.triton.weight_only_linear import INTERPRETED
+from runtime.kernels.triton.weight_only_linear import INTERPRETED, SPLIT_SCALE, split_float32
 
 _WARPS = 2
 _STAGES = 3
@@ -88,7 +88,7 @@ def multiply_experts(x: Tensor, token: Tensor, counts: Tensor, experts: Fragment
     """Returns, for each slot, the product of its token with its expert: [slots, out_features].
 
     Args:
-        x: [tokens, in_features] float16 or bfloat16.
+        x: [tokens, in_features] float16, bfloat16 or float32.
         token: [slots] int64, the row of x of each slot; slots sorted by expert.
         counts: [experts] int64, slots of each expert.
         experts: The weights.
@@ -101,8 +101,23 @@ def multiply_experts(x: Tensor, token: Tensor, counts: Tensor, experts: Fragment
     if gated and experts.shape[0] % (2 * TILE_ROWS):
         msg = f"a gate must have a multiple of {TILE_ROWS} rows: got rows={rows}. Multiply gate and up separately."
         raise ValueError(msg)
+    if x.dtype == torch.float32:
+        return _multiply_float32(x, token, counts, experts, gated=gated)
+    return _launch(x, token, counts, experts, rows, gated=gated, out_dtype=x.dtype)
+
+
+def _launch(
+    x: Tensor,
+    token: Tensor,
+    counts: Tensor,
+    experts: FragmentExperts,
+    rows: int,
+    *,
+    gated: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
     slots, K = token.shape[0], experts.shape[1]
-    y = torch.empty((slots, rows), dtype=x.dtype, device=x.device)
+    y = torch.empty((slots, rows), dtype=out_dtype, device=x.device)
     if slots == 0:
         return y
     block_m = 8 if slots <= TILE_ROWS * counts.shape[0] else 16
@@ -136,6 +151,19 @@ def multiply_experts(x: Tensor, token: Tensor, counts: Tensor, experts: Fragment
     return y
 
 
+def _multiply_float32(x: Tensor, token: Tensor, counts: Tensor, experts: FragmentExperts, *, gated: bool) -> Tensor:
+    """Multiplies both parts of each row (``split_float32``), which become neighbouring slots; then applies the gate."""
+    high, low, exponent = split_float32(x)
+    parts = torch.stack([high, low], dim=1).flatten(0, 1)
+    both = torch.stack([2 * token, 2 * token + 1], dim=1).flatten()
+    y = _launch(parts, both, 2 * counts, experts, experts.shape[0], gated=False, out_dtype=torch.float32)
+    y = torch.ldexp(y[0::2] + y[1::2] / SPLIT_SCALE, exponent[token])
+    if not gated:
+        return y
+    gate, up = y.chunk(2, dim=1)
+    return torch.nn.functional.silu(gate) * up
+
+
 def plan_blocks(counts: Tensor, order: Tensor, block_m: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns expert, first and last slot of each block, experts in the order given; the last blocks may be empty.
 
@@ -166,8 +194,8 @@ def run_experts(
     """Returns the output of a mixture with gated experts, [tokens, hidden], as transformers computes it.
 
     Args:
-        x: [tokens, hidden] float16 or bfloat16.
-        expert_index: [tokens, k] int64, the experts of each token.
+        x: [tokens, hidden] float16, bfloat16 or float32.
+        expert_index: [tokens, k] int64, the experts of each token; numbers that are no expert's are skipped.
         routing_weights: [tokens, k], what their outputs are weighted with.
         gate_up: Gate above up projection of every expert.
         down: Down projection of every expert.
@@ -175,13 +203,15 @@ def run_experts(
     tokens, k = expert_index.shape
     flat = expert_index.flatten()
     slot_order = torch.argsort(flat, stable=True)
-    counts = torch.zeros(gate_up.kind.shape[0], dtype=torch.int64, device=x.device)
-    counts.scatter_add_(0, flat, torch.ones_like(flat))
+    experts = gate_up.kind.shape[0]
+    counts = torch.zeros(experts + 1, dtype=torch.int64, device=x.device)
+    counts = counts.scatter_add_(0, flat.clamp(max=experts), torch.ones_like(flat))[:experts]
     inner = multiply_experts(x, slot_order // k, counts, gate_up, gated=True)
     slots = torch.arange(tokens * k, device=x.device)
     outer = multiply_experts(inner, slots, counts, down, gated=False)
+    # Slots without an expert come last, and nobody has written them.
     by_token = torch.empty_like(outer)
-    by_token[slot_order] = outer
+    by_token[slot_order] = torch.where(flat[slot_order].unsqueeze(1) < experts, outer, 0)
     weighted = by_token.view(tokens, k, -1) * routing_weights.unsqueeze(-1).to(outer.dtype)
     return weighted.sum(dim=1)
 

@@ -26,7 +26,8 @@ from runtime.kernels.triton.weight_only_kernel import sum_splits_kernel, weight_
 # Whether kernels run in Triton's interpreter: fixed when they are defined, for the life of the process.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _SUM_BLOCK = 1024
-_SPLIT_SCALE = 2.0**11
+# What the second of two float16 numbers is multiplied by, so that it does not underflow.
+SPLIT_SCALE = 2.0**11
 # Rows of the weight that are dequantized at once: bounds the memory to 4096 x K floats.
 _DEQUANTIZED_ROWS = 4096
 _DEQUANTIZE_WARPS = 2
@@ -201,20 +202,28 @@ def _multiply_many(x: Tensor, weight: FragmentWeight, bias: Tensor | None) -> Te
     return y
 
 
-def _multiply_float32(x: Tensor, weight: FragmentWeight) -> Tensor:
+def split_float32(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns float16 a and b and an exponent e for each row, with x = 2**e (a + b / SPLIT_SCALE) almost exactly.
+
+    Args:
+        x: [rows, count] float32.
+    """
     # 2**e brings the greatest element of a row to [2**13, 2**14), far from overflow and from what underflows.
-    greatest = x.abs().amax(dim=1, keepdim=True)
-    exponent = torch.frexp(greatest).exponent - 14
+    exponent = torch.frexp(x.abs().amax(dim=1, keepdim=True)).exponent - 14
     scaled = torch.ldexp(x, -exponent)
     high = scaled.to(torch.float16)
-    low = ((scaled - high.to(torch.float32)) * _SPLIT_SCALE).to(torch.float16)
+    return high, ((scaled - high.to(torch.float32)) * SPLIT_SCALE).to(torch.float16), exponent
+
+
+def _multiply_float32(x: Tensor, weight: FragmentWeight) -> Tensor:
+    high, low, exponent = split_float32(x)
     parts = torch.cat([high, low])
     pieces = [
         _multiply_few(parts[first : first + MOST_ROWS], weight, None, torch.float32)
         for first in range(0, max(1, parts.shape[0]), MOST_ROWS)
     ]
     first, second = torch.cat(pieces).chunk(2)
-    return torch.ldexp(first + second / _SPLIT_SCALE, exponent)
+    return torch.ldexp(first + second / SPLIT_SCALE, exponent)
 
 
 def _word_views(weight: FragmentWeight) -> tuple[Tensor, Tensor, Tensor]:
