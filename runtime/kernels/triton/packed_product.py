@@ -16,7 +16,7 @@ from runtime.packing import unpack_codes
 from runtime.powers import power_of_two
 from runtime.storage import Format
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PRODUCT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KEPT = "_fragments"
 Identity = tuple[tuple[int, int], ...]
 
@@ -41,7 +41,12 @@ def packed_linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor | No
         bias: [out_features], or None.
     """
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
-    if wants_gradient or x.dtype not in _DTYPES or x.shape[-1] != weight.shape[1] or not fits_kernels(weight.format):
+    if (
+        wants_gradient
+        or x.dtype not in PRODUCT_DTYPES
+        or x.shape[-1] != weight.shape[1]
+        or not fits_kernels(weight.format)
+    ):
         return None
     fragments = find_fragments(weight)
     return None if fragments is None else triton_linear(x, fragments, bias)
@@ -64,19 +69,21 @@ def find_fragments(weight: Packed) -> FragmentWeight | None:
     if torch.compiler.is_compiling():
         # Addresses mean nothing in a traced graph: a weight that was used before is taken as it was.
         return None if kept is None else kept[1]
-    identity = _identify(weight)
+    identity = identify_tensors(weight)
     if kept is None or kept[0] != identity:
-        kept = identity, _make_fragments(weight)
+        kept = identity, make_fragments(weight)
         weight.__dict__[_KEPT] = kept
     return kept[1]
 
 
-def _identify(weight: Packed) -> Identity:
+def identify_tensors(weight: Packed) -> Identity:
+    """Returns what changes when a weight's tensors move or are written to."""
     tensors = [tensor for tensor in weight._buffers.values() if tensor is not None]
     return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
-def _make_fragments(weight: Packed) -> FragmentWeight | None:
+def make_fragments(weight: Packed) -> FragmentWeight | None:
+    """Returns a weight of a format of ``fits_kernels`` in the kernels' layout; None if a scale is no float16 number."""
     format_ = weight.format
     tensors = {name: tensor for name, tensor in weight._buffers.items() if tensor is not None}
     stored = tensors["scale"]
