@@ -110,7 +110,7 @@ def compile_dequantization(
 
 def compile_split_sum(splits: int, *, architecture: int, dtype: str) -> KernelCode:
     """Returns the sum of a split product, compiled for a compute capability."""
-    constants = {"SPLITS": splits, "HAS_BIAS": True, "BLOCK": 1024}
+    constants: dict[str, object] = {"SPLITS": splits, "HAS_BIAS": True, "BLOCK": 1024}
     target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
     return read_code(_compile(sum_splits_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype).asm["cubin"])
 
