@@ -45,9 +45,12 @@ format: $(STAMP) ## rewrite the files in the project's format
 type: $(STAMP) ## mypy, strict
 	@$(BIN)/mypy
 
-# One thread a worker: the workers share the cores.
+# One thread a worker: the workers share the cores. Triton is interpreted or compiles for the whole life of a process, so
+# the tests of its kernels that are interpreted are run by themselves.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n $(WORKERS) --dist loadfile
 unit: $(STAMP) ## the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n $(WORKERS) --dist loadfile
+	@$(PYTEST)
+	@TRITON_INTERPRET=1 $(PYTEST) tests/gpu_kernels
 
 wheel: $(STAMP) ## build the wheel and try it in an empty environment
 	@bash tests/wheel_check.sh $(BIN)/python

@@ -1,7 +1,8 @@
 """Which path computes a product with a packed weight.
 
-The compiled CPU kernels, for integer formats on the CPU; the reference everywhere else: other devices, float64,
-formats the kernels do not know, and wherever a gradient is wanted. ``kernel_path`` and the environment variable
+The Triton kernels on CUDA devices (and on the CPU where Triton's interpreter is asked for), the compiled CPU kernels
+for integer formats on the CPU; the reference everywhere else: other devices, float64, formats the kernels do not know,
+and wherever a gradient is wanted. ``kernel_path`` and the environment variable
 BITPLAN_KERNELS name a path instead: ``reference``, or an instruction set of ``runtime.kernels.cpu.LEVELS``.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from runtime.formats import Format
+from runtime.kernels import triton as triton_kernels
 from runtime.kernels.cpu import LEVELS, CpuKernels, Matrix, Product, StoredMatrix, describe_matrix, load_kernels
 from runtime.kernels.reference import dequantize_stored, linear_reference
 
@@ -64,6 +66,13 @@ def selected_kernels() -> CpuKernels | None:
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """Returns x W' + bias, [..., rows] in the type of x, for x [..., columns]."""
+    if triton_kernels.serves(x.device.type):
+        # Imported where it is needed: on other machines there may be no Triton.
+        from runtime.kernels.triton.packed_product import packed_linear
+
+        product = packed_linear(x, weight, bias)
+        if product is not None:
+            return product
     if not _has_kernel(weight.format) or x.dtype not in _KERNEL_DTYPES:
         return linear_reference(x, weight(), bias)
     if torch.compiler.is_compiling():

@@ -1,0 +1,177 @@
+"""What the Triton kernels can reach on GPUs that are not at hand: bytes and instructions, read from the machine code.
+
+    python benchmarks/bench_roofline.py
+
+Nothing is run on a GPU. The kernels are compiled for each of them, and the instructions of the main loop are counted;
+the rest is arithmetic with published bandwidths and clocks (``runtime/kernels/triton/devices.py``). About two minutes.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from machine import describe_machine
+
+from runtime.formats import Format
+from runtime.kernels.triton.aot import compile_weight_only
+from runtime.kernels.triton.devices import DEVICES, Device
+from runtime.kernels.triton.fragment_layout import pack_fragments
+from runtime.kernels.triton.launch_table import Launch, LaunchKey, find_launch
+
+BITS = tuple(range(1, 9))
+GROUP_SIZE = 128
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
+# SmolLM2-135M, whose rows are no multiple of 128.
+SMALL_SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536))
+LOGIC = ("LOP3", "SHF", "PRMT")
+WARP = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes of one product.
+
+    Args:
+        minimum: Weight as the checkpoint stores it, activations and results.
+        moved: Weight as the kernel reads it, activations and results.
+        partial: Written and read again by the splits of k.
+    """
+
+    minimum: int
+    moved: int
+    partial: int
+
+
+def make_key(device: Device, bits: int, shape: tuple[int, int], rows: int, group_size: int | None) -> LaunchKey:
+    """Returns the key of a product on a device."""
+    return LaunchKey(
+        architecture=device.architecture,
+        bits=bits,
+        rows=max(8, rows),
+        out_features=shape[0],
+        in_features=shape[1],
+        group_size=group_size,
+    )
+
+
+def count_traffic(shape: tuple[int, int], rows: int, format_: Format, launch: Launch) -> Traffic:
+    """Returns the bytes of a product of ``rows`` rows of float16 with a weight of one format."""
+    out_features, in_features = shape
+    groups = format_.group_count(in_features)
+    weight = pack_fragments(
+        torch.zeros(shape, dtype=torch.uint8),
+        torch.zeros((out_features, groups), dtype=torch.float16),
+        torch.zeros((out_features, groups), dtype=torch.uint8),
+        bits=format_.bits,
+        group_size=format_.group_size,
+    )
+    activations = 2 * rows * (in_features + out_features)
+    return Traffic(
+        minimum=format_.storage_bytes(shape) + activations,
+        moved=weight.read_bytes + activations,
+        partial=8 * launch.splits * rows * out_features if launch.splits > 1 else 0,
+    )
+
+
+def make_format(bits: int, group_size: int | None) -> Format:
+    """Returns an asymmetric integer format."""
+    return Format(name=f"int{bits}", kind="int", bits=bits, group_size=group_size, symmetric=False)
+
+
+def list_bytes(shapes: tuple[tuple[int, int], ...], group_size: int | None) -> list[str]:
+    """Returns the table of bytes moved over the least possible, for each width and shape, one row of x."""
+    device = DEVICES["h100"]
+    names = [f"{out} x {count}" for out, count in shapes]
+    lines = [f"| bits | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for bits in BITS:
+        cells = []
+        for shape in shapes:
+            launch = find_launch(make_key(device, bits, shape, 1, group_size), device)
+            traffic = count_traffic(shape, 1, make_format(bits, group_size), launch)
+            partial = f" + {traffic.partial / traffic.minimum:.3f}" if traffic.partial else ""
+            cells.append(f"{traffic.moved / traffic.minimum:.3f}{partial}")
+        lines.append(f"| {bits} | {' | '.join(cells)} |")
+    return lines
+
+
+def list_instructions(device: Device, rows: int) -> list[str]:
+    """Returns the table of instructions a weight beside what a device can issue at its bandwidth."""
+    lines = [
+        "| bits | instructions | of them logic | budget | share of the bandwidth | bound by | registers | shared KiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for bits in BITS:
+        key = make_key(device, bits, (4096, 4096), rows, GROUP_SIZE)
+        launch = find_launch(key, device)
+        product = compile_weight_only(key, launch, dtype="fp16")
+        # Each block of rows of x goes through the weight again.
+        passes = -(-rows // launch.block_m)
+        issued = passes * product.instructions_per_weight
+        logic = passes * product.code.count(*LOGIC) / product.weights_per_step
+        weights_per_s = device.read_bytes_per_s / (make_format(bits, GROUP_SIZE).storage_bytes((1, 4096)) / 4096)
+        budget = device.issues_per_s * WARP / weights_per_s
+        # Logic goes to a unit of half the width, on all three devices.
+        shares = {"bytes": 1.0, "instructions": budget / issued, "logic": budget / 2 / logic}
+        bound = min(shares, key=lambda name: shares[name])
+        lines.append(
+            f"| {bits} | {issued:.2f} | {logic:.2f} | {budget:.2f} | {100 * shares[bound]:.0f}% | {bound} | "
+            f"{product.code.registers} | {product.shared_bytes / 1024:.0f} |"
+        )
+        print(device.name, lines[-1], flush=True)
+    return lines
+
+
+def describe_devices() -> list[str]:
+    """Returns the table of devices, with the source of each figure."""
+    lines = ["| device | processors | clock, GHz | bandwidth, TB/s | source |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {device.name} | {device.processors} | {device.clock_hz / 1e9:.2f} | "
+        f"{device.read_bytes_per_s / 1e12:.3f} | {device.source} |"
+        for device in DEVICES.values()
+    ]
+    return lines
+
+
+def main() -> None:
+    """Compiles the kernels and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", nargs="+", choices=list(DEVICES), default=list(DEVICES))
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("roofline.md"))
+    options = parser.parse_args()
+    lines = [
+        "# Static roofline of the Triton kernels",
+        "",
+        "Written by `benchmarks/bench_roofline.py`. **No GPU was at hand: no time in here is measured.** Instructions",
+        "are those of the main loop in the machine code that Triton's compiler makes for each device, for one weight",
+        "and one thread; a device's budget is what its processors can issue while that weight comes from memory.",
+        "Asymmetric formats of group 128, float16 activations.",
+        "",
+        f"Machine that compiled: {describe_machine(('torch', 'triton'))}.",
+        "",
+        *describe_devices(),
+    ]
+    for rows in (1, 16):
+        for name in options.devices:
+            device = DEVICES[name]
+            lines += ["", f"## {device.name}, {rows} row{'s' if rows > 1 else ''} of activations", ""]
+            lines += list_instructions(device, rows)
+    lines += [
+        "",
+        "## Bytes of a product over the least possible, one row of activations",
+        "",
+        "Least: the weight as the checkpoint stores it, activations and result. Zero points are read as bytes,",
+        "whatever their width. After the plus: partial sums of products split over k (launches of the H100), which are",
+        "written and read again within microseconds and stay in the second-level cache.",
+        "",
+        *list_bytes(SHAPES, GROUP_SIZE),
+        "",
+        "Shapes of SmolLM2-135M, group 64:",
+        "",
+        *list_bytes(SMALL_SHAPES, 64),
+    ]
+    options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Compiles the kernels for GPUs that are not at hand: what the compiler makes of them can be read anywhere."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from runtime.kernels.triton.dequantize_kernel import dequantize_kernel
+from runtime.kernels.triton.grouped_experts import Kind
+from runtime.kernels.triton.grouped_experts_kernel import grouped_experts_kernel
+from runtime.kernels.triton.launch_table import Launch, LaunchKey
+from runtime.kernels.triton.sass import KernelCode, read_code
+from runtime.kernels.triton.weight_only_kernel import sum_splits_kernel, weight_only_kernel
+
+_THREADS_PER_WARP = 32
+_THREADS_PER_AMD_WARP = 64
+# Pointers are at addresses, and rows at strides, that 16 divides: torch allocates so, and rows are padded to 64.
+_ALIGNED = [["tt.divisibility", 16]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledProduct:
+    """A product compiled for an NVIDIA GPU.
+
+    Args:
+        code: Its machine code.
+        shared_bytes: Shared memory of a program.
+        weights_per_step: Weights that a thread multiplies in one round of the main loop.
+    """
+
+    code: KernelCode
+    shared_bytes: int
+    weights_per_step: int
+
+    @property
+    def instructions_per_weight(self) -> float:
+        """Instructions of a thread in the main loop for each weight it multiplies."""
+        return self.code.loop_length / self.weights_per_step
+
+
+def compile_weight_only(key: LaunchKey, launch: Launch, *, dtype: str, symmetric: bool = False) -> CompiledProduct:
+    """Returns the weight-only product compiled for ``key.architecture``.
+
+    Args:
+        key: The product.
+        launch: Its launch.
+        dtype: Type of x, ``fp16`` or ``bf16``.
+        symmetric: No zero points.
+    """
+    target = GPUTarget("cuda", key.architecture, _THREADS_PER_WARP)
+    kernel = _compile(
+        weight_only_kernel,
+        _weight_only_constants(key, launch, symmetric),
+        dtype,
+        target,
+        {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.max_registers},
+    )
+    return CompiledProduct(
+        code=read_code(kernel.asm["cubin"]),
+        shared_bytes=kernel.metadata.shared,
+        weights_per_step=64 * launch.warps * 64 * launch.tiles // (_THREADS_PER_WARP * launch.warps),
+    )
+
+
+def compile_grouped_experts(
+    kinds: tuple[Kind, ...], *, architecture: int, block_m: int, gated: bool
+) -> CompiledProduct:
+    """Returns the experts' product compiled for a compute capability, for float16 activations.
+
+    Args:
+        kinds: (bits, group size or 0, symmetric, tiles of a step) of each kind of expert.
+        architecture: Compute capability times ten.
+        block_m: Rows of x in a program.
+        gated: With gate, up projection and activation.
+    """
+    constants = {
+        "KINDS": kinds,
+        "GATED": gated,
+        "BLOCK_M": block_m,
+        "WARPS": 2,
+        "STAGES": 3,
+        "UPCAST": False,
+    }
+    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
+    options = {"num_warps": 2, "num_stages": 3, "maxnreg": 255}
+    kernel = _compile(grouped_experts_kernel, constants, "fp16", target, options)
+    return CompiledProduct(
+        code=read_code(kernel.asm["cubin"]),
+        shared_bytes=kernel.metadata.shared,
+        weights_per_step=64 * 64 // _THREADS_PER_WARP * max(kind[3] for kind in kinds),
+    )
+
+
+def compile_dequantization(
+    bits: int, group_size: int | None, *, architecture: int, dtype: str, symmetric: bool
+) -> KernelCode:
+    """Returns the dequantization of a weight to ``fp16`` or ``bf16``, compiled for a compute capability."""
+    constants = {
+        "BITS": bits,
+        "GROUP_SIZE": group_size or 0,
+        "SYMMETRIC": symmetric,
+        "DTYPE": triton.language.float16 if dtype == "fp16" else triton.language.bfloat16,
+        "WARPS": 2,
+    }
+    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
+    return read_code(_compile(dequantize_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype).asm["cubin"])
+
+
+def compile_split_sum(splits: int, *, architecture: int, dtype: str) -> KernelCode:
+    """Returns the sum of a split product, compiled for a compute capability."""
+    constants: dict[str, object] = {"SPLITS": splits, "HAS_BIAS": True, "BLOCK": 1024}
+    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
+    return read_code(_compile(sum_splits_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype).asm["cubin"])
+
+
+def compile_weight_only_amd(key: LaunchKey, launch: Launch, *, dtype: str, architecture: str) -> str:
+    """Returns the assembly of the weight-only product for an AMD architecture such as ``gfx942``."""
+    target = GPUTarget("hip", architecture, _THREADS_PER_AMD_WARP)
+    # Half as many warps of twice the threads: a thread's share of the words stays 16 bytes.
+    options = {"num_warps": launch.warps * _THREADS_PER_WARP // _THREADS_PER_AMD_WARP, "num_stages": launch.stages}
+    kernel = _compile(weight_only_kernel, _weight_only_constants(key, launch, False), dtype, target, options)
+    return str(kernel.asm["amdgcn"])
+
+
+def _weight_only_constants(key: LaunchKey, launch: Launch, symmetric: bool) -> dict[str, object]:
+    return {
+        "BITS": key.bits,
+        "GROUP_SIZE": key.group_size or 0,
+        "SYMMETRIC": symmetric,
+        "HAS_BIAS": False,
+        "TILES": launch.tiles,
+        "BLOCK_M": launch.block_m,
+        "WARPS": launch.warps,
+        "STAGES": launch.stages,
+        "UPCAST": False,
+    }
+
+
+def _compile(
+    function: Any,
+    constants: dict[str, object],
+    dtype: str,
+    target: Any,
+    options: dict[str, int],
+    *,
+    out: str = "fp32",
+) -> Any:
+    types = {
+        "x_ptr": f"*{dtype}",
+        "bias_ptr": f"*{dtype}",
+        "out_ptr": f"*{out}",
+        "partial_ptr": "*fp32",
+        "kind_ptr": "*i32",
+        "token_ptr": "*i64",
+        "offset_ptr": "*i64",
+        "block_expert_ptr": "*i64",
+        "block_first_ptr": "*i64",
+        "block_last_ptr": "*i64",
+        "words_ptr": "*i32",
+        "scale_ptr": "*i32",
+        "zero_ptr": "*i32",
+    }
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = {(i,): _ALIGNED for i, name in enumerate(names) if name.endswith("_ptr") or name == "x_stride"}
+    source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})

@@ -1,0 +1,148 @@
+"""Codes in the order in which a tensor core takes them: the layout of the Triton kernels.
+
+In an mma.m16n8k16 a thread holds, of a row of the weight, the codes k = 16 t + 8 h + 2 q + l for its own q in 0..3
+and l in {0, 1} as the two 16-bit halves of one register. So the codes of one thread are kept together. Tiles are 64
+codes of 8 neighbouring rows; in a tile a thread (q) has 8 rows x 16 codes = 4 vectors (v) of 16 pairs each, where
+
+    row = 8 r + 2 v + j,    k = 64 tile + 16 t + 8 h + 2 q + l,    pair = 4 t + 2 h + j    (two rows, v fixed).
+
+The 16 pairs of width b fill exactly b 32-bit words, l = 0 in the low half and l = 1 in the high half of each. With
+S = 16 // b whole codes a half, pair p < b S lies in word p // S at bit b (p mod S) of both halves; what is left of the
+halves (16 - b S bits each) holds the bits of the remaining pairs in order. This is dense for every b from 1 to 8 and
+needs one shift and one mask a pair, except the few pairs in the left-over bits; separate bit planes (3 = 2 + 1) would
+need two of each for every pair.
+
+``words`` [tiles, b, r, q, v] int32: the four words v that a thread reads at once are 16 neighbouring bytes, and a warp
+reads 512. Rows are padded to a multiple of 8, the length of a row to one of 64, both with code 0.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE_CODES = 64
+TILE_ROWS = 8
+PAIRS = 16
+_HALF_BITS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class FragmentWeight:
+    """A weight [out_features, in_features] of integer codes as the Triton kernels read it.
+
+    Args:
+        shape: (out_features, in_features).
+        bits: Code width, 1 to 8.
+        group_size: Weights of one row that share a scale, a multiple of 32; None for the whole row.
+        words: [tiles, bits, ceil(out_features / 8), 4, 4] int32, the codes.
+        scale: [groups, rows padded to a multiple of 8] float16; groups of zeros follow where the row was padded.
+        zero_point: The same shape in uint8, or None when zero is at the code 2**(bits - 1), or at 1/2 for one bit.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    group_size: int | None
+    words: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    @property
+    def read_bytes(self) -> int:
+        """The bytes that one pass over the weight reads."""
+        tensors = (self.words, self.scale) if self.zero_point is None else (self.words, self.scale, self.zero_point)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def pack_fragments(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int, group_size: int | None
+) -> FragmentWeight:
+    """Returns a weight in the layout of the Triton kernels.
+
+    Args:
+        codes: [out_features, in_features] uint8, each below 2**bits.
+        scale: [out_features, groups] float16.
+        zero_point: [out_features, groups] uint8, or None for 2**(bits - 1), or 1/2 for one bit.
+        bits: Code width, 1 to 8.
+        group_size: Weights of one row that share a scale; None for the whole row.
+
+    Raises:
+        ValueError: If the width, or the group size, is none that the kernels take.
+    """
+    out_features, in_features = codes.shape
+    if not 1 <= bits <= 8:
+        msg = f"bits must be from 1 to 8: got bits={bits}. Store the weight in an integer format."
+        raise ValueError(msg)
+    if group_size is not None and (group_size not in (32, 64) and group_size % 128 or in_features % group_size):
+        msg = (
+            f"group_size must be 32, 64, a multiple of 128 or None, and divide in_features: got group_size={group_size}"
+            f", in_features={in_features}. Use another format, or the reference path."
+        )
+        raise ValueError(msg)
+    return FragmentWeight(
+        shape=(out_features, in_features),
+        bits=bits,
+        group_size=group_size,
+        words=pack_words(codes, bits),
+        scale=_pad_groups(scale.to(torch.float16), in_features, group_size),
+        zero_point=None if zero_point is None else _pad_groups(zero_point, in_features, group_size),
+    )
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """Returns codes [out_features, in_features] uint8 as ``words`` [tiles, bits, rows / 8, 4, 4] int32."""
+    pairs = _to_pairs(codes)
+    halves = torch.zeros((bits, *pairs.shape[1:]), dtype=torch.int32, device=codes.device)
+    for pair in range(PAIRS):
+        for word, bit, low, width in list_fields(pair, bits):
+            halves[word] |= ((pairs[pair] >> low) & ((1 << width) - 1)) << bit
+    # [bits, tiles, r, q, v, l] -> one word of both halves
+    words = halves[..., 0] | (halves[..., 1] << _HALF_BITS)
+    return words.transpose(0, 1).contiguous()
+
+
+def unpack_words(words: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
+    """Returns the codes [out_features, in_features] uint8 that ``pack_words`` packed."""
+    tiles, _, row_blocks = words.shape[:3]
+    halves = torch.stack([words & 0xFFFF, (words >> _HALF_BITS) & 0xFFFF], dim=-1).transpose(0, 1)
+    pairs = torch.zeros((PAIRS, *halves.shape[1:]), dtype=torch.int32, device=words.device)
+    for pair in range(PAIRS):
+        for word, bit, low, width in list_fields(pair, bits):
+            pairs[pair] |= ((halves[word] >> bit) & ((1 << width) - 1)) << low
+    # [t, h, j, tile, r, q, v, l] -> [r, v, j, tile, t, h, q, l]
+    codes = pairs.view(4, 2, 2, tiles, row_blocks, 4, 4, 2).permute(4, 6, 2, 3, 0, 1, 5, 7)
+    codes = codes.reshape(row_blocks * TILE_ROWS, tiles * TILE_CODES)
+    return codes[: shape[0], : shape[1]].to(torch.uint8)
+
+
+def list_fields(pair: int, bits: int) -> list[tuple[int, int, int, int]]:
+    """Returns where the code of a pair lies: (word, bit in the half, lowest bit of the code there, how many bits)."""
+    slots = _HALF_BITS // bits
+    if pair < bits * slots:
+        return [(pair // slots, pair % slots * bits, 0, bits)]
+    spare, first = _HALF_BITS - slots * bits, (pair - bits * slots) * bits
+    fields: list[tuple[int, int, int, int]] = []
+    low = 0
+    while low < bits:
+        word, offset = divmod(first + low, spare)
+        width = min(spare - offset, bits - low)
+        fields.append((word, slots * bits + offset, low, width))
+        low += width
+    return fields
+
+
+def _to_pairs(codes: Tensor) -> Tensor:
+    rows, count = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -count % TILE_CODES, 0, -rows % TILE_ROWS)).to(torch.int32)
+    # [r, v, j, tile, t, h, q, l] -> [t, h, j, tile, r, q, v, l]
+    split = padded.view(padded.shape[0] // TILE_ROWS, 4, 2, padded.shape[1] // TILE_CODES, 4, 2, 4, 2)
+    return split.permute(4, 5, 2, 3, 0, 6, 1, 7).reshape(PAIRS, split.shape[3], split.shape[0], 4, 4, 2)
+
+
+def _pad_groups(values: Tensor, in_features: int, group_size: int | None) -> Tensor:
+    """Returns [rows, groups] as [groups of the padded row, rows padded to a multiple of 8], padded with zeros."""
+    rows, groups = values.shape
+    more = 0 if group_size is None else -(-(in_features + -in_features % TILE_CODES) // group_size) - groups
+    padded = torch.nn.functional.pad(values, (0, more, 0, -rows % TILE_ROWS))
+    # Through one dimension: the strides of a single group must be those of a row, or it is no view of whole words.
+    return padded.t().reshape(-1).view(groups + more, padded.shape[0])

@@ -1,0 +1,146 @@
+"""Device code: what one tile of codes adds to a program's result, and the scales and zero points of a group.
+
+With code floats c = BASE + STEP q (``fragment_unpacking``) and W = s (q - z), the sum over the k of one group is
+
+    sum_k x_k W_k = s / STEP * (sum_k x_k c_k - (BASE + STEP z) sum_k x_k).
+
+The tensor core takes c as it is. The sum of x comes from a product with ones: it has the same rounding as the first sum
+and lies where it is needed. Results are computed transposed, W x': 16 rows of the weight then share an instruction with
+8 rows of x, half the instructions of the usual order for few rows of x. All results are in tile order.
+"""
+
+import triton
+import triton.language as tl
+
+from runtime.kernels.triton.fragment_unpacking import operand_half, operand_tile, to_tile_order
+
+
+@triton.constexpr_function
+def find_position(bits, mantissa_bits):
+    """Returns the highest bit where a whole code begins that ends inside the mantissa."""
+    return max(first for first in range(0, 16 - bits + 1, bits) if first == 0 or first + bits <= mantissa_bits)
+
+
+@triton.constexpr_function
+def count_mantissa_bits(dtype):
+    """Returns 10 for float16 and 7 for bfloat16."""
+    return 7 if dtype == tl.bfloat16 else 10
+
+
+@triton.jit
+def multiply_add(a, b, accumulator, UPCAST: tl.constexpr):
+    """Returns accumulator + a b. The interpreter has no bfloat16 arithmetic: UPCAST multiplies in float32."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
+    else:
+        return tl.dot(a, b, accumulator)
+
+
+@triton.jit
+def load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS: tl.constexpr):
+    """Returns the float16 scales of a group, [64 * WARPS] in tile order.
+
+    Two are read at once: only loads of whole words are copied ahead of their use.
+    """
+    offset = group * row_blocks * 4 + row_block[:, None] * 4 + tl.arange(0, 4)[None, :]
+    words = tl.load(scale_ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)
+    first = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+    second = (words >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    return to_tile_order(tl.join(first, second), WARPS)
+
+
+@triton.jit
+def load_zero(
+    zero_ptr,
+    group,
+    row_block,
+    row_block_mask,
+    row_blocks,
+    BITS: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    POSITION: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Returns BASE + STEP z of a group in float32, [64 * WARPS] in tile order, made without a conversion."""
+    if SYMMETRIC:
+        BASE: tl.constexpr = 17 * 128 if BITS > MANTISSA else 1 << MANTISSA
+        # Halfway between its two codes for one bit.
+        ZERO: tl.constexpr = 0.5 if BITS == 1 else 1 << (BITS - 1)
+        return tl.full((64 * WARPS,), BASE + (1 << POSITION) * ZERO, tl.float32)
+    else:
+        offset = group * row_blocks * 2 + row_block[:, None] * 2 + tl.arange(0, 2)[None, :]
+        words = tl.load(zero_ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)
+        even = tl.join(words & 0xFF, (words >> 16) & 0xFF)
+        odd = tl.join((words >> 8) & 0xFF, words >> 24)
+        zero = to_tile_order(tl.join(even, odd), WARPS)
+        # The float 2**e has 127 + e in its exponent, and its mantissa begins at bit 23 - e for whole numbers.
+        if BITS > MANTISSA:
+            return ((zero << 12) | 0x45000000).to(tl.float32, bitcast=True) + (17 * 128 - 2048)
+        else:
+            BASE_BITS: tl.constexpr = (127 + MANTISSA) << 23
+            return ((zero << (23 - MANTISSA + POSITION)) | BASE_BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_words(words_ptr, tile, row_block, row_block_mask, row_blocks, BITS: tl.constexpr):
+    """Returns the BITS words of each thread for a tile: a tuple of uint32 [8 * WARPS, 4, 4]."""
+    thread = tl.arange(0, 4)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    inner = row_block[:, None, None] * 16 + thread
+    words = ()
+    for word in tl.static_range(BITS):
+        start = words_ptr + tl.cast(tile * BITS + word, tl.int64) * (row_blocks * 16)
+        loaded = tl.load(start + inner, mask=row_block_mask[:, None, None], other=0)
+        words = words + (loaded.to(tl.uint32, bitcast=True),)
+    return words
+
+
+@triton.jit
+def make_operand(
+    words,
+    base_bits,
+    affine,
+    HALF: tl.constexpr,
+    LOW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    POSITION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Returns the operand of a tile, or of one of its halves when HALF is 0 or 1; ``affine`` as in ``pair_floats``."""
+    if HALF < 0:
+        return operand_tile(words, base_bits, affine, BITS, LOW, WIDTH, POSITION, DTYPE, WARPS)
+    else:
+        return operand_half(words, base_bits, affine, HALF, BITS, LOW, WIDTH, POSITION, DTYPE, WARPS)
+
+
+@triton.jit
+def add_products(
+    products,
+    words,
+    base_bits,
+    x,
+    HALF: tl.constexpr,
+    BITS: tl.constexpr,
+    POSITION: tl.constexpr,
+    WARPS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Returns the sums of a group after one more tile or half tile.
+
+    ``products`` is (of x c, of the high nibbles, of x), float32: two of [64 * WARPS, BLOCK_M], and
+    [16 * WARPS, BLOCK_M] for the sums of x, the same in every row. Eight bits are more than bfloat16 holds, so there
+    the codes are two operands of four bits; the second entry is idle otherwise.
+    """
+    DTYPE: tl.constexpr = x.dtype
+    ones = tl.full((16 * WARPS, x.shape[0]), 1.0, tl.float32 if UPCAST else DTYPE)
+    sums = multiply_add(ones, x, products[2], UPCAST)
+    if BITS > count_mantissa_bits(DTYPE):
+        low = make_operand(words, base_bits, (), HALF, 0, 4, BITS, POSITION, DTYPE, WARPS)
+        high = make_operand(words, base_bits, (), HALF, 4, 4, BITS, POSITION, DTYPE, WARPS)
+        low_product = multiply_add(low, x, products[0], UPCAST)
+        return low_product, multiply_add(high, x, products[1], UPCAST), sums
+    else:
+        codes = make_operand(words, base_bits, (), HALF, 0, BITS, BITS, POSITION, DTYPE, WARPS)
+        return multiply_add(codes, x, products[0], UPCAST), products[1], sums

@@ -1,0 +1,196 @@
+"""Device code: activations times a weight of integer codes, y = x W' + bias, and the sum of a split product.
+
+A program walks along k, a step of 64 or 128 codes at a time; scale and zero point are applied to the accumulator, once
+a group (``group_product``). Meant for up to some 64 rows of x, where the time is that of reading the weight.
+"""
+
+import triton
+import triton.language as tl
+
+from runtime.kernels.triton.fragment_unpacking import from_tile_order
+from runtime.kernels.triton.group_product import (
+    add_products,
+    count_mantissa_bits,
+    find_position,
+    load_scale,
+    load_words,
+    load_zero,
+)
+
+
+@triton.jit
+def multiply_weight(
+    x_rows,
+    x_mask,
+    words_ptr,
+    scale_ptr,
+    zero_ptr,
+    first_row_block,
+    last_row_block,
+    row_blocks,
+    first_step,
+    last_step,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WARPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Returns W x' for 64 * WARPS rows of W and the steps of k given: [64 * WARPS, BLOCK_M] float32 in tile order.
+
+    Args:
+        x_rows: [BLOCK_M] pointers to rows of x, each as long as the padded rows of W.
+        x_mask: [BLOCK_M], the rows that exist.
+        words_ptr: [tiles, BITS, row_blocks, 4, 4] int32 (``fragment_layout``).
+        scale_ptr: [groups, row_blocks, 4] int32, two float16 scales a word.
+        zero_ptr: [groups, row_blocks, 2] int32, four zero points a word; not read when SYMMETRIC.
+        first_row_block: The program's first block of 8 rows of W.
+        last_row_block: Where the rows end that may be read.
+        row_blocks: Blocks of 8 rows of W.
+        first_step, last_step: Range of steps, each of 64 * TILES codes.
+        BITS: Code width.
+        GROUP_SIZE: Codes that share a scale; 0 for the whole row.
+        SYMMETRIC: Zero is at the code 2**(BITS - 1), or at 1/2 for one bit.
+        TILES: Tiles a step; the group size is a multiple of the step, or 32 with one tile.
+        BLOCK_M: Rows of x.
+        WARPS: Warps of the program.
+        STAGES: Steps that are loaded ahead.
+        UPCAST: Multiply in float32 (interpreter).
+    """
+    DTYPE: tl.constexpr = x_rows.dtype.element_ty
+    MANTISSA: tl.constexpr = count_mantissa_bits(DTYPE)
+    POSITION: tl.constexpr = find_position(BITS, MANTISSA)
+    BASE_BITS: tl.constexpr = 0x43004300 if MANTISSA == 7 else 0x64006400
+    GROUPS: tl.constexpr = 2 if GROUP_SIZE == 32 else 1
+    CODES: tl.constexpr = 32 if GROUP_SIZE == 32 else 64
+    row_block = first_row_block + tl.arange(0, 8 * WARPS)
+    row_block_mask = row_block < last_row_block
+    # row_block >> 31 is zero, which the compiler cannot know: it must keep BASE in a register of each thread, and the
+    # mask of a code and its exponent become one instruction instead of two.
+    base_bits = ((row_block >> 31) | BASE_BITS).to(tl.uint32, bitcast=True)[:, None, None]
+    total = tl.zeros((64 * WARPS, BLOCK_M), tl.float32)
+    for step in tl.range(first_step, last_step, num_stages=STAGES):
+        for part in tl.static_range(GROUPS):
+            group = step * GROUPS + part if GROUP_SIZE == 32 else (step * 64 * TILES // GROUP_SIZE if GROUP_SIZE else 0)
+            scale = load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS)
+            zero = load_zero(
+                zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, MANTISSA, POSITION, SYMMETRIC, WARPS
+            )
+            none = tl.zeros((64 * WARPS, BLOCK_M), tl.float32)
+            products = (none, none, tl.zeros((16 * WARPS, BLOCK_M), tl.float32))
+            for tile in tl.static_range(TILES):
+                if part == 0:
+                    words = load_words(words_ptr, step * TILES + tile, row_block, row_block_mask, row_blocks, BITS)
+                k = (step * TILES + tile) * 64 + part * CODES + tl.arange(0, CODES)
+                x = tl.trans(tl.load(x_rows[:, None] + k[None, :], mask=x_mask[:, None], other=0.0))
+                products = add_products(
+                    products, words, base_bits, x, part if GROUPS == 2 else -1, BITS, POSITION, WARPS, UPCAST
+                )
+            product = products[0] + 16.0 * products[1] if BITS > MANTISSA else products[0]
+            # Tile order counts v slowest, so four copies of the sums lie one below the other.
+            sums = tl.broadcast_to(products[2][None, :, :], (4, 16 * WARPS, BLOCK_M))
+            sums = tl.reshape(sums, (64 * WARPS, BLOCK_M))
+            total += scale.to(tl.float32)[:, None] * (product - zero[:, None] * sums)
+    return total * (1.0 / (1 << POSITION))
+
+
+@triton.jit
+def weight_only_kernel(
+    x_ptr,
+    words_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    row_blocks,
+    steps,
+    steps_per_split,
+    x_stride,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WARPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Computes BLOCK_M rows and 64 * WARPS columns of y, or one addend of them; grid (columns, rows, splits).
+
+    Args:
+        x_ptr: [M, K padded to a multiple of 64] float16 or bfloat16.
+        words_ptr, scale_ptr, zero_ptr: As in ``multiply_weight``.
+        bias_ptr: [N], read when HAS_BIAS.
+        out_ptr: [splits, M, N]; float32 when there are several splits.
+        M, N: Rows of x, rows of the weight.
+        row_blocks: ceil(N / 8).
+        steps: Steps of k in all.
+        steps_per_split: Steps of one program.
+        x_stride: Elements from one row of x to the next.
+        BITS, GROUP_SIZE, SYMMETRIC, TILES, BLOCK_M, WARPS, STAGES, UPCAST: As in ``multiply_weight``.
+        HAS_BIAS: Add the bias.
+    """
+    # One program: a block of y, over one range of k.
+    split = tl.program_id(2)
+    first_column = tl.program_id(0) * (64 * WARPS)
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = row < M
+    total = multiply_weight(
+        x_ptr + row.to(tl.int64) * x_stride,
+        row_mask,
+        words_ptr,
+        scale_ptr,
+        zero_ptr,
+        first_column // 8,
+        row_blocks,
+        row_blocks,
+        split * steps_per_split,
+        tl.minimum(steps, (split + 1) * steps_per_split),
+        BITS,
+        GROUP_SIZE,
+        SYMMETRIC,
+        TILES,
+        BLOCK_M,
+        WARPS,
+        STAGES,
+        UPCAST,
+    )
+    y = from_tile_order(total, WARPS, BLOCK_M)
+    column = first_column + tl.arange(0, 64 * WARPS)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[:, None]
+    offset = (split * M + row).to(tl.int64)[None, :] * N + column[:, None]
+    mask = row_mask[None, :] & (column[:, None] < N)
+    tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sum_splits_kernel(
+    partial_ptr, bias_ptr, out_ptr, count, N, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Adds the splits of BLOCK elements of y in their order, so that every run gives the same bits.
+
+    Args:
+        partial_ptr: [SPLITS, count] float32.
+        bias_ptr: [N], read when HAS_BIAS.
+        out_ptr: [count].
+        count: Elements of y.
+        N: Columns of y.
+        SPLITS: How many addends.
+        HAS_BIAS: Add the bias.
+        BLOCK: Elements of one program.
+    """
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < count
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial_ptr + split * count + element, mask=mask, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + element % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + element, total.to(out_ptr.dtype.element_ty), mask=mask)
