@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from allocator.measuring import MeasureRequest
     from allocator.pipeline import Applied, apply, evaluate, load, measure, plan, report
     from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan, load_plan, save_plan
+    from allocator.prefixes import PrefixFound, find_prefix
     from allocator.store import Store
     from sensitivity.measure_config import MeasureConfig
     from sensitivity.profile import SensitivityProfile, load_profile, save_profile
@@ -34,11 +35,13 @@ _HOME = {
     "MeasureRequest": "allocator.measuring",
     "Model": "allocator.artefacts",
     "Plan": "allocator.plans",
+    "PrefixFound": "allocator.prefixes",
     "SensitivityProfile": "sensitivity.profile",
     "Store": "allocator.store",
     "UnitPlan": "allocator.plans",
     "apply": "allocator.pipeline",
     "evaluate": "allocator.pipeline",
+    "find_prefix": "allocator.prefixes",
     "frontier": "allocator.frontiers",
     "list_formats": "allocator.format_table",
     "load": "allocator.pipeline",
@@ -60,11 +63,13 @@ __all__ = [
     "MeasureRequest",
     "Model",
     "Plan",
+    "PrefixFound",
     "SensitivityProfile",
     "Store",
     "UnitPlan",
     "apply",
     "evaluate",
+    "find_prefix",
     "frontier",
     "list_formats",
     "load",

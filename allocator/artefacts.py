@@ -13,6 +13,7 @@ from allocator.planning import UNIFORM_RULE
 from allocator.plans import ArtefactMismatch, Plan
 from allocator.progress import Progress, silent
 from allocator.store import Store
+from allocator.transformed import TRANSFORMS, TRANSFORMS_CONTENT, is_transformed, transform_again_
 from runtime.loading import ReferenceModel, find_model, fingerprint_model, load_reference
 from runtime.stored_weights import load_stored_reference
 from sensitivity.cache_losses import join_cache
@@ -32,11 +33,28 @@ class Model:
         self.low_memory = low_memory
         self.path = find_model(source)
         self.fingerprint = fingerprint_model(self.path)
+        # Of the transforms used last.
+        self._rewritten: ReferenceModel | None = None
 
     @cached_property
     def reference(self) -> ReferenceModel:
         """The model in float32 with its tokenizer."""
         return self.load_again()
+
+    def reference_of(self, made: Plan | SensitivityProfile, store: Store) -> ReferenceModel:
+        """Returns the reference model that a plan or profile was made for: under its transforms, if it names any.
+
+        Raises:
+            ValueError: If what the transforms found is stored no more.
+            ArtefactMismatch: If it is not what the plan or profile was made under.
+        """
+        if not is_transformed(made):
+            return self.reference
+        held = self._rewritten
+        if held is None or held.transforms is None or held.transforms.content != made.provenance[TRANSFORMS_CONTENT]:
+            self._rewritten = held = None
+            self._rewritten = held = transform_again_(self.load_again(), made, store)
+        return held
 
     def load_again(self) -> ReferenceModel:
         """Returns a copy of its own, which may be packed."""
@@ -74,6 +92,7 @@ def profile_of_plan(
 
     Raises:
         ValueError: If it must be this one and is not stored, or the latest one knows nothing of the plan's caches.
+        ArtefactMismatch: If the model's latest was measured under other transforms than the plan was made under.
     """
     profile = store.find_profile(plan.provenance["profile"])
     if profile is None and own:
@@ -84,6 +103,13 @@ def profile_of_plan(
         )
         raise ValueError(msg)
     profile = profile or find_profile(model, store=store, progress=progress)
+    if profile.provenance.get(TRANSFORMS_CONTENT) != plan.provenance.get(TRANSFORMS_CONTENT):
+        msg = (
+            "a plan must be used with a profile of the same transforms: got a plan under "
+            f"'{plan.provenance.get(TRANSFORMS, 'none')}' and the profile '{profile.fingerprint[:16]}' under "
+            f"'{profile.provenance.get(TRANSFORMS, 'none')}'. Measure again with the plan's transforms."
+        )
+        raise ArtefactMismatch(msg)
     if plan.cache is None:
         return profile
     return join_cache(profile, context=plan.cache.context, batch=plan.cache.batch)

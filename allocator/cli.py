@@ -193,14 +193,15 @@ def evaluate(model: str, low_memory: bool, plan_path: Path, text: str | None, as
 @_low_memory_option
 @_plan_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the packed model.")
+@click.option("--prefix", type=click.Path(path_type=Path), help="File of 'bitplan prefix' that ships with the model.")
 @_json_option
 @_printed
-def apply(model: str, low_memory: bool, plan_path: Path, out: Path, as_json: bool) -> str:
+def apply(model: str, low_memory: bool, plan_path: Path, out: Path, prefix: Path | None, as_json: bool) -> str:
     """Pack MODEL by a plan and write it to a directory."""
     from allocator.pipeline import apply as run
     from allocator.plans import load_plan
 
-    applied = run(_open(model, low_memory), load_plan(plan_path), out)
+    applied = run(_open(model, low_memory), load_plan(plan_path), out, prefix=prefix)
     document = {
         "directory": str(applied.directory),
         "file_bytes": applied.file_bytes,
@@ -211,6 +212,27 @@ def apply(model: str, low_memory: bool, plan_path: Path, out: Path, as_json: boo
 
 
 @cli.command()
+@click.argument("model")
+@_plan_option
+@click.option("--length", type=click.IntRange(1), default=3, show_default=True, help="Most tokens of the prefix.")
+@click.option("--candidates", type=click.IntRange(1), default=12, show_default=True, help="Tokens tried at each place.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Write the prefix to this file.")
+@_json_option
+@_printed
+def prefix(model: str, plan_path: Path, length: int, candidates: int, out: Path, as_json: bool) -> str:
+    """Find tokens before every text that lower the loss of a plan of MODEL, and measure what they do."""
+    from allocator.cli_output import describe_prefix, prefix_text
+    from allocator.plans import load_plan
+    from allocator.prefixes import find_prefix
+    from runtime.transforms.prefix_tokens import save_prefix
+
+    found = _with_progress(find_prefix, model, load_plan(plan_path), length=length, candidates=candidates)
+    if found.prefix is not None:
+        save_prefix(found.prefix, out)
+    return render(describe_prefix(found), as_json, prefix_text)
+
+
+@cli.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="Text to continue.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
@@ -218,12 +240,15 @@ def apply(model: str, low_memory: bool, plan_path: Path, out: Path, as_json: boo
 @click.option("--seed", type=int, default=0, show_default=True)
 @_printed
 def generate(directory: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
-    """Continue a text with the packed model in DIRECTORY."""
+    """Continue a text with the packed model in DIRECTORY, behind its prefix if it has one."""
     from allocator.generation import generate_text
     from allocator.pipeline import load
+    from runtime.transforms.prefix_tokens import PREFIX_FILE, load_prefix
 
     model, tokenizer = load(directory)
-    return generate_text(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    path = directory / PREFIX_FILE
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    return generate_text(model, tokenizer, prompt, **sampling, prefix=load_prefix(path) if path.exists() else None)
 
 
 @cli.command()

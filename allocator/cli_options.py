@@ -45,6 +45,14 @@ def measure_options(command: Command) -> Command:
             help="Rule that renders the candidates: rtn (default), clipping, hqq; gptq, coordinate_descent, "
             "learned_rounding and auto (the best of several), which read the calibration text and take longer.",
         ),
+        click.option(
+            "--transform",
+            "transforms",
+            metavar="NAME[,NAME]",
+            help="Rewrite the reference model first, its function unchanged: smoothquant, outliertune, mergequant, "
+            "awq, exponent_bias, hadamard, random_rotation, pca, head_hadamard, untie, random_rescaling. Options as in "
+            "smoothquant:alpha=0.7.",
+        ),
         click.option("--metrics", help="Comma-separated metrics to measure."),
         click.option("--sequences", type=int, help="Calibration sequences of the Fisher sketch."),
         click.option(
@@ -152,6 +160,7 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     from runtime.cache_formats import find_cache_formats
     from runtime.device_types import choose_dtype
     from runtime.formats import DEFAULT_FORMATS, find_formats
+    from runtime.transforms import parse_transform
     from sensitivity.measure_config import MeasureConfig
 
     amounts = {
@@ -180,6 +189,9 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     cache_formats = _names(options["cache_formats"]) or ()
     if cache_formats:
         find_cache_formats(cache_formats)
+    transforms = _names(options["transforms"]) or ()
+    for transform in transforms:
+        parse_transform(transform)
     return MeasureRequest(
         **{name: options[name] for name in ("calibration", "selection", "evaluation", "fuse")},
         formats=formats,
@@ -188,6 +200,7 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         routers=options["routers"],
         pins=_make_pins(options["pins"]),
         cache_formats=cache_formats,
+        transforms=transforms,
         config=MeasureConfig(**set_amounts),
     )
 

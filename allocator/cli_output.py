@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from allocator.plans import Plan
+    from allocator.prefixes import PrefixFound
     from sensitivity.profile import SensitivityProfile
 
 
@@ -64,6 +65,27 @@ def blockwise_text() -> str:
     return f"the model is read block by block: {' and '.join(left_out)} need it in memory and are left out."
 
 
+def describe_prefix(found: "PrefixFound") -> dict[str, Any]:
+    return {
+        "tokens": [] if found.prefix is None else found.prefix.tokens.tolist(),
+        "text": found.text,
+        "prefix_bytes": found.prefix_bytes,
+        "search_kl": list(found.search_kl),
+        "scores": [vars(score) for score in found.scores],
+        "verdict": found.verdict,
+    }
+
+
+def prefix_text(document: dict[str, Any]) -> str:
+    search = " -> ".join(f"{kl:.4g}" for kl in document["search_kl"])
+    lines = [
+        f"prefix {document['tokens']} {document['text']!r}, {document['prefix_bytes']} bytes of keys and values",
+        f"KL on the search's text: {search}",
+        document["verdict"],
+    ]
+    return "\n".join(lines + ([table(document["scores"])] if document["scores"] else []))
+
+
 def plan_text(made: "Plan") -> str:
     from collections import Counter
 
@@ -79,6 +101,9 @@ def plan_text(made: "Plan") -> str:
         "formats: " + ", ".join(f"{name} x {count}" for name, count in counts.most_common()),
         made.verdict,
     ]
+    if transforms := made.provenance.get("transforms"):
+        added = made.provenance["transforms_added_weights"]
+        lines.insert(1, f"under the transforms {transforms} ({added} weights added)")
     rows = [_brief(vars(evaluation)) for evaluation in made.evaluations]
     return "\n".join(lines + ([table(rows)] if rows else []))
 

@@ -1,14 +1,24 @@
 """Continue a text with a model."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from runtime.packed_model import make_packed_cache
 
+if TYPE_CHECKING:
+    from runtime.transforms.prefix_tokens import Prefix
+
 
 def generate_text(
-    model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    prefix: "Prefix | None" = None,
 ) -> str:
     """Returns the prompt and its continuation; a packed model caches in the formats that it was saved with, if any.
 
@@ -19,6 +29,7 @@ def generate_text(
         max_new_tokens: Most tokens of the continuation.
         temperature: 0 for the most likely token at each step, otherwise sampling.
         seed: Seed of the sampling.
+        prefix: Tokens before the prompt, with their keys and values; not part of what is returned.
 
     Raises:
         ValueError: If the prompt has no token.
@@ -31,13 +42,30 @@ def generate_text(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature}
+    cache: Any = make_packed_cache(model)
+    input_ids, mask, hidden = inputs.input_ids, inputs.attention_mask, 0
+    if prefix is not None:
+        # The cache holds the first of these; only the others are run.
+        hidden = len(prefix.tokens)
+        input_ids = torch.cat([prefix.tokens[None], input_ids], dim=1)
+        mask = torch.cat([torch.ones(1, hidden, dtype=mask.dtype), mask], dim=1)
+        cache = _fill(cache, prefix.make_cache(1))
     tokens = model.generate(
-        input_ids=inputs.input_ids,
-        attention_mask=inputs.attention_mask,
+        input_ids=input_ids,
+        attention_mask=mask,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        past_key_values=make_packed_cache(model),
+        past_key_values=cache,
         **sampling,
     )
-    text: str = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    text: str = tokenizer.decode(tokens[0, hidden:], skip_special_tokens=True)
     return text
+
+
+def _fill(cache: Any, past: Any) -> Any:
+    """Returns a packed model's cache with the tokens of another; the other itself where the model has none."""
+    if cache is None:
+        return past
+    for index, layer in enumerate(past.layers):
+        cache.update(layer.keys, layer.values, index)
+    return cache

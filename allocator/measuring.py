@@ -10,6 +10,7 @@ import torch
 from allocator.progress import Progress
 from allocator.stability import PlanStability
 from allocator.store import Store
+from allocator.transformed import transform_
 from runtime.cache_units import find_cache_units, list_cache_candidates
 from runtime.candidates import Candidates, list_candidates
 from runtime.formats import DEFAULT_FORMATS
@@ -53,6 +54,7 @@ class MeasureRequest:
         pins: Regular expression on unit names -> format.
         cache_formats: Names of formats that the keys and values of each layer's cache may take; none to leave caches
             out of the profile.
+        transforms: Transforms of the reference model with their options, in order, such as ``smoothquant:alpha=0.7``.
         config: Amounts and seed.
     """
 
@@ -66,6 +68,7 @@ class MeasureRequest:
     routers: bool = False
     pins: Mapping[str, str] = field(default_factory=dict)
     cache_formats: tuple[str, ...] = ()
+    transforms: tuple[str, ...] = ()
     config: MeasureConfig = field(default_factory=MeasureConfig)
 
 
@@ -77,14 +80,22 @@ def run_measurement(
     Of a model that is read block by block only what needs no more of it is measured; the profile has the fingerprint
     and the numbers of one of the model in memory with these metrics.
 
+    Args:
+        reference: The model as it was trained; rewritten in place where the request names transforms.
+        request: The request.
+        store: Where profiles and their pieces are kept.
+        progress: Called with (stage, done, total).
+
     Raises:
         ValueError: If the request is wrong, or asks for what such a model cannot give, or for caches that the model or
             the metrics have nothing to say of.
     """
     if reference.stored_weights is not None:
         request = _make_blockwise(request)
-    candidates, cache = find_candidates(reference, request), find_cache_candidates(reference, request)
     text = prepare_text(reference, request, kept=store.root / "texts")
+    if request.transforms:
+        reference = transform_(reference, request.transforms, text.fisher.tokens, store)
+    candidates, cache = find_candidates(reference, request), find_cache_candidates(reference, request)
     profile = _measure_weights(reference, candidates, text, request.config, store, progress)
     if cache is not None:
         profile = _add_cache(reference, profile, cache, text, store, progress)
@@ -100,7 +111,7 @@ def _measure_weights(
     store: Store,
     progress: Progress,
 ) -> SensitivityProfile:
-    fingerprint = measurement_fingerprint(reference.fingerprint, candidates, text, config)
+    fingerprint = measurement_fingerprint(reference.weights_fingerprint, candidates, text, config)
     profile = store.find_profile(fingerprint)
     if profile is None:
         profile = measure_profile(

@@ -11,6 +11,7 @@ from allocator.budget import MEMORY
 from allocator.planning import default_metric, predicting_metric
 from allocator.plans import Evaluation, Plan
 from allocator.problems import build_cost_tables
+from allocator.transformed import is_transformed
 from runtime.cached_attention import KEY_CACHE, VALUE_CACHE
 from runtime.costs import memory_cost
 from sensitivity.experts.granularity import list_granularities, merge_candidates
@@ -35,11 +36,24 @@ def list_notes(profile: SensitivityProfile, plan: Plan, evaluations: Sequence[Ev
     return tuple(
         [
             *_cache_notes(plan),
+            *_transform_notes(plan),
             *_prediction_notes(profile, plan, shipped),
             *_stability_notes(profile),
             *_expert_notes(profile),
             *_granularity_notes(profile, plan),
         ]
+    )
+
+
+def _transform_notes(plan: Plan) -> Iterator[str]:
+    if not is_transformed(plan):
+        return
+    added = int(plan.provenance["transforms_added_weights"])
+    total = sum(unit.weights for unit in plan.units)
+    yield (
+        f"The reference was rewritten before it was measured, its function unchanged: {plan.provenance['transforms']}. "
+        f"The plan's weights are {total}, {added} of them ({added / total:.2%}) added by that; they count in its bytes "
+        "and in its bits per weight. The reference's bytes are those before."
     )
 
 

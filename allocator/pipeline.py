@@ -16,14 +16,17 @@ from allocator.improvement import Improve
 from allocator.measuring import MeasureRequest, run_measurement
 from allocator.planning import default_metric, find_assignment, make_plan
 from allocator.plans import Evaluation, Plan, check_same_model, check_same_profile
+from allocator.prefixes import check_prefix
 from allocator.problems import build_cost_tables
 from allocator.progress import Progress, silent
 from allocator.refinement import Refinement
 from allocator.renderings import needs_statistics, rendering_of_plan
 from allocator.store import Store
 from allocator.timings import find_latency
+from allocator.transformed import transform_again_
 from allocator.verification import REFERENCE, make_evaluation, score_cached
 from runtime.packed_model import check_packed_place, load_packed, save_packed_
+from runtime.transforms.prefix_tokens import PREFIX_FILE, save_prefix
 from sensitivity.cache_losses import join_cache
 from sensitivity.calibration import read_sequences
 from sensitivity.profile import SensitivityProfile
@@ -47,8 +50,10 @@ def measure(
     Raises:
         ValueError: If the model, the text or the request is wrong.
     """
-    model = open_model(model)
-    return run_measurement(model.reference, request or MeasureRequest(), store or Store(), progress)
+    model, request = open_model(model), request or MeasureRequest()
+    # Transforms rewrite the weights that they are given.
+    reference = model.load_again() if request.transforms else model.reference
+    return run_measurement(reference, request, store or Store(), progress)
 
 
 def plan(
@@ -117,7 +122,7 @@ def plan(
         "tables": tables,
         "store": store,
         "progress": progress,
-        "load_model": partial(_load_model, model),
+        "load_model": partial(_load_model, model, profile, store),
     }
     improvements: list[Improve] = []
     if refine:
@@ -161,7 +166,8 @@ def evaluate(
     profile = profile_of_plan(plan, model, store, progress, own=text is None or needs_statistics(plan))
     tokens = profile.evaluation_tokens
     if text is not None:
-        taken = read_sequences(text, model.reference.tokenizer, sequences=sequences, sequence_tokens=sequence_tokens)
+        tokenizer = model.reference_of(plan, store).tokenizer
+        taken = read_sequences(text, tokenizer, sequences=sequences, sequence_tokens=sequence_tokens)
         tokens = taken.tokens.numpy()
     tables = build_cost_tables(profile)
     planned = assignment_of_plan(profile, plan)
@@ -173,9 +179,8 @@ def evaluate(
     assignments = [planned, *keep_widest_caches(fitting, profile.candidates, tables[MEMORY])]
     formats: dict[str, Mapping[str, str]] = {REFERENCE: {}}
     formats |= {a.name: a.formats_by_name(profile.candidates) for a in assignments}
-    scores = score_cached(
-        profile, formats, tokens, load_model=lambda: model.reference.model, store=store, progress=progress
-    )
+    load_model = partial(_load_model, model, plan, store)
+    scores = score_cached(profile, formats, tokens, load_model=load_model, store=store, progress=progress)
     memory = tables[MEMORY]
     return [make_evaluation(profile, None, scores[REFERENCE], tokens, memory)] + [
         make_evaluation(profile, a, scores[a.name], tokens, memory, shipped=a is planned) for a in assignments
@@ -197,25 +202,29 @@ class Applied:
     predicted_bytes: int
 
 
-def apply(model: str | Model, plan: Plan, out: Path, *, store: Store | None = None) -> Applied:
+def apply(
+    model: str | Model, plan: Plan, out: Path, *, prefix: Path | None = None, store: Store | None = None
+) -> Applied:
     """Packs a model by a plan and writes it to a directory, which is replaced as a whole.
 
     Args:
         model: The model the plan was made for.
         plan: The plan.
         out: Directory of the packed model.
-        store: Where the plan's profile is kept, which only some quantizers need; None for the default.
+        prefix: File of prefix tokens that ships with it; None for none.
+        store: Where the plan's profile is kept, which only transforms and some quantizers need; None for the default.
 
     Raises:
-        ArtefactMismatch: If the plan was made for another model.
+        ArtefactMismatch: If the plan was made for another model, or under other transforms than those stored.
         ValueError: If something else than a packed model is at ``out``, the model cannot be read, or the quantizer
-            needs input statistics that the store can no longer give.
+            or a transform needs what the store can no longer give.
     """
-    model = open_model(model)
+    model, store = open_model(model), store or Store()
     check_same_model(plan, model.fingerprint, str(model.path))
     check_packed_place(out)
-    reference = model.load_again()
-    rule = rendering_of_plan(plan, reference.model, store or Store())
+    reference = transform_again_(model.load_again(), plan, store)
+    ships = None if prefix is None else check_prefix(prefix, reference)
+    rule = rendering_of_plan(plan, reference.model, store)
     file_bytes = save_packed_(
         reference,
         plan.weights,
@@ -224,6 +233,8 @@ def apply(model: str | Model, plan: Plan, out: Path, *, store: Store | None = No
         quantizer=rule,
         formats_by_cache={} if plan.cache is None else plan.cache.formats,
     )
+    if ships is not None:
+        save_prefix(ships, out / PREFIX_FILE)
     return Applied(directory=out, file_bytes=file_bytes, predicted_bytes=plan.file_bytes)
 
 
@@ -270,8 +281,8 @@ def report(
     return out / "report.html"
 
 
-def _load_model(model: Model | SensitivityProfile) -> Any:
+def _load_model(model: Model | SensitivityProfile, made: Plan | SensitivityProfile, store: Store) -> Any:
     if isinstance(model, SensitivityProfile):
         msg = "a plan must be verified with its model: got a profile alone. Pass the model, or verify=False."
         raise ValueError(msg)
-    return model.reference.model
+    return model.reference_of(made, store).model

@@ -3,6 +3,7 @@
     <root>/profiles/<fingerprint>/            a finished profile
     <root>/pieces/<fingerprint>/              pieces of a measurement that is not finished
     <root>/renderings/<fingerprint>/          input statistics that a profile's quantizer reads, and rendered weights
+    <root>/transforms/<hash>.safetensors      tensors that a reference model's transforms were folded by
     <root>/evaluations/<hash>.safetensors     per-sequence KL and log-likelihood of one assignment on one text
     <root>/latencies/<hash>.safetensors       microseconds of every candidate on one device
     <root>/latest/<model fingerprint>.json    which profile was measured last for a model
@@ -113,6 +114,15 @@ class Store:
         with atomic_path(self._evaluation(key)) as temporary:
             save_file(arrays, temporary)
 
+    def find_transforms(self, key: str) -> dict[str, NDArray[np.float64]] | None:
+        """Returns the tensors of transforms kept under a key, or None."""
+        return _read_arrays(self._transforms(key))
+
+    def save_transforms(self, key: str, arrays: dict[str, NDArray[np.float64]]) -> None:
+        """Keeps the tensors of transforms under a key."""
+        with atomic_path(self._transforms(key)) as temporary:
+            save_file(arrays, temporary)
+
     def find_latency(self, key: str) -> NDArray[np.float64] | None:
         """Returns the microseconds [U, F] kept under a key, or None."""
         arrays = _read_arrays(self._latency(key))
@@ -122,6 +132,9 @@ class Store:
         """Keeps microseconds [U, F] under a key."""
         with atomic_path(self._latency(key)) as temporary:
             save_file({"latency_us": latency_us}, temporary)
+
+    def _transforms(self, key: str) -> Path:
+        return self.root / "transforms" / f"{key}.safetensors"
 
     def _latency(self, key: str) -> Path:
         return self.root / "latencies" / f"{key}.safetensors"

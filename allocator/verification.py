@@ -15,6 +15,7 @@ from allocator.planning import predicted_kl
 from allocator.plans import Evaluation
 from allocator.renderings import needs_statistics, rendering_of
 from allocator.store import Store
+from allocator.transformed import TRANSFORMS_CONTENT, is_transformed
 from runtime.costs import CostTable
 from runtime.units import count_weights
 from sensitivity.cache_losses import reference_cache_bytes
@@ -51,6 +52,7 @@ def score_cached(
                 "version": EVALUATION_VERSION,
                 "model": profile.provenance["model_fingerprint"],
                 "quantizer": profile.provenance["quantizer"],
+                **({"transforms": profile.provenance[TRANSFORMS_CONTENT]} if is_transformed(profile) else {}),
                 # What a quantizer renders from weights alone is the same for every profile.
                 **({"statistics": profile.fingerprint} if needs_statistics(profile) else {}),
                 "tokens": fingerprint_of({"tokens": tokens.tolist()}),
@@ -132,9 +134,7 @@ def make_evaluation(
     nll, nll_low, nll_high = mean_interval(scores.nll)
     if assignment is None:
         name, kind, memory_bytes, predicted = REFERENCE, REFERENCE, profile.reference_bytes, None
-        # It has no packed file's header; the rest is in both.
-        file_bytes = memory_bytes - reference_cache_bytes(profile)
-        stored_bits = 8.0 * (file_bytes - profile.rest_bytes) / count_weights(profile.candidates.units)
+        stored_bits = _reference_bits(profile)
     else:
         name, kind = assignment.name, assignment.kind
         memory_bytes = round(float(pick(memory.cost, assignment.choice).sum()) + memory.fixed)
@@ -155,3 +155,12 @@ def make_evaluation(
         tokens=int(tokens.size),
         shipped=shipped,
     )
+
+
+def _reference_bits(profile: SensitivityProfile) -> float:
+    if is_transformed(profile):
+        # The profile's units and rest are those of the rewritten model.
+        return float(profile.provenance["reference_bits_per_weight"])
+    # It has no packed file's header; the rest is in both.
+    file_bytes = profile.reference_bytes - reference_cache_bytes(profile)
+    return 8.0 * (file_bytes - profile.rest_bytes) / count_weights(profile.candidates.units)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from runtime.checkpoint import reference_bytes
 from runtime.residency import InMemory, Residency
+from runtime.transforms.record import TransformRecord
 
 PACKED_CONFIG_KEY = "bitplan"
 _Loaded = TypeVar("_Loaded")
@@ -23,13 +25,14 @@ _FINGERPRINTED = ("*.safetensors", "*.gguf", "config.json", "tokenizer.json", "t
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceModel:
-    """A model as it was trained, in float32, with its tokenizer.
+    """A model as it was trained, in float32, with its tokenizer; its function may be written in other weights.
 
     Args:
         model: The causal language model, in evaluation mode, without gradients.
         tokenizer: Its tokenizer.
         name: Directory or file name, or hub id.
         fingerprint: Hash of the content of its files.
+        transforms: What rewrote its weights, or None where they are those of the files.
         residency: Brings its weights into memory where they are not.
     """
 
@@ -37,7 +40,22 @@ class ReferenceModel:
     tokenizer: PreTrainedTokenizerBase
     name: str
     fingerprint: str
+    transforms: TransformRecord | None = None
     residency: Residency = field(default_factory=InMemory)
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """Hash of everything the weights depend on: that of the files, and of the transforms where there are any."""
+        if self.transforms is None:
+            return self.fingerprint
+        return hashlib.sha256(f"{self.fingerprint} {self.transforms.content}".encode()).hexdigest()
+
+    @property
+    def reference_bytes(self) -> int:
+        """Bytes of the model of the files, each tensor in its narrowest exact type."""
+        if self.transforms is not None:
+            return self.transforms.reference_bytes
+        return reference_bytes(self.model, residency=self.residency)
 
     @property
     def stored_weights(self) -> Residency | None:

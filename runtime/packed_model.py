@@ -25,10 +25,13 @@ from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
 from runtime.quantized_cache import QuantizedCache
 from runtime.rendering import RenderingRule
 from runtime.stored_weights import build_empty_model
+from runtime.transforms import has_map, install_map_
 from runtime.units import list_weights
 
 FORMATS_KEY = "bitplan.formats"
 _CACHE_FORMATS = "cache_formats"
+# In the configuration: a rotated model whose embedding is tied has a matrix behind its last norm.
+MAP_KEY = "matrix_after_norm"
 
 
 def save_packed_(
@@ -75,6 +78,7 @@ def save_packed_(
         config.pop("quantization_config", None)
         config[PACKED_CONFIG_KEY] = {
             "schema_version": 1,
+            **({MAP_KEY: True} if has_map(reference.model) else {}),
             **({_CACHE_FORMATS: dict(formats_by_cache)} if formats_by_cache else {}),
         }
         write_text(temporary / "config.json", json.dumps(config, indent=2, default=str) + "\n")
@@ -114,7 +118,7 @@ def load_packed(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str
     if FORMATS_KEY not in metadata:
         msg = f"a packed model must name its formats in the header: got none in '{path}'. Make it with 'bitplan apply'."
         raise ValueError(msg)
-    model = call_transformers(directory, lambda: build_empty_model(directory))
+    model = call_transformers(directory, lambda: _build_empty(directory))
     install_empty_formats_(model, json.loads(metadata[FORMATS_KEY]))
     _load_tensors_(model, load_tensors(path), path)
     tokenizer = call_transformers(directory, lambda: AutoTokenizer.from_pretrained(directory))
@@ -129,6 +133,13 @@ def make_packed_cache(model: Any) -> QuantizedCache | None:
     """
     formats = getattr(model.config, PACKED_CONFIG_KEY, {}).get(_CACHE_FORMATS)
     return QuantizedCache(model, formats) if formats else None
+
+
+def _build_empty(directory: Path) -> Any:
+    model = build_empty_model(directory)
+    if getattr(model.config, PACKED_CONFIG_KEY, {}).get(MAP_KEY):
+        install_map_(model, device="meta")
+    return model
 
 
 def _load_tensors_(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

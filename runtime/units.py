@@ -30,6 +30,8 @@ UnitKind = Literal["linear", "embedding", "head", "expert", "router", "key_cache
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 # Embeddings that multiply the rows they read (Gemma, Bart) keep the factor under this name.
 EMBEDDING_SCALE = "embed_scale"
+# Set on linear layers that are a part of the head (runtime/transforms/tied_head.py).
+PART_OF_HEAD = "part_of_head"
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -213,7 +215,7 @@ def _weight_kind(
     ):
         return "embedding"
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        return "head" if module is head else "linear"
+        return "head" if module is head or getattr(module, PART_OF_HEAD, False) else "linear"
     return None
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.candidates import Candidates
-from runtime.checkpoint import fixed_bytes, reference_bytes, rest_bytes
+from runtime.checkpoint import fixed_bytes, rest_bytes
 from runtime.loading import ReferenceModel
 from runtime.rendering import RenderingRule
 from sensitivity.criteria.estimator_input import EstimatorInput
@@ -119,7 +119,7 @@ def measure_profile(
         evaluation_tokens=text.evaluation.tokens.numpy(),
         fixed_bytes=fixed_bytes(reference.model, routers=routers, residency=reference.residency),
         rest_bytes=rest_bytes(reference.model, routers=routers, residency=reference.residency),
-        reference_bytes=reference_bytes(reference.model, residency=reference.residency),
+        reference_bytes=reference.reference_bytes,
         expert_share=_expert_share(reference.model.config),
         routing=routing,
         provenance=make_provenance(

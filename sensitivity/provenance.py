@@ -14,13 +14,13 @@ _LATER_SETTINGS = {"until_stable": False, "gradient_dtype": "float32"}
 
 
 def measurement_fingerprint(
-    model_fingerprint: str, candidates: Candidates, text: MeasurementText, config: MeasureConfig
+    weights_fingerprint: str, candidates: Candidates, text: MeasurementText, config: MeasureConfig
 ) -> str:
     """Returns the hash of everything that the numbers of a measurement depend on."""
     return fingerprint_of(
         {
             "version": MEASUREMENT_VERSION,
-            "model": model_fingerprint,
+            "model": weights_fingerprint,
             "units": [[w.name for w in unit.weights] for unit in candidates.units],
             "formats": [f.name for f in candidates.formats],
             "allowed": candidates.allowed.astype(int).tolist(),
@@ -52,7 +52,7 @@ def make_provenance(
     return {
         "model": reference.name,
         "model_fingerprint": reference.fingerprint,
-        "profile": measurement_fingerprint(reference.fingerprint, candidates, text, config),
+        "profile": measurement_fingerprint(reference.weights_fingerprint, candidates, text, config),
         "calibration": f"{text.fisher.source} ({text.fisher.fingerprint[:16]})",
         "selection": f"{text.selection.source} ({text.selection.fingerprint[:16]})",
         "evaluation": f"{text.evaluation.source} ({text.evaluation.fingerprint[:16]})",
@@ -61,4 +61,18 @@ def make_provenance(
         "fisher_sequences": str(sketched),
         "measurement_version": str(MEASUREMENT_VERSION),
         "measured_in_s": f"{seconds:.1f}",
+        **_transform_provenance(reference),
+    }
+
+
+def _transform_provenance(reference: ReferenceModel) -> dict[str, str]:
+    made = reference.transforms
+    if made is None:
+        return {}
+    return {
+        "transforms": ",".join(made.names),
+        "transforms_recipe": made.recipe,
+        "transforms_content": made.content,
+        "transforms_added_weights": str(made.added_weights),
+        "reference_bits_per_weight": f"{made.reference_bits_per_weight:.6g}",
     }
