@@ -186,12 +186,12 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     embedding_formats = _names(options["embedding_formats"])
     find_formats([*formats])
     find_formats([*(embedding_formats or formats)])
-    cache_formats = _names(options["cache_formats"]) or ()
-    if cache_formats:
-        find_cache_formats(cache_formats)
     transforms = _names(options["transforms"]) or ()
     for transform in transforms:
         parse_transform(transform)
+    cache_formats = _names(options["cache_formats"]) or ()
+    if cache_formats:
+        find_cache_formats(cache_formats)
     return MeasureRequest(
         **{name: options[name] for name in ("calibration", "selection", "evaluation", "fuse")},
         formats=formats,
@@ -199,8 +199,8 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         experts=options["experts"] or "projection",
         routers=options["routers"],
         pins=_make_pins(options["pins"]),
-        cache_formats=cache_formats,
         transforms=transforms,
+        cache_formats=cache_formats,
         config=MeasureConfig(**set_amounts),
     )
 

@@ -39,10 +39,9 @@ def generate_text(
         msg = f"a prompt must have at least one token: got {prompt!r}. Write a few words."
         raise ValueError(msg)
     torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False, "past_key_values": make_packed_cache(model)}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature}
-    cache: Any = make_packed_cache(model)
+        sampling |= {"do_sample": True, "temperature": temperature}
     input_ids, mask, hidden = inputs.input_ids, inputs.attention_mask, 0
     if prefix is not None:
         # The cache holds the first of these; only the others are run.
@@ -55,7 +54,6 @@ def generate_text(
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        past_key_values=cache,
         **sampling,
     )
     text: str = tokenizer.decode(tokens[0, hidden:], skip_special_tokens=True)

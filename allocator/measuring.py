@@ -52,9 +52,9 @@ class MeasureRequest:
         experts: What of a mixture of experts is one unit, a name in ``EXPERT_GRANULARITIES``.
         routers: Whether routers take formats too.
         pins: Regular expression on unit names -> format.
+        transforms: Transforms of the reference model with their options, in order, such as ``smoothquant:alpha=0.7``.
         cache_formats: Names of formats that the keys and values of each layer's cache may take; none to leave caches
             out of the profile.
-        transforms: Transforms of the reference model with their options, in order, such as ``smoothquant:alpha=0.7``.
         config: Amounts and seed.
     """
 
@@ -67,8 +67,8 @@ class MeasureRequest:
     experts: str = "projection"
     routers: bool = False
     pins: Mapping[str, str] = field(default_factory=dict)
-    cache_formats: tuple[str, ...] = ()
     transforms: tuple[str, ...] = ()
+    cache_formats: tuple[str, ...] = ()
     config: MeasureConfig = field(default_factory=MeasureConfig)
 
 

@@ -35,8 +35,8 @@ def list_notes(profile: SensitivityProfile, plan: Plan, evaluations: Sequence[Ev
     shipped = next(e for e in evaluations if e.shipped)
     return tuple(
         [
-            *_cache_notes(plan),
             *_transform_notes(plan),
+            *_cache_notes(plan),
             *_prediction_notes(profile, plan, shipped),
             *_stability_notes(profile),
             *_expert_notes(profile),

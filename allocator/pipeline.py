@@ -223,14 +223,13 @@ def apply(
     check_same_model(plan, model.fingerprint, str(model.path))
     check_packed_place(out)
     reference = transform_again_(model.load_again(), plan, store)
-    ships = None if prefix is None else check_prefix(prefix, reference)
-    rule = rendering_of_plan(plan, reference.model, store)
+    ships = None if prefix is None else check_prefix(prefix, reference, plan)
     file_bytes = save_packed_(
         reference,
         plan.weights,
         out,
         metadata=plan.header_metadata(),
-        quantizer=rule,
+        quantizer=rendering_of_plan(plan, reference.model, store),
         formats_by_cache={} if plan.cache is None else plan.cache.formats,
     )
     if ships is not None:

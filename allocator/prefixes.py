@@ -112,13 +112,19 @@ def find_prefix(
     return _evaluate(reference, plan, rule, prefix, torch.from_numpy(profile.evaluation_tokens), search_kl=left)
 
 
-def check_prefix(path: Path, reference: ReferenceModel) -> Prefix:
+def check_prefix(path: Path, reference: ReferenceModel, plan: Plan) -> Prefix:
     """Returns the prefix in a file, made for a reference model.
 
     Raises:
-        ValueError: If the file is missing or damaged.
+        ValueError: If the file is missing or damaged, or the plan has formats for the cache.
         ArtefactMismatch: If it was made for another model, or under other transforms.
     """
+    if plan.cache is not None:
+        msg = (
+            f"prefix tokens ship with keys and values as they are: got '{path}' and a plan with formats for the cache. "
+            "Leave the prefix out, or plan without --context."
+        )
+        raise ValueError(msg)
     prefix = load_prefix(path)
     if prefix.weights_fingerprint != reference.weights_fingerprint:
         msg = (

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from runtime.decoder_layers import find_layers
+from runtime.experts_forward import EXPERTS_IMPLEMENTATION
 from runtime.formats import Format, find_format
 from runtime.packed import PackedExperts, PackedWeight, QuantizedEmbedding, QuantizedLinear, pack_in_place_
 from runtime.rendering import RenderingRule, encode, encode_weight, render_weight
@@ -241,9 +242,9 @@ def _install_experts(model: nn.Module, parameter_name: str, group: list[Weight],
     packed = PackedExperts([pack(weight) for weight in sorted(group, key=lambda w: w.expert_index or 0)])
     delattr(module, attribute)
     module.add_module(attribute, packed)
-    # Only the eager forward reads the experts one by one; the batched ones want one dense parameter.
+    # The batched forwards of transformers want one dense parameter.
     for config in _expert_configs(model, group):
-        config._experts_implementation = "eager"
+        config._experts_implementation = EXPERTS_IMPLEMENTATION
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The four kinds of bits of a format, and what it does to a weight.
 
 - nominal: the width of a code, which names the format;
-- entropy: what an ideal coder would need for the codes of a given weight, -sum p log2 p over how often each occurs;
+- entropy: what an ideal coder would need for the codes of a given weight, -sum p log2 p over how often each occurs,
+  wide and narrow codes of a mixture apart;
 - packed: the codes as they are stored, with the padding of each row;
 - stored: everything that is stored, scales and other metadata included. Budgets count these.
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.codecs import CODECS
+from runtime.codecs import CODECS, StoredTensors
 from runtime.rendering import encode
 from runtime.storage import Format
 
@@ -63,9 +64,18 @@ def describe_format(
         nominal=format_.bits,
         packed=packed,
         stored=stored,
-        entropy=code_entropy(codec.codes(tensors, format_, shape, None)),
+        entropy=_entropy_of(tensors, format_, shape),
         relative_error=float((rendered.double() - weight.double()).norm()) / norm if norm else 0.0,
     )
+
+
+def _entropy_of(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> float:
+    """Returns the entropy of the codes for a coder that knows, in a mixture, which of them are wide."""
+    codec = CODECS[format_.kind]
+    codes = codec.codes(tensors, format_, shape, None)
+    wide = torch.zeros(shape, dtype=torch.bool) if codec.wide is None else codec.wide(tensors, format_, shape)
+    parts = [codes[chosen] for chosen in (wide, ~wide) if bool(chosen.any())]
+    return sum(part.numel() / codes.numel() * code_entropy(part) for part in parts)
 
 
 def code_entropy(codes: Tensor) -> float:

@@ -9,7 +9,8 @@ import difflib
 from collections.abc import Iterable
 
 from runtime.elements import ELEMENTS
-from runtime.storage import GGML_BLOCKS, Format, packed_row_bytes
+from runtime.storage import GGML_BLOCKS, NESTED_WIDTHS, Format, Mixture
+from runtime.stored_tensor import packed_row_bytes
 
 __all__ = ["DEFAULT_FORMATS", "FORMATS", "Format", "find_format", "find_formats", "packed_row_bytes"]
 
@@ -43,6 +44,39 @@ def _element_format(family: str, element: str, group_size: int | None, scale_typ
         group_size=group_size,
         scale_type=scale_type,
         element=element,
+    )
+
+
+def _column_mixture(narrow_bits: int, wide_bits: int, percent: int, share: float, group_size: int | None) -> Format:
+    """Returns the format that stores a share of the columns, that of the largest errors, at more bits."""
+    return Format(
+        name=f"int{narrow_bits}_top{percent}int{wide_bits}_{_group_name(group_size)}",
+        kind="column_mixture",
+        bits=narrow_bits,
+        group_size=group_size,
+        symmetric=False,
+        mixture=Mixture(
+            wide=_integer_format(wide_bits, group_size, False, "fp16"),
+            narrow=_integer_format(narrow_bits, group_size, narrow_bits == 1, "fp16"),
+            wide_share=share,
+        ),
+    )
+
+
+def _group_mixture(group_size: int, outlier_share: float) -> Format:
+    """Returns the format of a quarter of the groups at 4 bits and the rest at 2, with a share of the weights apart."""
+    return Format(
+        name=f"int2_mix25int4_g{group_size}" + ("_outliers" if outlier_share else ""),
+        kind="group_mixture",
+        bits=2,
+        group_size=group_size,
+        symmetric=False,
+        mixture=Mixture(
+            wide=_integer_format(4, group_size, False, "fp16"),
+            narrow=_integer_format(2, group_size, False, "fp16"),
+            wide_share=0.25,
+            outlier_share=outlier_share,
+        ),
     )
 
 
@@ -90,6 +124,50 @@ _FAMILIES: tuple[Iterable[Format], ...] = (
         )
         for name in GGML_BLOCKS
     ),
+    (
+        *(Format(name=f"ternary_{_group_name(g)}", kind="ternary", bits=2, group_size=g) for g in (32, 64, 128, None)),
+        Format(name="ternary_channel_median", kind="ternary", bits=2, element="median"),
+    ),
+    (
+        Format(name=f"bitmod{bits}_g{g}", kind="chosen_type", bits=bits, group_size=g, element="bitmod")
+        for bits in (3, 4)
+        for g in (32, 64, 128)
+    ),
+    (
+        Format(name=f"intfp{bits}_g{g}", kind="chosen_type", bits=bits, group_size=g, element="int_or_float")
+        for bits in (4, 6, 8)
+        for g in (16, 32, 64)
+    ),
+    (
+        Format(
+            name=f"bcq{bits}_{_group_name(g)}" + ("" if scale_type == "fp16" else f"_{scale_type}"),
+            kind="planes",
+            bits=bits,
+            group_size=g,
+            scale_type=scale_type,
+        )
+        for scale_type, group_sizes in (("fp16", (64, 128, None)), ("pow2", (64, 128)))
+        for bits in (2, 3, 4)
+        for g in group_sizes
+    ),
+    (
+        Format(name=f"dual_binary_g{g}", kind="planes", bits=2, group_size=g, symmetric=False, element="zero_one")
+        for g in (64, 128)
+    ),
+    (
+        Format(name=f"nested8_{_group_name(g)}", kind="nested", bits=NESTED_WIDTHS[-1], group_size=g)
+        for g in (64, 128, None)
+    ),
+    (
+        Format(name=f"bitstack{blocks}_r{rank}", kind="residual_blocks", bits=blocks, rank=rank)
+        for blocks in (1, 2, 3, 4)
+        for rank in (4, 16)
+    ),
+    (
+        *(_column_mixture(1, 4, 20, 0.2, group_size) for group_size in (64, 128, None)),
+        *(_column_mixture(4, 8, 12, 0.125, group_size) for group_size in (64, 128, None)),
+    ),
+    (_group_mixture(group_size, outlier_share) for outlier_share in (0.0, 0.005) for group_size in (32, 64)),
     (
         Format(name="bf16", kind="float", bits=16, element="bfloat16"),
         Format(name="fp16", kind="float", bits=16, element="float16"),

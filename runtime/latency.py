@@ -9,6 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,19 +17,32 @@ import torch
 from runtime.candidates import Candidates
 from runtime.costs import CostTable, visit_share
 from runtime.formats import Format
+from runtime.kernels.dispatch import selected_kernels
 from runtime.packed import PackedWeight, QuantizedEmbedding, QuantizedLinear
 from runtime.units import Unit, Weight
 
+# More than the last cache of common processors, so that a copy is gone from it when its turn comes again.
 _COLD_BYTES = 64 << 20
-_MOST_COPIES = 8
-_ROUNDS = 3
+_MOST_COPIES = 512
+_LEAST_SAMPLES = 24
 
 Key = tuple[tuple[int, int], str, bool]
 
 
 def device_name() -> str:
-    """Returns what the timings hold for: processor, threads, and the versions that run it."""
-    return f"{platform.machine()} {platform.processor() or 'cpu'} x{torch.get_num_threads()} torch {torch.__version__}"
+    """Returns what the timings hold for: processor, kernels, threads, and the versions that run it."""
+    kernels = selected_kernels()
+    path = "reference" if kernels is None else f"{kernels.level} kernels"
+    return f"{platform.machine()} {_processor()} {path} x{torch.get_num_threads()} torch {torch.__version__}"
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "cpu"
 
 
 def measure_latency(
@@ -89,7 +103,7 @@ def _time_us(shape: tuple[int, int], format_: Format, *, reads_rows: bool) -> fl
     seconds = []
     with torch.no_grad():
         modules[0](x)
-        for _ in range(_ROUNDS):
+        for _ in range(-(-_LEAST_SAMPLES // copies)):
             for module in modules:
                 start = time.perf_counter()
                 module(x)

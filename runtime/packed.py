@@ -1,15 +1,19 @@
 """Modules that hold a weight in its stored format and read it back when they run.
 
 ``PackedWeight`` is the stored matrix (its buffers are the tensors of the checkpoint, under the same names);
-``QuantizedLinear``, ``QuantizedEmbedding`` and ``PackedExperts`` put it where the dense parameter was. This is
-the reference path: the matrix is dequantized to float32 whenever it is used, and it defines what correct means.
+``QuantizedLinear``, ``QuantizedEmbedding`` and ``PackedExperts`` put it where the dense parameter was. Products go
+through ``runtime.kernels.dispatch``: a kernel where there is one, else the matrix is dequantized to float32 whenever it
+is used, which defines what correct means.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from runtime.codecs import CODECS, StoredTensors
 from runtime.codecs.integer import pack_quantized
+from runtime.kernels import dispatch
 from runtime.quantization import QuantizedWeight
 from runtime.storage import Format
 
@@ -60,7 +64,20 @@ class PackedWeight(nn.Module):
         Args:
             rows: [n] int64 row indices, or None for all rows.
         """
+        dense = dispatch.dequantize(self, rows)
+        if dense is not None:
+            return dense
         return CODECS[self.format.kind].decode(self.tensors, self.format, self.shape, rows)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
+        # A model may be cast to another type; what is stored keeps its own and only moves.
+        stored = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        for name, before in stored.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.format.name}, shape={self.shape}"
@@ -82,7 +99,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [..., out_features] for x [..., in_features]."""
-        return nn.functional.linear(x, self.weight().to(x.dtype), self.bias)
+        return dispatch.linear(x, self.weight, self.bias)
 
 
 class QuantizedEmbedding(nn.Module):
@@ -120,8 +137,14 @@ class PackedExperts(nn.Module):
         for i, expert in enumerate(experts):
             self.add_module(str(i), expert)
 
+    def expert(self, index: int) -> PackedWeight:
+        """Returns the packed weight of one expert."""
+        packed: nn.Module | Tensor | None = self._modules[str(index)]
+        assert isinstance(packed, PackedWeight)
+        return packed
+
     def __getitem__(self, index: int | Tensor) -> Tensor:
-        dense: Tensor = self.get_submodule(str(int(index)))()
+        dense: Tensor = self.expert(int(index))()
         return dense
 
 

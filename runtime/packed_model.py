@@ -29,9 +29,9 @@ from runtime.transforms import has_map, install_map_
 from runtime.units import list_weights
 
 FORMATS_KEY = "bitplan.formats"
-_CACHE_FORMATS = "cache_formats"
 # In the configuration: a rotated model whose embedding is tied has a matrix behind its last norm.
 MAP_KEY = "matrix_after_norm"
+_CACHE_FORMATS = "cache_formats"
 
 
 def save_packed_(
@@ -125,6 +125,13 @@ def load_packed(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str
     return model.eval().requires_grad_(False), tokenizer, metadata
 
 
+def _build_empty(directory: Path) -> Any:
+    model = build_empty_model(directory)
+    if getattr(model.config, PACKED_CONFIG_KEY, {}).get(MAP_KEY):
+        install_map_(model, device="meta")
+    return model
+
+
 def make_packed_cache(model: Any) -> QuantizedCache | None:
     """Returns an empty cache in the formats that a packed model was saved with; None where it was saved with none.
 
@@ -133,13 +140,6 @@ def make_packed_cache(model: Any) -> QuantizedCache | None:
     """
     formats = getattr(model.config, PACKED_CONFIG_KEY, {}).get(_CACHE_FORMATS)
     return QuantizedCache(model, formats) if formats else None
-
-
-def _build_empty(directory: Path) -> Any:
-    model = build_empty_model(directory)
-    if getattr(model.config, PACKED_CONFIG_KEY, {}).get(MAP_KEY):
-        install_map_(model, device="meta")
-    return model
 
 
 def _load_tensors_(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

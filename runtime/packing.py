@@ -5,14 +5,17 @@ one 64-bit word: word = sum_j code_j << (bits * j), written as its lowest ``bits
 order. A row whose length is no multiple of eight is padded with zero codes and cut to ceil(n * bits / 8)
 bytes. Time and memory are linear in the number of codes; rows are handled in blocks to bound the 64-bit
 temporaries.
+
+Digits of three values go five to a byte, 1.6 bits each: byte = t_0 + 3 t_1 + 9 t_2 + 27 t_3 + 81 t_4, at most 242.
 """
 
 import torch
 from torch import Tensor
 
-from runtime.storage import packed_row_bytes
+from runtime.stored_tensor import packed_row_bytes, trit_row_bytes
 
 CODES_PER_WORD = 8
+_TRIT_POWERS = (1, 3, 9, 27, 81)
 _BLOCK_CODES = 1 << 22
 
 
@@ -53,6 +56,19 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     for start, stop in _row_blocks(rows, count):
         out[start:stop] = _unpack_block(packed[start:stop], bits, count)
     return out
+
+
+def pack_trits(trits: Tensor) -> Tensor:
+    """Returns the digits [rows, count] uint8, each 0, 1 or 2, as bytes [rows, ceil(count / 5)] uint8."""
+    rows, count = trits.shape
+    padded = torch.nn.functional.pad(trits, (0, -count % 5)).view(rows, trit_row_bytes(count), 5)
+    return (padded * torch.tensor(_TRIT_POWERS, dtype=torch.uint8, device=trits.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_trits(packed: Tensor, count: int) -> Tensor:
+    """Returns the digits [rows, count] uint8 that ``pack_trits`` packed."""
+    digits = [(packed // power) % 3 for power in _TRIT_POWERS]
+    return torch.stack(digits, dim=-1).flatten(1)[:, :count]
 
 
 def _row_blocks(rows: int, count: int) -> list[tuple[int, int]]:

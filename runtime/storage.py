@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
+from runtime.stored_tensor import StoredTensor, packed_row_bytes, trit_row_bytes
+
 Shape = tuple[int, int]
-# Bytes of one number, by the names that torch gives the types.
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1}
 # How the names of tensors that hold codes begin; the others are metadata.
 CODE_TENSORS = ("codes", "values")
 # Bytes of a block of llama.cpp's formats: 32 weights, 256 of those that end in k.
@@ -27,26 +27,39 @@ GGML_BLOCKS = {
     "q5_k": 176,
     "q6_k": 210,
 }
+# Widths that a nested weight can be read at, each a prefix of the next.
+NESTED_WIDTHS = (4, 6, 8)
+# Bits that say of each group which type of a menu its elements have.
+SELECTOR_BITS = {"bitmod": 2, "int_or_float": 1}
+# Rows that have their wide groups in the same places, so that a tile of a kernel reads one width at a time.
+ROWS_OF_A_MASK = 16
+# The place of an outlier in its row takes two bytes.
+MOST_OUTLIER_COLUMNS = 1 << 16
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a stored weight.
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Two formats inside one matrix, one for some of its columns or groups and one for the rest.
 
     Args:
-        name: Name of the buffer, unique within the weight; it ends the tensor's name in the checkpoint.
-        shape: Its shape.
-        dtype: Name of its type in torch, a key of ``ITEM_BYTES``.
+        wide: Format of the chosen ones, with the group size of the whole.
+        narrow: Format of the others.
+        wide_share: Share of the chosen ones, below one half.
+        outlier_share: Share of the weights in narrow groups that are stored apart, as 16-bit floats.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
+    wide: "Format"
+    narrow: "Format"
+    wide_share: float
+    outlier_share: float = 0.0
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
+    def wide_count(self, count: int) -> int:
+        """Returns how many of ``count`` columns or groups are wide: the share of them, rounded."""
+        return _rounded(self.wide_share * count)
+
+    def outlier_count(self, count: int) -> int:
+        """Returns the number of outliers among the ``count`` narrow weights of a row."""
+        return _rounded(self.outlier_share * count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +74,8 @@ class Format:
         symmetric: True when there is no zero point: zero, or the middle between two codes, is fixed.
         scale_type: How a scale is stored: ``fp16``, or a type that the family names.
         element: Type of the elements where codes are no plain integers, such as ``e2m1`` or ``q4_0``.
+        mixture: The two formats of a family that mixes widths; ``bits`` is then the width of most codes.
+        rank: Rank of the magnitudes in a family that stores these as a product of two matrices.
     """
 
     name: str
@@ -70,6 +85,8 @@ class Format:
     symmetric: bool = True
     scale_type: str = "fp16"
     element: str = ""
+    mixture: Mixture | None = None
+    rank: int = 0
 
     @property
     def unquantized(self) -> bool:
@@ -78,9 +95,11 @@ class Format:
 
     def refusal(self, in_features: int) -> str | None:
         """Returns why a row of ``in_features`` weights cannot be stored in this format; None when it can."""
-        if self.group_size is None or in_features % self.group_size == 0:
-            return None
-        return f"group_size={self.group_size} does not divide in_features={in_features}"
+        if self.group_size is not None and in_features % self.group_size != 0:
+            return f"group_size={self.group_size} does not divide in_features={in_features}"
+        if self.mixture is not None and self.mixture.outlier_share > 0 and in_features > MOST_OUTLIER_COLUMNS:
+            return f"outliers are found in up to {MOST_OUTLIER_COLUMNS} columns, in_features={in_features}"
+        return None
 
     def fits(self, in_features: int) -> bool:
         """Returns True when a row of ``in_features`` weights can be stored in this format."""
@@ -92,7 +111,7 @@ class Format:
         Raises:
             ValueError: If the group size does not divide the row.
         """
-        if not self.fits(in_features):
+        if self.group_size is not None and in_features % self.group_size != 0:
             msg = (
                 f"group_size must divide in_features: got group_size={self.group_size}, "
                 f"in_features={in_features} in format '{self.name}'. Use another group size or a channel format."
@@ -129,9 +148,8 @@ class Format:
         return sum(tensor.nbytes for tensor in tensors if tensor.name.startswith(CODE_TENSORS))
 
 
-def packed_row_bytes(count: int, bits: int) -> int:
-    """Returns the bytes of ``count`` codes of ``bits`` bits, padded to a whole byte."""
-    return (count * bits + 7) // 8
+def _rounded(number: float) -> int:
+    return int(number + 0.5)
 
 
 def _codes(format_: Format, shape: Shape) -> StoredTensor:
@@ -174,6 +192,75 @@ def _lay_out_ggml(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
     return (StoredTensor("blocks", (shape[0], row_bytes), "uint8"),)
 
 
+def _lay_out_ternary(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
+    codes = StoredTensor("codes", (shape[0], trit_row_bytes(shape[1])), "uint8")
+    return (codes, StoredTensor("scale", (shape[0], format_.group_count(shape[1])), "float16"))
+
+
+def _lay_out_chosen_type(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
+    groups = format_.group_count(shape[1])
+    selector = StoredTensor("selector", (shape[0], packed_row_bytes(groups, SELECTOR_BITS[format_.element])), "uint8")
+    return (_codes(format_, shape), StoredTensor("scale", (shape[0], groups), "float16"), selector)
+
+
+def _lay_out_planes(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
+    scales = (shape[0], format_.group_count(shape[1]), format_.bits)
+    return (_codes(format_, shape), StoredTensor("scale", scales, _SCALE_DTYPES[format_.scale_type]))
+
+
+def _lay_out_nested(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
+    tensors, groups, read_bits = [], format_.group_count(shape[1]), 0
+    for width in NESTED_WIDTHS:
+        row_bytes = packed_row_bytes(shape[1], width - read_bits)
+        tensors.append(StoredTensor(f"codes_{width}", (shape[0], row_bytes), "uint8"))
+        tensors.append(StoredTensor(f"scale_{width}", (shape[0], groups), "float16"))
+        read_bits = width
+    return tuple(tensors)
+
+
+def _lay_out_residual_blocks(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
+    blocks, rank = format_.bits, min(format_.rank, *shape)
+    return (
+        StoredTensor("codes", (blocks, shape[0], packed_row_bytes(shape[1], 1)), "uint8"),
+        StoredTensor("left", (blocks, shape[0], rank), "float16"),
+        StoredTensor("right", (blocks, rank, shape[1]), "float16"),
+    )
+
+
+def _lay_out_part(part_name: str, part: Format, shape: Shape) -> tuple[StoredTensor, ...]:
+    if shape[1] == 0:
+        return ()
+    return tuple(StoredTensor(f"{t.name}_{part_name}", t.shape, t.dtype) for t in part.stored_tensors(shape))
+
+
+def _lay_out_column_mixture(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
+    assert format_.mixture is not None
+    length = format_.group_size or 1
+    wide = format_.mixture.wide_count(shape[1] // length) * length
+    parts = (
+        *_lay_out_part("wide", format_.mixture.wide, (shape[0], wide)),
+        *_lay_out_part("narrow", format_.mixture.narrow, (shape[0], shape[1] - wide)),
+    )
+    return (StoredTensor("mask", (packed_row_bytes(shape[1], 1),), "uint8"), *parts) if wide else parts
+
+
+def _lay_out_group_mixture(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
+    assert format_.mixture is not None
+    groups = format_.group_count(shape[1])
+    length = shape[1] // groups
+    wide = format_.mixture.wide_count(groups)
+    tensors = (
+        StoredTensor("mask", (-(-shape[0] // ROWS_OF_A_MASK), packed_row_bytes(groups, 1)), "uint8"),
+        *_lay_out_part("wide", format_.mixture.wide, (shape[0], wide * length)),
+        *_lay_out_part("narrow", format_.mixture.narrow, (shape[0], (groups - wide) * length)),
+    )
+    outliers = format_.mixture.outlier_count((groups - wide) * length)
+    if not outliers:
+        return tensors
+    index = StoredTensor("outlier_index", (shape[0], outliers, 2), "uint8")
+    return (*tensors, index, StoredTensor("outlier", (shape[0], outliers), "float16"))
+
+
 # A power of two is stored as its exponent, with an offset of 127 in E8M0; an E4M3 float as its byte.
 _SCALE_DTYPES = {"fp16": "float16", "pow2": "int8", "e8m0": "uint8", "e4m3": "uint8"}
 
@@ -184,4 +271,11 @@ LAYOUTS: dict[str, Callable[[Format, Shape], tuple[StoredTensor, ...]]] = {
     "element": _lay_out_elements,
     "searched_float": _lay_out_searched_float,
     "ggml": _lay_out_ggml,
+    "ternary": _lay_out_ternary,
+    "chosen_type": _lay_out_chosen_type,
+    "planes": _lay_out_planes,
+    "nested": _lay_out_nested,
+    "residual_blocks": _lay_out_residual_blocks,
+    "column_mixture": _lay_out_column_mixture,
+    "group_mixture": _lay_out_group_mixture,
 }

@@ -37,6 +37,16 @@ def check_installed_package() -> None:
         assert (folder / data).exists(), f"the wheel lacks {package.__name__}/{data}"
 
 
+def check_compiled_kernels() -> None:
+    """Checks that the wheel holds the compiled kernels if it was built where a compiler is."""
+    from runtime.kernels.build import find_compiler, library_path
+    from runtime.kernels.cpu import load_kernels
+
+    if find_compiler() is not None:
+        assert library_path().exists(), "the wheel lacks the compiled kernels, although a compiler is here"
+        assert load_kernels() is not None
+
+
 def check_commands(directory: Path) -> None:
     """Takes a tiny model from measurement to text and report, by the commands alone."""
     model = save_tiny_llama(directory / "model")
@@ -63,6 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["XDG_CACHE_HOME"] = str(Path(scratch) / "cache")
         check_installed_package()
+        check_compiled_kernels()
         check_commands(Path(scratch))
 
 

@@ -5,11 +5,18 @@ by the quantizers as well; every other kind is rendered by its own encoder, what
 """
 
 from runtime.codecs.binary import BINARY
+from runtime.codecs.chosen_type import CHOSEN_TYPE
 from runtime.codecs.codec import Codec, StoredTensors
+from runtime.codecs.column_mixture import COLUMN_MIXTURE
 from runtime.codecs.ggml import GGML
+from runtime.codecs.group_mixture import GROUP_MIXTURE
 from runtime.codecs.integer import INTEGER
+from runtime.codecs.nested import NESTED
+from runtime.codecs.planes import PLANES
+from runtime.codecs.residual_blocks import RESIDUAL_BLOCKS
 from runtime.codecs.scaled_elements import SCALED_ELEMENTS
 from runtime.codecs.searched_float import SEARCHED_FLOAT
+from runtime.codecs.ternary import TERNARY
 from runtime.codecs.unquantized import UNQUANTIZED
 
 CODECS: dict[str, Codec] = {
@@ -19,6 +26,13 @@ CODECS: dict[str, Codec] = {
     "element": SCALED_ELEMENTS,
     "searched_float": SEARCHED_FLOAT,
     "ggml": GGML,
+    "ternary": TERNARY,
+    "chosen_type": CHOSEN_TYPE,
+    "planes": PLANES,
+    "nested": NESTED,
+    "residual_blocks": RESIDUAL_BLOCKS,
+    "column_mixture": COLUMN_MIXTURE,
+    "group_mixture": GROUP_MIXTURE,
 }
 
 __all__ = ["CODECS", "Codec", "StoredTensors"]

@@ -40,6 +40,8 @@ class Codec:
         reads_importance: Whether the encoder uses it.
         grid: (tensors, format, (out_features, in_features)) -> the values that each weight may take when all but the
             codes stay; None where weights cannot be rounded one by one.
+        wide: (tensors, format, (out_features, in_features)) -> which weights [out_features, in_features] have the wide
+            codes of a mixture; None for families of one width.
     """
 
     encode: Callable[[Tensor, Format, Tensor | None], dict[str, Tensor]]
@@ -47,11 +49,28 @@ class Codec:
     codes: Callable[[StoredTensors, Format, tuple[int, int], Tensor | None], Tensor]
     reads_importance: bool = True
     grid: Callable[[StoredTensors, Format, tuple[int, int]], ColumnGrid] | None = None
+    wide: Callable[[StoredTensors, Format, tuple[int, int]], Tensor] | None = None
 
 
 def pick(tensor: Tensor, rows: Tensor | None) -> Tensor:
     """Returns the rows [n] of a tensor; all of them for None."""
     return tensor if rows is None else tensor[rows]
+
+
+def encode_by_rows(
+    weight: Tensor, encode_block: Callable[[Tensor], dict[str, Tensor]], block_weights: int = 1 << 18
+) -> dict[str, Tensor]:
+    """Returns what an encoder of independent rows makes of a weight, block by block to bound the temporaries."""
+    rows = max(1, block_weights // weight.shape[1])
+    parts = [encode_block(weight[start : start + rows]) for start in range(0, len(weight), rows)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def group_importance(importance: Tensor | None, grouped: Tensor) -> Tensor:
+    """Returns the importance of every weight of ``grouped`` [rows, groups, length], ones for None; a view."""
+    if importance is None:
+        return torch.ones(1, device=grouped.device).expand_as(grouped)
+    return importance.view(grouped.shape[1], -1).expand_as(grouped)
 
 
 def check_range(weight: Tensor, format_: Format, largest: float) -> None:

@@ -6,7 +6,7 @@ The rules that choose them are the quantizers; this file packs what they chose, 
 import torch
 from torch import Tensor
 
-from runtime.codecs.codec import Codec, StoredTensors, pick
+from runtime.codecs.codec import Codec, ColumnGrid, StoredTensors, pick
 from runtime.packing import pack_codes, unpack_codes
 from runtime.powers import floor_exponent, power_of_two
 from runtime.quantization import QuantizedWeight, dequantize_codes
@@ -43,11 +43,7 @@ def decode_integer(
     tensors: StoredTensors, format_: Format, shape: tuple[int, int], rows: Tensor | None = None
 ) -> Tensor:
     """Returns scale * (codes - zero_point)."""
-    scale, zero_point = pick(tensors["scale"], rows), None
-    if format_.scale_type == "pow2":
-        scale = power_of_two(scale)
-    if not format_.symmetric:
-        zero_point = unpack_codes(pick(tensors["zero_point"], rows), format_.bits, scale.shape[1])
+    scale, zero_point = read_steps(tensors, format_, rows)
     return dequantize_codes(integer_codes(tensors, format_, shape, rows), scale, zero_point, format_.bits)
 
 
@@ -58,4 +54,36 @@ def integer_codes(
     return unpack_codes(pick(tensors["codes"], rows), format_.bits, shape[1])
 
 
-INTEGER = Codec(encode=encode_integer, decode=decode_integer, codes=integer_codes)
+def integer_grid(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> ColumnGrid:
+    """Returns the grids of each column's groups."""
+    scale, zero_point = read_steps(tensors, format_, None)
+    if zero_point is None:
+        zero_point = torch.full_like(scale, 1 << (format_.bits - 1))
+    scales, zero_points = (steps.T.to(torch.float32).contiguous() for steps in (scale, zero_point))
+    length, top = shape[1] // len(scales), torch.tensor(float((1 << format_.bits) - 1))
+
+    def round_column(j: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        return round_to_steps(numbers, scales[j // length], zero_points[j // length], top)
+
+    return ColumnGrid(
+        round_column=round_column, with_codes=lambda codes: {**tensors, "codes": pack_codes(codes, format_.bits)}
+    )
+
+
+def read_steps(tensors: StoredTensors, format_: Format, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Returns the scales and the uint8 zero points [n, groups]; None for those of a symmetric format."""
+    scale = pick(tensors["scale"], rows)
+    if format_.scale_type == "pow2":
+        scale = power_of_two(scale)
+    if format_.symmetric:
+        return scale, None
+    return scale, unpack_codes(pick(tensors["zero_point"], rows), format_.bits, scale.shape[1])
+
+
+def round_to_steps(numbers: Tensor, scale: Tensor, zero_point: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the nearest codes uint8 from 0 to top, and their values; all float32, of shapes that broadcast."""
+    codes = torch.round(numbers / scale).add_(zero_point).clamp_(min=0.0).minimum(top)
+    return codes.to(torch.uint8), (codes - zero_point).mul_(scale)
+
+
+INTEGER = Codec(encode=encode_integer, decode=decode_integer, codes=integer_codes, grid=integer_grid)

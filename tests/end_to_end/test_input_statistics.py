@@ -13,6 +13,7 @@ from allocator.artefacts import Model
 from allocator.cli import run
 from allocator.renderings import rendering_of_plan
 from runtime.apply import simulated_formats
+from runtime.kernels.dispatch import kernel_path
 from runtime.quantizers import STATISTICAL
 from tests.tiny_measurements import CONFIG, FLAGS, make_request
 
@@ -57,7 +58,7 @@ def test_reloaded_model_is_the_simulated_one_to_the_bit(planned: Planned, tmp_pa
     tokens = tokenizer("The compiler reads a source file and writes", return_tensors="pt").input_ids
     reference = planned.model.reference.model
     rule = rendering_of_plan(planned.plan, reference, planned.store)
-    with torch.no_grad():
+    with torch.no_grad(), kernel_path("reference"):
         with simulated_formats(reference, planned.plan.weights, quantizer=rule):
             expected = reference(tokens, use_cache=False).logits
         with simulated_formats(reference, planned.plan.weights):
@@ -121,7 +122,8 @@ def test_other_quantizers_and_refinement(quantizer: str, tiny_llama_dir: Path, t
     tokens = torch.from_numpy(profile.selection_tokens)[:1]
     with torch.no_grad(), simulated_formats(model.reference.model, made.weights, quantizer=rule):
         expected = model.reference.model(tokens, use_cache=False).logits
-    assert torch.equal(packed(tokens, use_cache=False).logits, expected)
+    with kernel_path("reference"):
+        assert torch.equal(packed(tokens, use_cache=False).logits, expected)
 
 
 def test_further_estimators_render_with_the_statistics(tiny_mixtral_dir: Path, tiny_text: Path, tmp_path: Path) -> None:

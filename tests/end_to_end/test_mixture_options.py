@@ -12,6 +12,7 @@ from allocator.cli import run
 from allocator.pipeline import load
 from allocator.plans import load_plan
 from runtime.apply import simulated_formats
+from runtime.kernels.dispatch import kernel_path
 from sensitivity.profile import load_profile
 from tests.tiny_measurements import FLAGS
 
@@ -51,7 +52,7 @@ def test_routers_that_take_formats_are_packed_as_priced(
     packed, _ = load(out)
     with torch.no_grad(), simulated_formats(reference, plan.weights):
         expected = reference(TOKENS, use_cache=False).logits
-    with torch.no_grad():
+    with torch.no_grad(), kernel_path("reference"):
         assert torch.equal(packed(TOKENS, use_cache=False).logits, expected)
 
 

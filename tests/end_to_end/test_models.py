@@ -15,6 +15,7 @@ from allocator.problems import build_cost_tables
 from allocator.progress import silent
 from allocator.timings import find_latency
 from runtime.apply import simulated_formats
+from runtime.kernels.dispatch import kernel_path
 from tests.tiny_measurements import make_request
 
 MODELS = ("tiny_llama_dir", "tiny_tied_llama_dir", "tiny_mixtral_dir", "tiny_qwen_moe_dir")
@@ -59,7 +60,7 @@ def test_reloaded_model_is_the_simulated_one_to_the_bit(measured: Measured, plan
     packed, tokenizer = allocator.load(tmp_path / "packed")
     tokens = tokenizer("The compiler reads a source file and writes", return_tensors="pt").input_ids
     reference = measured.model.reference.model
-    with torch.no_grad():
+    with torch.no_grad(), kernel_path("reference"):
         with simulated_formats(reference, plan.weights):
             expected = reference(tokens, use_cache=False).logits
         assert torch.equal(packed(tokens, use_cache=False).logits, expected)

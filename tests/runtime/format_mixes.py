@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralForCausalLM, PreTrainedModel
 
 from runtime.formats import FORMATS
+from runtime.kernels.dispatch import kernel_path
 from runtime.units import list_weights
 from tests.tiny_models import VOCABULARY_SIZE, build_tiny_llama, build_tiny_mixtral, build_tiny_qwen_moe
 
@@ -69,7 +70,7 @@ def round_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def compute_logits(model: nn.Module) -> Tensor:
-    """Returns the logits [2, 12, vocabulary] of ``TOKENS``."""
-    with torch.no_grad():
+    """Returns the logits [2, 12, vocabulary] of ``TOKENS`` by the reference path, which is exact to the bit."""
+    with torch.no_grad(), kernel_path("reference"):
         logits: Tensor = model(TOKENS).logits
     return logits

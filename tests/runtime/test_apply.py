@@ -11,6 +11,7 @@ from runtime.apply import (
     install_empty_formats_,
     simulated_formats,
 )
+from runtime.experts_forward import EXPERTS_IMPLEMENTATION
 from runtime.packed import PackedExperts, QuantizedEmbedding, QuantizedLinear
 from runtime.units import list_weights
 from tests.runtime.format_mixes import MODELS, TOKENS, compute_logits, draw_formats, round_parameters_
@@ -41,6 +42,16 @@ def test_packed_logits_are_the_simulated_ones(name: str, seed: int) -> None:
     assert not torch.equal(simulated, reference)
     apply_formats_(model, formats)
     assert torch.equal(compute_logits(model), simulated)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_kernels_give_the_logits_of_the_reference(name: str) -> None:
+    model = MODELS[name]()
+    apply_formats_(model, draw_formats(model, 1))
+    expected = compute_logits(model)
+    with torch.no_grad():
+        logits = model(TOKENS).logits
+    assert (logits - expected).norm() <= 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "mixtral"])
@@ -162,7 +173,7 @@ def test_experts_are_replaced_by_packed_ones() -> None:
     experts = model.model.layers[0].mlp.experts
     assert isinstance(experts.gate_up_proj, PackedExperts)
     assert isinstance(experts.down_proj, PackedExperts)
-    assert model.config._experts_implementation == "eager"
+    assert model.config._experts_implementation == EXPERTS_IMPLEMENTATION
 
 
 def test_packing_some_weights_leaves_the_others_dense() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from runtime.apply import pack_weight
-from runtime.formats import DEFAULT_FORMATS, FORMATS, Format, find_format, find_formats, packed_row_bytes
+from runtime.formats import DEFAULT_FORMATS, FORMATS, Format, find_format, find_formats
 
 # One row, one weight, primes, one group, several groups, an odd number of groups, more rows than columns.
 SHAPES = [(1, 1), (1, 64), (1, 128), (5, 97), (13, 7), (7, 32), (3, 96), (2, 384), (11, 640), (257, 2)]
@@ -30,6 +30,18 @@ def test_bytes_are_those_of_the_packed_tensors(format_: Format) -> None:
         ("int3_channel", (1, 5), 5),
         ("int8_g32", (2, 96), 2 * (96 + 6 + 3)),
         ("bf16", (3, 7), 42),
+        # 97 digits five to a byte, and a scale.
+        ("ternary_channel", (3, 97), 3 * (20 + 2)),
+        # Codes, two scales, two selectors of 2 bits; 1 bit.
+        ("bitmod3_g64", (3, 128), 3 * (48 + 4 + 1)),
+        ("intfp8_g64", (3, 128), 3 * (128 + 4 + 1)),
+        # Codes, a scale for each of three planes of each of two groups: two bytes, or an exponent.
+        ("bcq3_g64", (5, 128), 5 * (48 + 12)),
+        ("bcq3_g64_pow2", (5, 128), 5 * (48 + 6)),
+        # Eight bits in three parts, each padded to a byte, and three scales.
+        ("nested8_channel", (2, 97), 2 * (49 + 25 + 25 + 6)),
+        # Two blocks: a sign a weight, factors of rank 3, which is the number of rows.
+        ("bitstack2_r4", (3, 97), 2 * (3 * 13 + 2 * 3 * (3 + 97))),
     ],
 )
 def test_bytes_by_hand(name: str, shape: tuple[int, int], expected_bytes: int) -> None:
@@ -62,12 +74,6 @@ def test_names_say_what_the_formats_are() -> None:
     assert (fields.kind, fields.bits, fields.group_size, fields.symmetric) == ("int", 3, 32, True)
     assert FORMATS["int8_channel"].group_size is None
     assert FORMATS["fp16"].bits == 16
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_row_bytes_round_up(bits: int) -> None:
-    assert [packed_row_bytes(count, bits) for count in (0, 1, 8)] == [0, 1, bits]
-    assert packed_row_bytes(9, bits) == bits + 1 if bits < 8 else 9
 
 
 def test_find_format() -> None:

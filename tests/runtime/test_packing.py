@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from runtime import packing
-from runtime.packing import pack_codes, unpack_codes
+from runtime.packing import pack_codes, pack_trits, unpack_codes, unpack_trits
 
 WIDTHS = range(1, 9)
 
@@ -77,3 +77,14 @@ def test_some_rows_unpack_as_they_do_among_all(bits: int) -> None:
     codes = torch.from_numpy(draw_codes(9, 13, bits))
     rows = torch.tensor([8, 0, 0, 3])
     assert torch.equal(unpack_codes(pack_codes(codes, bits)[rows], bits, 13), codes[rows])
+
+
+@settings(deadline=None)
+@given(rows=st.integers(1, 5), count=st.integers(1, 67), seed=st.integers(0, 2**32 - 1))
+def test_trits_are_numbers_of_base_three(rows: int, count: int, seed: int) -> None:
+    trits = np.random.default_rng(seed).integers(0, 3, (rows, count), dtype=np.uint8)
+    packed = pack_trits(torch.from_numpy(trits)).numpy()
+    # The first digit of five is the lowest; the last byte of a row is filled up with zeros.
+    texts = ["".join(map(str, row)).ljust(-(-count // 5) * 5, "0") for row in trits]
+    assert packed.tolist() == [[int(text[i : i + 5][::-1], 3) for i in range(0, len(text), 5)] for text in texts]
+    assert np.array_equal(unpack_trits(torch.from_numpy(packed), count).numpy(), trits)

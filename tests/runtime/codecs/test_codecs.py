@@ -29,7 +29,8 @@ def assert_kept(weight: Tensor, format_: Format, importance: Tensor | None) -> N
     values, codes = (read(tensors, format_, shape, None) for read in (codec.decode, codec.codes))
     assert (values.dtype, tuple(values.shape), tuple(codes.shape)) == (torch.float32, shape, shape)
     assert torch.isfinite(values).all()
-    assert format_.unquantized or 0 <= int(codes.min()) <= int(codes.max()) < 1 << format_.bits
+    widest = format_.bits if format_.mixture is None else format_.mixture.wide.bits
+    assert format_.unquantized or 0 <= int(codes.min()) <= int(codes.max()) < 1 << widest
     rows = torch.tensor([shape[0] - 1, 0, shape[0] - 1])
     assert torch.equal(codec.decode(tensors, format_, shape, rows), values[rows])
     assert torch.equal(codec.codes(tensors, format_, shape, rows), codes[rows])

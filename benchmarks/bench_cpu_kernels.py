@@ -1,0 +1,195 @@
+"""CPU kernels beside torch's own: time, share of the read bandwidth, error. Writes cpu_kernels.md.
+
+Every method is timed in turns with all others, in one process on one thread, each call on another copy of its weight,
+so that weights come from memory. The 10th percentile of many calls is compared: the machine may have other work.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import describe_machine
+from torch import Tensor
+
+from runtime.apply import pack_weight
+from runtime.formats import Format, find_format
+from runtime.kernels.dispatch import kernel_path, selected_kernels
+from runtime.packed import PackedExperts, PackedWeight, QuantizedLinear
+
+SIZE = 4096
+COLD_BYTES = 112 << 20
+ROUNDS = 40
+BITS = (2, 3, 4, 5, 6, 8)
+Call = Callable[[], object]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    kernels = selected_kernels()
+    assert kernels is not None, "the CPU kernels must be there to be timed"
+    lines = [
+        "# CPU kernels",
+        "",
+        f"Made by `python benchmarks/bench_cpu_kernels.py`. Machine: {describe_machine(('torch',))}; "
+        f"instruction set {kernels.level}.",
+        f"Weights {SIZE} x {SIZE}, group 128, asymmetric, one thread; 10th percentile of {ROUNDS} rounds in turns.",
+        "",
+    ]
+    with torch.no_grad():
+        lines += [*_decode_table(), "", *_token_table(), "", *_expert_table(), ""]
+    text = "\n".join(lines)
+    (Path(__file__).parent / "cpu_kernels.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+
+
+def _decode_table() -> list[str]:
+    x = torch.randn(1, SIZE, generator=torch.Generator().manual_seed(1))
+    x[0, 100] *= 20
+    weight = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(2)) / 64
+    methods = {f"int{bits}_g128": _packed(weight, find_format(f"int{bits}_g128"), x) for bits in BITS}
+    sizes = {name: find_format(name).storage_bytes((SIZE, SIZE)) for name in methods}
+    errors = {name: _error(weight, find_format(name), x) for name in methods}
+    methods |= {
+        "avx2, int4_g128": _packed(weight, find_format("int4_g128"), x, path="avx2"),
+        "torch float32": _copies(weight, lambda w: torch.nn.functional.linear(x, w)),
+        "torch bfloat16": _copies(weight.bfloat16(), lambda w: torch.nn.functional.linear(x.bfloat16(), w)),
+        "torch int4 (_weight_int4pack_mm_for_cpu)": _torch_int4(x),
+        "torch dynamic int8 (fbgemm)": _fbgemm(weight, x),
+    }
+    methods["read"] = _read_chunks()
+    times = _time_in_turns(methods)
+    bandwidth = (8 << 20) / times.pop("read")
+    proportional = sum(sizes[f"int{b}_g128"] for b in (4, 5, 6, 8)) / sum(times[f"int{b}_g128"] for b in (4, 5, 6, 8))
+    lines = [
+        f"One token. Read bandwidth of one thread, in the same turns: {bandwidth / 1e9:.1f} GB/s. *Proportional*: time "
+        "over that of its bytes at the mean rate of 4 to 8 bits. Error: relative, of the output, against float64, one "
+        "activation twenty times larger.",
+        "",
+        "| method | ms | GB/s | share of read bandwidth | proportional | time of torch bfloat16 / its time | error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, seconds in times.items():
+        ratio = times["torch bfloat16"] / seconds
+        measured = "| | | "
+        if name in sizes:
+            rate = sizes[name] / seconds
+            measured = f"| {rate / 1e9:.1f} | {rate / bandwidth:.2f} | {proportional / rate:.2f} "
+        error = f"{errors[name]:.0e}" if name in errors else ""
+        lines.append(f"| {name} | {seconds * 1e3:.3f} {measured}| {ratio:.2f} | {error} |")
+    return lines
+
+
+def _token_table() -> list[str]:
+    weight = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(2)) / 64
+    lines = ["Several tokens: time of torch float32 over that of the format.", ""]
+    lines += ["| tokens | torch float32, ms | int2 | int4 | int8 |", "|---|---|---|---|---|"]
+    for tokens in (1, 4, 16, 64, 256):
+        x = torch.randn(tokens, SIZE, generator=torch.Generator().manual_seed(tokens))
+        methods = {str(bits): _packed(weight, find_format(f"int{bits}_g128"), x) for bits in (2, 4, 8)}
+        methods["dense"] = _copies(weight, lambda w, x=x: torch.nn.functional.linear(x, w))  # type: ignore[misc]
+        times = _time_in_turns(methods, rounds=12 if tokens < 64 else 4)
+        ratios = " | ".join(f"{times['dense'] / times[bits]:.2f}" for bits in ("2", "4", "8"))
+        lines.append(f"| {tokens} | {times['dense'] * 1e3:.2f} | {ratios} |")
+    return lines
+
+
+def _expert_table() -> list[str]:
+    """Products of the first k of 8 experts at 2, 3, 4 and 8 bits in one call: time against the bytes of those used."""
+    from runtime.kernels.dispatch import linear_many
+
+    rows, columns, formats = 2048, 2048, [find_format(f"int{bits}_g128") for bits in (2, 3, 4, 8)]
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3)) / 64
+    layers = [PackedExperts([pack_weight(weight, formats[i % 4]) for i in range(8)]) for _ in range(8)]
+    x = torch.randn(1, columns, generator=torch.Generator().manual_seed(4))
+    lines = ["Experts of 2, 3, 4 and 8 bits, 2048 x 2048, one token each, one call.", ""]
+    lines += ["| experts used | MB | ms | GB/s |", "|---|---|---|---|"]
+    for used in ([0], [3], [0, 1], [0, 1, 2, 3], [2, 3, 6, 7], list(range(8))):
+        calls: list[Call] = [
+            lambda layer=layer, used=used: linear_many([x] * len(used), [layer.expert(i) for i in used])  # type: ignore[misc]
+            for layer in layers
+        ]
+        seconds = _time_in_turns({"experts": calls}, rounds=80)["experts"]
+        size = sum(formats[i % 4].storage_bytes((rows, columns)) for i in used)
+        widths = ", ".join(str(formats[i % 4].bits) for i in used)
+        lines.append(f"| {widths} bits | {size / 1e6:.2f} | {seconds * 1e3:.3f} | {size / seconds / 1e9:.1f} |")
+    return lines
+
+
+def _time_in_turns(methods: dict[str, list[Call]], rounds: int = ROUNDS) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    for turn in range(rounds + 1):
+        for name, calls in methods.items():
+            call = calls[turn % len(calls)]
+            started = time.perf_counter()
+            call()
+            if turn:
+                times[name].append(time.perf_counter() - started)
+    return {name: float(np.percentile(measured, 10)) for name, measured in times.items()}
+
+
+def _packed(weight: Tensor, format_: Format, x: Tensor, path: str = "auto") -> list[Call]:
+    first = pack_weight(weight, format_)
+    count = COLD_BYTES // format_.storage_bytes(first.shape) + 1
+    linears = [QuantizedLinear(_copy(first)) for _ in range(count)]
+
+    def run(linear: QuantizedLinear) -> Tensor:
+        y: Tensor = linear(x)
+        return y
+
+    def run_by_path(linear: QuantizedLinear) -> Tensor:
+        with kernel_path(path):
+            return run(linear)
+
+    function = run if path == "auto" else run_by_path
+    return [lambda linear=linear: function(linear) for linear in linears]  # type: ignore[misc]
+
+
+def _copy(weight: PackedWeight) -> PackedWeight:
+    copied = PackedWeight(weight.format, weight.shape)
+    for name, tensor in weight.named_buffers():
+        setattr(copied, name, tensor.clone())
+    return copied
+
+
+def _copies(weight: Tensor, product: Callable[[Tensor], object]) -> list[Call]:
+    count = COLD_BYTES // (weight.numel() * weight.element_size()) + 1
+    return [lambda w=w: product(w) for w in [weight.clone() for _ in range(count)]]  # type: ignore[misc]
+
+
+def _torch_int4(x: Tensor) -> list[Call]:
+    codes = torch.randint(0, 16, (SIZE, SIZE), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scales = torch.rand(SIZE // 128, SIZE, 2).bfloat16()
+    activations = x.bfloat16()
+    multiply: Any = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return _copies(packed, lambda w: multiply(activations, w, 128, scales))
+
+
+def _fbgemm(weight: Tensor, x: Tensor) -> list[Call]:
+    torch.backends.quantized.engine = "fbgemm"
+    count = COLD_BYTES // weight.numel() + 1
+    quantized = torch.quantize_per_channel(
+        weight, weight.abs().amax(1) / 127, torch.zeros(SIZE, dtype=torch.int64), 0, torch.qint8
+    )
+    packed = [torch.ops.quantized.linear_prepack(quantized, None) for _ in range(count)]
+    return [lambda w=w: torch.ops.quantized.linear_dynamic(x, w, False) for w in packed]  # type: ignore[misc]
+
+
+def _read_chunks() -> list[Call]:
+    memory = torch.zeros((16, (8 << 20) // 8), dtype=torch.int64)
+    return [lambda chunk=chunk: chunk.sum() for chunk in memory]  # type: ignore[misc]
+
+
+def _error(weight: Tensor, format_: Format, x: Tensor) -> float:
+    packed = pack_weight(weight, format_)
+    with kernel_path("reference"):
+        expected = x.double() @ packed().double().T
+    return float((QuantizedLinear(packed)(x).double() - expected).norm() / expected.norm())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The compiled CPU kernels, called through ctypes.
+
+The kernels read weights in their stored layout, so there is no execution copy of a weight, and ``state_dict`` has
+nothing to convert. They are described in ``cpu/packed_matrix.h``. Activations are rounded to 16 bits within every
+group (128 columns where a row is one group), products are exact integers, sums float32: relative error about 4e-5.
+"""
+
+import ctypes
+import fcntl
+import functools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from runtime.kernels.build import CompilationFailed, compile_library, library_path
+
+# Instruction sets, by the number the library knows them under.
+LEVELS = ("portable", "avx2", "avx512")
+_NULL = 0
+
+
+class Matrix(ctypes.Structure):
+    """``bitplan::Matrix``; addresses are plain integers, so that a module that holds one can be copied."""
+
+    _fields_ = (
+        ("codes", ctypes.c_uint64),
+        ("scale", ctypes.c_uint64),
+        ("zero_point", ctypes.c_uint64),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("group_size", ctypes.c_int32),
+    )
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_uint64),
+        ("x", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("bias", ctypes.c_uint64),
+        ("tokens", ctypes.c_int64),
+    )
+
+
+class StoredMatrix(NamedTuple):
+    """A weight in its stored layout, as ``runtime.kernels.reference.dequantize_stored`` documents it."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+    columns: int
+
+
+class Product(NamedTuple):
+    """One product x W' + bias, float32: x [tokens, columns] contiguous, bias [rows]."""
+
+    x: Tensor
+    weight: Matrix
+    bias: Tensor | None = None
+
+
+def describe_matrix(stored: StoredMatrix) -> Matrix:
+    """Returns the library's view of a weight; valid while its tensors are.
+
+    Raises:
+        ValueError: If a tensor is not contiguous on the CPU.
+    """
+    tensors = [t for t in (stored.codes, stored.scale, stored.zero_point) if t is not None]
+    if not all(t.is_contiguous() and t.device.type == "cpu" for t in tensors):
+        msg = (
+            "the tensors of a packed weight must be contiguous on the CPU: got devices "
+            f"{[str(t.device) for t in tensors]}, strides {[t.stride() for t in tensors]}. Load the checkpoint again."
+        )
+        raise ValueError(msg)
+    rows, groups = stored.scale.shape
+    zero_point = _NULL if stored.zero_point is None else stored.zero_point.data_ptr()
+    addresses = stored.codes.data_ptr(), stored.scale.data_ptr(), zero_point
+    return Matrix(*addresses, rows, stored.columns, stored.bits, stored.columns // groups)
+
+
+class CpuKernels:
+    """The library at one instruction set.
+
+    Args:
+        library: The loaded library.
+        level: Name in ``LEVELS`` that this processor has.
+    """
+
+    def __init__(self, library: ctypes.CDLL, level: str) -> None:
+        self.level = level
+        self._level = LEVELS.index(level)
+        self._multiply = library.bitplan_multiply
+        self._multiply.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int)
+        self._dequantize = library.bitplan_dequantize
+        self._dequantize.restype = None
+        self._dequantize.argtypes = (*[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
+
+    def multiply(self, products: Sequence[Product]) -> list[Tensor]:
+        """Returns float32 [tokens, rows] of every product; all are computed in one call, rows shared among threads.
+
+        Raises:
+            MemoryError: If there is no memory for the rounded activations.
+        """
+        outs = [torch.empty((p.x.shape[0], p.weight.rows), dtype=torch.float32) for p in products]
+        jobs = (_Product * len(products))()
+        for job, product, out in zip(jobs, products, outs, strict=True):
+            job.weight, job.x, job.out = ctypes.addressof(product.weight), product.x.data_ptr(), out.data_ptr()
+            job.bias = _NULL if product.bias is None else product.bias.data_ptr()
+            job.tokens = product.x.shape[0]
+        self._run(jobs, len(products))
+        return outs
+
+    def multiply_one(self, x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
+        """Returns float32 [..., rows] of one product; the way with the least to do around it.
+
+        Args:
+            x: [..., columns] float32, contiguous.
+            weight: The weight [rows, columns].
+            bias: [rows] float32, contiguous, or None.
+
+        Raises:
+            MemoryError: If there is no memory for the rounded activations.
+        """
+        *leading, columns = x.shape
+        out = torch.empty((*leading, weight.rows), dtype=torch.float32)
+        bias_address = _NULL if bias is None else bias.data_ptr()
+        job = _Product(ctypes.addressof(weight), x.data_ptr(), out.data_ptr(), bias_address, x.numel() // columns)
+        self._run(ctypes.byref(job), 1)
+        return out
+
+    def _run(self, jobs: Any, count: int) -> None:
+        if self._multiply(jobs, count, self._level, torch.get_num_threads()):
+            msg = f"memory for the activations of {count} products must be there. Use shorter prompts."
+            raise MemoryError(msg)
+
+    def dequantize(self, weight: Matrix, rows: Tensor | None = None) -> Tensor:
+        """Returns the float32 matrix, or the given rows of it; the same numbers as the reference.
+
+        Args:
+            weight: The weight.
+            rows: [n] int64 indices below its rows, contiguous, or None for all.
+        """
+        count = weight.rows if rows is None else rows.shape[0]
+        out = torch.empty((count, weight.columns), dtype=torch.float32)
+        indices = _NULL if rows is None else rows.data_ptr()
+        self._dequantize(ctypes.addressof(weight), indices, count, out.data_ptr(), torch.get_num_threads())
+        return out
+
+
+@functools.cache
+def load_kernels(level: str | None = None) -> CpuKernels | None:
+    """Returns the kernels, compiled now if need be; None, with a warning, where they cannot be had.
+
+    Args:
+        level: Name in ``LEVELS``; None for the best that this processor has.
+
+    Raises:
+        ValueError: If the processor does not have the level.
+    """
+    library = _load_library()
+    if library is None:
+        return None
+    has = LEVELS[: library.bitplan_best_level() + 1]
+    if level is not None and level not in has:
+        msg = f"the instruction set must be one that this processor has: got '{level}', it has {', '.join(has)}."
+        raise ValueError(msg)
+    return CpuKernels(library, level or has[-1])
+
+
+@functools.cache
+def _load_library() -> ctypes.CDLL | None:
+    path = library_path()
+    try:
+        if not path.exists():
+            _compile_once(path)
+        return ctypes.CDLL(str(path))
+    except (CompilationFailed, OSError) as error:
+        warnings.warn(
+            "packed weights run on the slow reference path, tens of times slower: the CPU kernels cannot be had. "
+            f"{error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _compile_once(target: Path) -> None:
+    """Compiles the library unless another process does so at this moment; then waits for that one."""
+    try:
+        lock = (target.parent / ".build.lock").open("w")
+    except OSError as error:
+        msg = f"the library's directory must be writable: got '{target.parent}', {error.strerror}."
+        raise CompilationFailed(msg) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            compile_library(target)

@@ -1,0 +1,81 @@
+// What every instruction set implements: y = x W' for W in the stored layout, activations as 16-bit integers.
+//
+// A row of W is a little-endian bit stream of codes; weight[n, k] = scale[n, g] * (code[n, k] - zero_point[n, g]) with
+// g = k / group_size. The kernels read that stream as it is: no second copy of a weight is ever made.
+//
+// Activations are rounded to 16 bits within blocks of a row: x[k] ~ step[b] * v[k], |v| <= kLargestActivation. A block
+// never spans two groups, so with exact integer sums
+//
+//   y[n] = sum_b step[b] * scale[n, g] * (sum_k code[n, k] v[k] - zero_point[n, g] * sum_k v[k]).
+#pragma once
+#include <stdint.h>
+
+namespace bitplan {
+
+// 127 * 256 + 127: the largest v that splits into v = 256 * high + low with signed 8-bit parts.
+constexpr int kLargestActivation = 32639;
+// Columns that share a step where a whole row shares one scale.
+constexpr int kRowBlock = 128;
+// Tokens that one pass over the weights serves when they are read row by row.
+constexpr int kDecodeTokens = 4;
+
+// One weight in its stored layout; the fields are read by ctypes in the same order.
+struct Matrix {
+  const uint8_t* codes;       // [rows, ceil(columns * bits / 8)]
+  const uint16_t* scale;      // [rows, columns / group_size] float16
+  const uint8_t* zero_point;  // [rows, ceil(groups * bits / 8)], or null for 2^(bits - 1)
+  int64_t rows, columns;
+  int32_t bits, group_size;
+
+  int64_t row_bytes() const { return (columns * bits + 7) / 8; }
+  int64_t groups() const { return columns / group_size; }
+  int64_t zero_point_bytes() const { return (groups() * bits + 7) / 8; }
+};
+
+// Rounded activations of some tokens. `values` is laid out as the instruction set wants it.
+struct Activations {
+  int64_t tokens, columns;
+  int32_t block;         // columns that share a step
+  int32_t interleave;    // order of `values`, see avx512.h (octets of a 64-bit word) and avx2.h (codes of a 16-bit word)
+  int64_t blocks;        // blocks of a row
+  int64_t value_stride;  // bytes of `values` for one token
+  int64_t block_stride;  // floats of `step` and `sum` for one token, `blocks` and readable padding
+  uint8_t* values;
+  float* step;  // [tokens, block_stride]
+  float* sum;   // [tokens, block_stride]: step * sum_k v[k]
+};
+
+// Where a range of rows goes: out[token * stride + row].
+struct Output {
+  float* values;
+  int64_t stride;
+  const float* bias;  // [rows], or null
+};
+
+struct Kernels {
+  // Sets block, octets and strides for a matrix.
+  void (*shape)(const Matrix&, Activations&, bool decode);
+  void (*quantize)(const float* x, const Activations&, int64_t first_token, int64_t last_token);
+  // At most kDecodeTokens tokens, beginning with first_token.
+  void (*decode)(const Matrix&, const Activations&, int64_t first_token, int tokens, const Output&, int64_t first_row,
+                 int64_t last_row, float* scratch);
+  void (*prefill)(const Matrix&, const Activations&, const Output&, int64_t first_row, int64_t last_row, float* scratch);
+  int64_t (*scratch_floats)(const Matrix&, const Activations&);
+  int64_t prefill_rows;  // ranges of prefill begin at multiples of it
+};
+
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx2Kernels;
+
+inline int block_of(const Matrix& w) { return w.groups() == 1 ? kRowBlock : w.group_size; }
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A code or zero point out of a bit stream of `bytes` bytes.
+inline int read_code(const uint8_t* stream, int64_t bytes, int64_t index, int bits) {
+  const int64_t bit = index * bits, byte = bit >> 3;
+  const int window = stream[byte] | (byte + 1 < bytes ? stream[byte + 1] << 8 : 0);
+  return (window >> (bit & 7)) & ((1 << bits) - 1);
+}
+
+}  // namespace bitplan

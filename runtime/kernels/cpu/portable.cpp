@@ -1,0 +1,71 @@
+// Any processor: rows are read back to float32, one at a time, and multiplied in floating point.
+#include "portable.h"
+
+#include <string.h>
+
+namespace bitplan {
+namespace {
+
+// float16 to float32, exactly.
+float widen(uint16_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
+  uint32_t word = sign | (exponent + 112) << 23 | fraction << 13;
+  if (exponent == 0) {
+    // Zero and subnormal numbers: fraction * 2^-24.
+    const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
+    return sign ? -magnitude : magnitude;
+  }
+  if (exponent == 31) word = sign | 0x7f800000u | fraction << 13;
+  float value;
+  memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+// Eight codes of an octet, out of the first `bytes` of its bytes.
+void read_octet(const uint8_t* stream, int64_t bytes, int bits, uint8_t* codes) {
+  uint64_t word = 0;
+  for (int i = 0; i < bits && i < bytes; ++i) word |= static_cast<uint64_t>(stream[i]) << (8 * i);
+  for (int j = 0; j < 8; ++j) codes[j] = word >> (bits * j) & ((1u << bits) - 1);
+}
+
+// Enough independent sums for the compiler to keep them in vectors.
+float multiply_rows(const float* a, const float* b, int64_t count) {
+  constexpr int kSums = 16;
+  float sums[kSums] = {}, total = 0;
+  int64_t k = 0;
+  for (; k + kSums <= count; k += kSums)
+    for (int i = 0; i < kSums; ++i) sums[i] += a[k + i] * b[k + i];
+  for (; k < count; ++k) total += a[k] * b[k];
+  for (float sum : sums) total += sum;
+  return total;
+}
+
+}  // namespace
+
+void dequantize_row(const Matrix& w, int64_t row, float* out) {
+  const int64_t groups = w.groups(), row_bytes = w.row_bytes(), zero_bytes = w.zero_point_bytes();
+  const uint8_t* stream = w.codes + row * row_bytes;
+  float scale = 0, zero = static_cast<float>(1 << (w.bits - 1));
+  uint8_t codes[8];
+  for (int64_t k = 0; k < w.columns; ++k) {
+    if (k % 8 == 0) read_octet(stream + k / 8 * w.bits, row_bytes - k / 8 * w.bits, w.bits, codes);
+    if (k % w.group_size == 0) {
+      const int64_t g = k / w.group_size;
+      scale = widen(w.scale[row * groups + g]);
+      if (w.zero_point) zero = static_cast<float>(read_code(w.zero_point + row * zero_bytes, zero_bytes, g, w.bits));
+    }
+    out[k] = scale * (static_cast<float>(codes[k % 8]) - zero);
+  }
+}
+
+void portable_multiply(const Matrix& w, const float* x, int64_t tokens, const Output& out, int64_t first_row,
+                       int64_t last_row, float* scratch) {
+  for (int64_t row = first_row; row < last_row; ++row) {
+    dequantize_row(w, row, scratch);
+    for (int64_t t = 0; t < tokens; ++t)
+      out.values[t * out.stride + row] =
+          multiply_rows(scratch, x + t * w.columns, w.columns) + (out.bias ? out.bias[row] : 0.0f);
+  }
+}
+
+}  // namespace bitplan

@@ -1,0 +1,13 @@
+#pragma once
+#include "packed_matrix.h"
+
+namespace bitplan {
+
+// The float32 values of one row of W: the same numbers as scale * (code - zero_point) in PyTorch.
+void dequantize_row(const Matrix&, int64_t row, float* out);
+
+// Writes x W' for the rows [first_row, last_row); `scratch` holds `columns` floats.
+void portable_multiply(const Matrix&, const float* x, int64_t tokens, const Output&, int64_t first_row,
+                       int64_t last_row, float* scratch);
+
+}  // namespace bitplan
