@@ -48,7 +48,7 @@ def generate_text(
         hidden = len(prefix.tokens)
         input_ids = torch.cat([prefix.tokens[None], input_ids], dim=1)
         mask = torch.cat([torch.ones(1, hidden, dtype=mask.dtype), mask], dim=1)
-        cache = _fill(cache, prefix.make_cache(1))
+        sampling["past_key_values"] = prefix.make_cache(1)
     tokens = model.generate(
         input_ids=input_ids,
         attention_mask=mask,
@@ -58,12 +58,3 @@ def generate_text(
     )
     text: str = tokenizer.decode(tokens[0, hidden:], skip_special_tokens=True)
     return text
-
-
-def _fill(cache: Any, past: Any) -> Any:
-    """Returns a packed model's cache with the tokens of another; the other itself where the model has none."""
-    if cache is None:
-        return past
-    for index, layer in enumerate(past.layers):
-        cache.update(layer.keys, layer.values, index)
-    return cache

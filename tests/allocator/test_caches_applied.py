@@ -11,14 +11,12 @@ import torch
 import allocator
 from allocator.artefacts import Model
 from allocator.cli import run
-from allocator.generation import generate_text
 from allocator.measuring import MeasureRequest
 from allocator.plans import Plan
 from allocator.store import Store
 from runtime.apply import simulated_formats
 from runtime.cached_attention import simulated_cache
 from runtime.packed_model import load_packed, make_packed_cache, save_packed_
-from runtime.transforms.prefix_tokens import make_prefix
 from sensitivity.profile import SensitivityProfile
 from tests.tiny_measurements import BATCH, CONTEXT, FLAGS
 from tests.tiny_models import build_tiny_llama, save_model
@@ -48,6 +46,8 @@ def test_a_packed_model_decodes_as_it_was_measured(
 def test_generation_uses_the_formats_of_the_packed_model(
     cache_plan: Plan, tiny_llama_dir: Path, cache_profile: SensitivityProfile, cache_store: Store, tmp_path: Path
 ) -> None:
+    from allocator.generation import generate_text
+
     assert cache_plan.cache is not None
     narrow = replace(
         cache_plan, cache=replace(cache_plan.cache, formats=dict.fromkeys(cache_plan.cache.formats, "int2_channel"))
@@ -61,24 +61,6 @@ def test_generation_uses_the_formats_of_the_packed_model(
         texts.append(generate_text(model, tokenizer, "The compiler reads", max_new_tokens=24))
         assert (make_packed_cache(model) is None) == (name == "plain")
     assert texts[0] != texts[1]
-
-
-def test_a_prefix_is_read_from_the_quantized_cache(cache_plan: Plan, tiny_llama_dir: Path, tmp_path: Path) -> None:
-    assert cache_plan.cache is not None
-    reference = Model(str(tiny_llama_dir)).load_again()
-    formats = dict.fromkeys(cache_plan.cache.formats, "int2_channel")
-    save_packed_(reference, cache_plan.weights, tmp_path / "packed", metadata={}, formats_by_cache=formats)
-    model, tokenizer = allocator.load(tmp_path / "packed")
-    prefix = make_prefix(model, [40, 50, 60, 70], weights_fingerprint="0" * 64)
-    text = generate_text(model, tokenizer, "The compiler", max_new_tokens=12, prefix=prefix)
-    prompt = tokenizer("The compiler", return_tensors="pt").input_ids
-    cache, step = make_packed_cache(model), prompt
-    model(prefix.tokens[None], past_key_values=cache, use_cache=True)
-    tokens = prompt[0].tolist()
-    for _ in range(12):
-        step = model(step, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(dim=-1)
-        tokens.append(int(step))
-    assert tokenizer.decode(tokens, skip_special_tokens=True).startswith(text)
 
 
 def test_caches_of_a_model_that_is_read_block_by_block_are_not_measured(

@@ -15,7 +15,7 @@ _BY_ROW = [f for f in FORMATS.values() if f.fits(32) and f.storage_bytes((3, 32)
 _BY_KIND = {kind: [f.name for f in _BY_ROW if f.kind == kind] for kind in CODECS}
 NAMES = [
     *(name for name, f in CACHE_FORMATS.items() if isinstance(f, TokenBlockFormat)),
-    *(name for names in _BY_KIND.values() for name in dict.fromkeys([names[0], names[-1]])),
+    *(name for names in _BY_KIND.values() for name in dict.fromkeys([*names[:1], *names[-1:]])),
 ]
 TOKENS = 75
 
@@ -26,9 +26,9 @@ def draw_states() -> Tensor:
 
 
 def expected(states: Tensor, format_: Format) -> Tensor:
-    """Returns the states as they come back, a row at a time."""
+    """Returns the states as they come back."""
     if not isinstance(format_, TokenBlockFormat):
-        return torch.stack([render(row[None], format_)[0] for row in states.reshape(-1, 32)]).view(states.shape)
+        return render(states.reshape(-1, 32), format_).view(states.shape)
     back = states.half().float().clone()
     length = format_.token_block
     for b, h, block in torch.cartesian_prod(*map(torch.arange, (2, 3, states.shape[2] // length))).tolist():
