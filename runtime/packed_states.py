@@ -79,13 +79,13 @@ class PackedTokens(PackedStates):
 
     def append(self, states: Tensor) -> None:
         batch, heads, tokens, self._row_length = states.shape
-        rows = states.permute(2, 0, 1, 3).reshape(-1, self._row_length)
+        rows = states.to(torch.float32).permute(2, 0, 1, 3).reshape(-1, self._row_length)
         for name, buffer in pack_weight(rows, self._format).named_buffers():
-            new = buffer.view(tokens, batch, heads, -1)
+            new = buffer.view(tokens, batch, heads, *buffer.shape[1:])
             self._buffers[name] = torch.cat([self._buffers[name], new]) if name in self._buffers else new
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        tokens, batch, heads, _ = next(iter(self._buffers.values())).shape
+        tokens, batch, heads = next(iter(self._buffers.values())).shape[:3]
         packed = PackedWeight(self._format, (tokens * batch * heads, self._row_length))
         packed.load_state_dict({name: b.flatten(0, 2) for name, b in self._buffers.items()}, assign=True)
         rows: Tensor = packed()
@@ -137,7 +137,7 @@ class PackedTokenBlocks(PackedStates):
             batch, heads, _, head_dim = waiting.shape
             blocks = waiting[:, :, :whole].reshape(batch, heads, -1, self._length, head_dim).transpose(-1, -2)
             # [batch, heads, blocks, head_dim, block] -> [batch, heads * head_dim, blocks, block]
-            self._blocks.append(blocks.transpose(2, 3).flatten(1, 2).to(torch.float32))
+            self._blocks.append(blocks.transpose(2, 3).flatten(1, 2))
         self._recent = waiting[:, :, whole:].clone()
 
     def read(self, dtype: torch.dtype) -> Tensor:

@@ -68,4 +68,4 @@ def render_past(states: Tensor, format_: Format | None) -> PastStates:
 
 def render_rows(states: Tensor, format_: Format) -> Tensor:
     """Returns states [..., n] as they come back from a format, each row of n numbers on its own."""
-    return render(states.reshape(-1, states.shape[-1]), format_).to(states.dtype).view(states.shape)
+    return render(states.to(torch.float32).reshape(-1, states.shape[-1]), format_).to(states.dtype).view(states.shape)

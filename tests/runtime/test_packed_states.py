@@ -5,14 +5,17 @@ import torch
 from torch import Tensor
 
 from runtime.cache_formats import CACHE_FORMATS, TokenBlockFormat, cache_bytes
-from runtime.formats import Format
+from runtime.codecs import CODECS
+from runtime.formats import FORMATS, Format
 from runtime.packed_states import make_packed_states
 from runtime.rendering import render
 
+# Blocks of all widths, and of each kind the first and the last whose rows fit a head and share nothing.
+_BY_ROW = [f for f in FORMATS.values() if f.fits(32) and f.storage_bytes((3, 32)) == 3 * f.storage_bytes((1, 32))]
+_BY_KIND = {kind: [f.name for f in _BY_ROW if f.kind == kind] for kind in CODECS}
 NAMES = [
-    name
-    for name, f in CACHE_FORMATS.items()
-    if isinstance(f, TokenBlockFormat) or (f.kind in ("int", "float") and f.fits(32))
+    *(name for name, f in CACHE_FORMATS.items() if isinstance(f, TokenBlockFormat)),
+    *(name for names in _BY_KIND.values() for name in dict.fromkeys([*names[:1], *names[-1:]])),
 ]
 TOKENS = 75
 
@@ -23,9 +26,9 @@ def draw_states() -> Tensor:
 
 
 def expected(states: Tensor, format_: Format) -> Tensor:
-    """Returns the states as they come back, a row at a time."""
+    """Returns the states as they come back."""
     if not isinstance(format_, TokenBlockFormat):
-        return torch.stack([render(row[None], format_)[0] for row in states.reshape(-1, 32)]).view(states.shape)
+        return render(states.reshape(-1, 32), format_).view(states.shape)
     back = states.half().float().clone()
     length = format_.token_block
     for b, h, block in torch.cartesian_prod(*map(torch.arange, (2, 3, states.shape[2] // length))).tolist():
