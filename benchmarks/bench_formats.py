@@ -1,14 +1,16 @@
 """Every storage format on one real layer: kinds of bits, error, and who can run it. Writes formats.md.
 
-The README shows the formats of ``SHOWN``. A second table has the output error on inputs that nothing saw, with and
+The README shows the formats of ``SHOWN``. ``--output-error`` adds the output error on inputs that nothing saw, with and
 without input statistics.
 """
 
+import argparse
 from pathlib import Path
 from typing import Any
 
-from bench_quantizers import CALIBRATION_SEQUENCES, collect_moments
+import torch
 from machine import describe_machine
+from torch import Tensor
 
 import allocator
 from allocator.demo import demo_request
@@ -37,10 +39,15 @@ WITH_STATISTICS = (
     *("int1_g64", "int2_g64", "q2_k", "fp3_g64", "int3_g64", "q3_k", "int4_g64", "fp4_g64", "mxfp4", "nvfp4", "nvint4"),
     *("q4_0", "q4_k", "q5_k", "fp6_g64", "mxint8"),
 )
+SEQUENCES = 8
 COLUMNS = "| format | family | nominal | entropy | packed | stored | relative error | who can run it |"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output-error", action="store_true", help="measure output errors on held-out inputs as well")
+    arguments = parser.parse_args()
+    flag = " --output-error" if arguments.output_error else ""
     store = Store()
     model = allocator.Model(str(prepare_demo_model(store.root)))
     with shown_progress() as progress:
@@ -50,7 +57,7 @@ def main() -> None:
         [
             "# Storage formats, SmolLM2-135M",
             "",
-            f"Made by `python benchmarks/bench_formats.py`. Machine: {describe_machine()}.",
+            f"Made by `python benchmarks/bench_formats.py{flag}`. Machine: {describe_machine()}.",
             "",
             f"`{WEIGHT}`, 576 × 1536. Bits are per weight; stored bits include scales, padding and other metadata.",
             "Entropy is that of the codes. Relative error is ‖W − Ŵ‖ / ‖W‖, integers by `clipping`, all others by",
@@ -60,10 +67,7 @@ def main() -> None:
             "",
             *lay_out([row for row in rows if row["format"] in SHOWN], best, key=lambda row: SHOWN.index(row["format"])),
             "",
-            "## Output error on held-out inputs",
-            "",
-            *lay_out_output_errors(model, store),
-            "",
+            *(lay_out_output_errors(model, store) if arguments.output_error else ()),
             "## All, by stored bits",
             "",
             *lay_out(rows, best, key=lambda row: (row["stored_bits"], row["relative_error"])),
@@ -77,12 +81,14 @@ def lay_out_output_errors(model: allocator.Model, store: Store) -> list[str]:
     """Returns the lines of a table of ‖(W − Ŵ)X‖ / ‖WX‖ for X of texts that the statistics are not of."""
     text = prepare_text(model.reference, demo_request(store))
     known, unknown = (
-        InputStatistics(second_moment=collect_moments(model.reference.model, tokens)[WEIGHT], count=tokens.numel())
-        for tokens in (text.fisher.tokens[:CALIBRATION_SEQUENCES], text.selection.tokens)
+        find_statistics(model.reference.model, tokens[:SEQUENCES])
+        for tokens in (text.fisher.tokens, text.selection.tokens)
     )
     weight = read_weight(model.reference.model, list_weights(model.reference.model)[WEIGHT])
     whole = unknown.output_error(weight)
     lines = [
+        "## Output error on held-out inputs",
+        "",
         f"‖(W − Ŵ)X‖ / ‖WX‖, X the inputs of {unknown.count} tokens; statistics of {known.count} tokens of other text.",
         "",
         "| format | stored | weight alone | importance of columns | GPTQ |",
@@ -99,7 +105,20 @@ def lay_out_output_errors(model: allocator.Model, store: Store) -> list[str]:
         )
         errors = " | ".join(f"{(unknown.output_error(each - weight) / whole) ** 0.5:.4f}" for each in rendered)
         lines.append(f"| {name} | {8 * format_.storage_bytes(shape) / weight.numel():.3f} | {errors} |")
-    return lines
+    return [*lines, ""]
+
+
+def find_statistics(model: Any, tokens: Tensor) -> InputStatistics:
+    """Returns the statistics of the inputs of ``WEIGHT`` on tokens [S, T]."""
+    inputs: list[Tensor] = []
+    module = model.get_submodule(WEIGHT.removesuffix(".weight"))
+    handle = module.register_forward_pre_hook(lambda _module, arguments: inputs.append(arguments[0].flatten(0, 1)))
+    with torch.no_grad():
+        for sequence in tokens:
+            model(sequence.unsqueeze(0), use_cache=False)
+    handle.remove()
+    x = torch.cat(inputs)
+    return InputStatistics(second_moment=x.T @ x, count=len(x))
 
 
 def is_undominated(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
