@@ -84,6 +84,7 @@ def measure(model: str, out: Path | None, as_json: bool, **options: Any) -> str:
     help="Improve the best measured plan around itself, at most so many rounds. Minutes each; for 4 bits and below.",
 )
 @click.option("--profile", type=click.Path(path_type=Path), help="Profile directory; default: the model's latest.")
+@click.option("--engine", help="Keep the rules of an engine ('bitplan engines' lists them), and say what they cost.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the plan to this file.")
 @_json_option
 @_printed
@@ -93,6 +94,7 @@ def plan(
     verify: bool,
     refine: int,
     profile: Path | None,
+    engine: str | None,
     out: Path | None,
     as_json: bool,
     **budget: Any,
@@ -109,11 +111,22 @@ def plan(
         msg = "refinement measures: got --refine with --no-verify. Leave one of them out."
         raise click.UsageError(msg)
     made = _with_progress(
-        run, model, asked, verify=verify, metric=metric, refine=refine, profile=_load_profile(profile)
+        run, model, asked, verify=verify, metric=metric, refine=refine, profile=_load_profile(profile), engine=engine
     )
     if out is not None:
         save_plan(made, out)
     return render(made.to_dict(), as_json, lambda _: plan_text(made))
+
+
+@cli.command()
+@_json_option
+@_printed
+def engines(as_json: bool) -> str:
+    """Print what each engine can load: the rules that 'plan --engine' keeps."""
+    from allocator.cli_output import engines_text
+    from runtime.engines import describe_engines
+
+    return render({"engines": describe_engines()}, as_json, engines_text)
 
 
 @cli.command()

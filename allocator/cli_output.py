@@ -66,9 +66,27 @@ def plan_text(made: "Plan") -> str:
         f"({made.termination}, {made.solve_s * 1e3:.1f} ms)",
         "formats: " + ", ".join(f"{name} x {count}" for name, count in counts.most_common()),
         made.verdict,
+        *([made.rules.describe()] if made.rules else []),
     ]
     rows = [_brief(vars(evaluation)) for evaluation in made.evaluations]
     return "\n".join(lines + ([table(rows)] if rows else []))
+
+
+def engines_text(document: dict[str, Any]) -> str:
+    """Returns the table of engines, one paragraph each."""
+    paragraphs = []
+    for engine in document["engines"]:
+        rows = {
+            "reads": engine["reads"],
+            "formats": "; ".join(engine["formats"]),
+            "one format for": "; ".join([*engine["fuse"], f"experts: each {engine['experts'].replace('_', ' ')}"]),
+            "checked": engine["checked"],
+            "runs with": engine["command"],
+            "note": " ".join(engine["notes"]),
+        }
+        lines = [f"  {name}: {text}" for name, text in rows.items() if text]
+        paragraphs.append("\n".join([engine["name"], *lines]))
+    return "\n\n".join(paragraphs)
 
 
 def _brief(row: dict[str, Any]) -> dict[str, Any]:

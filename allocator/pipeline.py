@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -15,6 +15,7 @@ from allocator.artefacts import Model, assignment_of_plan, find_profile, open_mo
 from allocator.assignments import list_uniform, use_of
 from allocator.budget import LATENCY, MEMORY, Budget
 from allocator.competition import Competition, list_rivals
+from allocator.engine_rules import Optimum, price_rules, restrict_profile
 from allocator.measuring import MeasureRequest, run_measurement
 from allocator.planning import default_metric, find_assignment, make_plan
 from allocator.plans import Evaluation, Plan, check_same_model, check_same_profile
@@ -26,6 +27,7 @@ from allocator.store import Store
 from allocator.timings import find_latency
 from allocator.verification import REFERENCE, make_evaluation, score_cached
 from runtime.costs import CostTable
+from runtime.engines import find_engine
 from runtime.packed_model import check_packed_place, load_packed, save_packed_
 from sensitivity.calibration import read_sequences
 from sensitivity.profile import SensitivityProfile
@@ -62,6 +64,7 @@ def plan(
     metric: str | None = None,
     refine: int = 0,
     profile: SensitivityProfile | None = None,
+    engine: str | None = None,
     store: Store | None = None,
     progress: Progress = silent,
 ) -> Plan:
@@ -80,14 +83,17 @@ def plan(
         metric: Metric to plan with; None for the best one held (and its rivals, when verifying).
         refine: The most rounds of refinement; they need ``verify``.
         profile: Profile to use instead of the model's latest.
+        engine: Name in ``ENGINES``; the plan then keeps its rules, and says what they cost.
         store: Where profiles and scores are kept.
         progress: Called with (stage, done, total).
 
     Raises:
         InfeasibleBudget: If nothing keeps the budget.
         ArtefactMismatch: If the profile was measured on another model.
-        ValueError: If the metric is not in the profile, or refinement is asked for that cannot be.
+        ValueError: If the metric is not in the profile, refinement is asked for that cannot be, the engine is unknown,
+            or it runs none of the measured formats in some unit.
     """
+    target = None if engine is None else find_engine(engine)
     if refine and not verify:
         msg = f"refinement measures: got refine={refine} without verification. Verify, or leave refine out."
         raise ValueError(msg)
@@ -95,25 +101,33 @@ def plan(
     model = model if isinstance(model, SensitivityProfile) else open_model(model)
     if profile is not None and isinstance(model, Model):
         check_same_profile(profile.provenance["model_fingerprint"], model.fingerprint, model.source)
-    profile = profile or find_profile(model, store=store, progress=progress)
-    latency = find_latency(profile, store, progress) if LATENCY in budget.limits else None
-    tables = build_cost_tables(profile, latency, batch_tokens=budget.batch)
-    chosen = metric or default_metric(profile)
-    best = find_assignment(profile, budget, tables, metric=chosen, draft=not verify)
+    whole = profile or find_profile(model, store=store, progress=progress)
+    chosen = metric or default_metric(whole)
+
+    def optimum(of: SensitivityProfile) -> Optimum:
+        latency = find_latency(of, store, progress) if LATENCY in budget.limits else None
+        tables = build_cost_tables(of, latency, batch_tokens=budget.batch)
+        found = find_assignment(of, budget, tables, metric=chosen, draft=not verify)
+        return Optimum(profile=of, tables=tables, assignment=found)
+
+    best = optimum(whole if target is None else restrict_profile(whole, target))
+    rules = None if target is None else price_rules(target, kept=best, free=optimum(whole))
     if not verify:
-        return make_plan(profile, best, budget, tables, provenance())
+        made = make_plan(best.profile, best.assignment, budget, best.tables, provenance())
+        return replace(made, rules=rules)
     shared: dict[str, Any] = {
-        "profile": profile,
+        "profile": best.profile,
         "budget": budget,
-        "tables": tables,
+        "tables": best.tables,
         "store": store,
         "progress": progress,
         "load_model": partial(_load_model, model),
     }
     refinement = Refinement(**shared, rounds=refine) if refine else None
-    rivals = list_rivals(profile, budget, tables, best, only_metric=metric is not None)
+    rivals = list_rivals(best.profile, budget, best.tables, best.assignment, only_metric=metric is not None)
     competition = Competition(**shared, provenance=provenance())
-    return competition.run(best, rivals, refinement.run if refinement else None)
+    made = competition.run(best.assignment, rivals, refinement.run if refinement else None)
+    return replace(made, rules=rules)
 
 
 def frontier(

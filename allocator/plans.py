@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.files import write_text
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # Of the 8 KiB that runtime/checkpoint.py sets aside for all metadata besides the formats.
 _HEADER_BYTES = 6 * 1024
 _SHORTENED_CHARACTERS = (1000, 300, 100, 30, 10)
@@ -72,6 +72,33 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RulesPrice:
+    """What the rules of an engine cost under a plan's budget: the optimum under them beside the one without.
+
+    Args:
+        engine: Name of the engine.
+        predicted_kl: Loss of the optimum under its rules, nats per token.
+        memory_bytes: Bytes of that optimum's weight file.
+        unrestricted_kl: Loss of the optimum without them.
+        unrestricted_bytes: Bytes of that optimum's weight file.
+    """
+
+    engine: str
+    predicted_kl: float
+    memory_bytes: int
+    unrestricted_kl: float
+    unrestricted_bytes: int
+
+    def describe(self) -> str:
+        """Returns the price as one sentence."""
+        return (
+            f"Rules of {self.engine}: the best plan under them is predicted to lose {self.predicted_kl:.4g} nats per "
+            f"token in {self.memory_bytes / 2**20:.2f} MiB; without them {self.unrestricted_kl:.4g} in "
+            f"{self.unrestricted_bytes / 2**20:.2f} MiB."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Formats of all weights, and what is known about this choice.
 
@@ -101,6 +128,7 @@ class Plan:
         reference_memory_bytes: Bytes of the reference model.
         evaluations: Measurements on selection text, this plan and its rivals.
         verdict: What the verification found, in one sentence.
+        rules: What the rules of the engine it was made for cost; None where it was made for none.
         provenance: Names, fingerprints and versions.
     """
 
@@ -127,6 +155,7 @@ class Plan:
     reference_memory_bytes: int
     evaluations: Sequence[Evaluation] = field(default_factory=tuple)
     verdict: str = "Not verified by measurement."
+    rules: RulesPrice | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -247,6 +276,7 @@ def _plan(record: dict[str, Any]) -> Plan:
             "weights": weights,
             "provenance": provenance,
             "units": tuple(UnitPlan(**unit) for unit in record["units"]),
+            "rules": record["rules"] and RulesPrice(**record["rules"]),
             "evaluations": tuple(Evaluation(**evaluation) for evaluation in record["evaluations"]),
         }
     )

@@ -61,9 +61,9 @@ def _change(record: dict[str, Any], **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 7}, r"schema_version=2: got 7 in '.*plan.json'"),
-        ({"schema_version": 1}, r"schema_version=2: got 1 in '.*plan.json'"),
-        ({"schema_version": "gone"}, r"schema_version=2: got None"),
+        ({"schema_version": 7}, r"schema_version=3: got 7 in '.*plan.json'"),
+        ({"schema_version": 1}, r"schema_version=3: got 1 in '.*plan.json'"),
+        ({"schema_version": "gone"}, r"schema_version=3: got None"),
         ({"corrected_kl": "gone"}, r"lacks \['corrected_kl'\]"),
         ({"units": "gone"}, r"lacks \['units'\] and has unknown \[\]"),
         ({"colour": "red"}, r"lacks \[\] and has unknown \['colour'\]"),
