@@ -70,7 +70,7 @@ def list_uniform(candidates: Candidates, metric: str) -> list[Assignment]:
     for format_ in candidates.formats:
         choice = np.array([_nearest(candidates, u, format_.bits, format_.name) for u in range(len(candidates.units))])
         variants = {f"uniform {format_.name}": choice}
-        if embeddings and format_.kind == "int" and format_.bits < 8:
+        if embeddings and format_.bits < 8:
             wider = choice.copy()
             wider[embeddings] = [_nearest(candidates, u, 8, None) for u in embeddings]
             variants[f"uniform {format_.name}, 8-bit embeddings"] = wider

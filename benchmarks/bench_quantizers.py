@@ -22,9 +22,10 @@ from allocator.measuring import prepare_text
 from allocator.store import Store
 from runtime.formats import FORMATS, Format
 from runtime.quantization import dequantize
-from runtime.quantizers import InputStatistics, find_activation_scale, render
+from runtime.quantizers import InputStatistics, find_activation_scale
 from runtime.quantizers.automatic import AUTOMATIC, SINGLE_QUANTIZERS
 from runtime.quantizers.hqq import find_half_quadratic_grid
+from runtime.rendering import render
 from runtime.units import list_weights, read_weight
 from sensitivity.criteria.output_error import InputSecondMoments, run_under
 from sensitivity.evaluation import mean_interval

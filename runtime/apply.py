@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from runtime.formats import Format, find_format
 from runtime.packed import PackedExperts, PackedWeight, QuantizedEmbedding, QuantizedLinear, pack_in_place_
-from runtime.quantizers import quantize
-from runtime.rendering import RenderingRule, quantize_weight, render_weight
+from runtime.rendering import RenderingRule, encode, encode_weight, render_weight
 from runtime.units import EMBEDDING_SCALE, Weight, list_weights, read_weight
 
 FormatsByWeight = Mapping[str, str]
@@ -23,7 +22,7 @@ def check_formats_by_weight(model: nn.Module, formats_by_weight: FormatsByWeight
     """Returns the weights that get a format, by name.
 
     Raises:
-        ValueError: If a name is not a weight of the model, a format is unknown, or its groups do not divide a row.
+        ValueError: If a name is not a weight of the model, a format is unknown, or a weight does not fit it.
     """
     weights = list_weights(model, routers=True)
     unknown = [name for name in formats_by_weight if name not in weights]
@@ -35,10 +34,11 @@ def check_formats_by_weight(model: nn.Module, formats_by_weight: FormatsByWeight
         raise ValueError(msg)
     for name, format_name in formats_by_weight.items():
         format_, in_features = find_format(format_name), weights[name].shape[1]
-        if not format_.fits(in_features):
+        refusal = format_.refusal(in_features)
+        if refusal is not None:
             msg = (
-                f"group_size must divide in_features: got group_size={format_.group_size}, "
-                f"in_features={in_features} in weight '{name}'. Use another group size or a channel format."
+                f"a weight must fit its format: got format '{format_name}' for weight '{name}', but {refusal}. "
+                "Use another group size or a channel format."
             )
             raise ValueError(msg)
     return {name: weights[name] for name in formats_by_weight}
@@ -56,7 +56,7 @@ def simulated_formats(
         quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
 
     Raises:
-        ValueError: If a name is not a weight of the model, a format is unknown, or its groups do not divide a row.
+        ValueError: If a name is not a weight of the model, a format is unknown, or a weight does not fit it.
     """
     weights = check_formats_by_weight(model, formats_by_weight)
     saved: dict[str, Tensor] = {}
@@ -97,10 +97,8 @@ def apply_formats_(model: nn.Module, formats_by_weight: FormatsByWeight, *, quan
 
     def pack(weight: Weight) -> PackedWeight:
         format_ = find_format(formats_by_weight[weight.name])
-        values = read_weight(model, weight)
-        if format_.kind == "float":
-            return pack_weight(values, format_)
-        return PackedWeight.from_quantized(quantize_weight(weight, values, format_, quantizer))
+        tensors = encode_weight(weight, read_weight(model, weight), format_, quantizer)
+        return PackedWeight.from_tensors(tensors, format_, weight.shape)
 
     _install_packed(model, weights, pack)
 
@@ -117,9 +115,8 @@ def install_empty_formats_(model: nn.Module, formats_by_weight: FormatsByWeight)
 
 def pack_weight(weight: Tensor, format_: Format, quantizer: str = "rtn") -> PackedWeight:
     """Returns the weight [out_features, in_features] packed in a format."""
-    if format_.kind == "float":
-        return PackedWeight.from_dense(weight, format_)
-    return PackedWeight.from_quantized(quantize(weight, format_, quantizer))
+    shape = (weight.shape[0], weight.shape[1])
+    return PackedWeight.from_tensors(encode(weight, format_, quantizer), format_, shape)
 
 
 def _install_packed(model: nn.Module, weights: Mapping[str, Weight], pack: _Pack) -> None:

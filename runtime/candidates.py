@@ -116,8 +116,9 @@ def refuse_by_engine(candidates: Candidates, engine: Engine) -> Candidates:
 
 def _refusal(unit: Unit, format_: Format, embedding_formats: Sequence[str] | None, pin: str | None) -> str | None:
     for weight in unit.weights:
-        if not format_.fits(weight.shape[1]):
-            return f"group_size={format_.group_size} does not divide in_features={weight.shape[1]}"
+        misfit = format_.refusal(weight.shape[1])
+        if misfit is not None:
+            return misfit
     if pin is not None:
         return None if format_.name == pin else f"pinned to {pin}"
     if unit.kind in ("embedding", "head"):

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from runtime.files import atomic_path
+from runtime.formats import FORMATS
+from runtime.packed import PackedWeight
 from runtime.units import list_weights
 
 CHECKPOINT_FILE = "model.safetensors"
@@ -70,13 +72,20 @@ def reference_bytes(model: nn.Module) -> int:
 
 
 def header_reserve_bytes(model: nn.Module, *, routers: bool = False) -> int:
-    """Returns the bytes set aside for the header of the packed file of a reference model, length field included."""
+    """Returns the bytes set aside for the header of the packed file of a reference model, length field included.
+
+    Any format of the menu fits. A format of more tensors than all others, or with a longer name for one, makes every
+    file longer by some bytes a weight, also those of plans that exist.
+    """
     weights = list_weights(model, routers=routers)
     quantizable = {weight.parameter for weight in weights.values()}
-    longest_suffix = len(".zero_point")
+    stored = [format_.stored_tensors((1, format_.group_size or 1)) for format_ in FORMATS.values()]
+    most_tensors = max(len(tensors) for tensors in stored)
+    longest_suffix = max(len(f".{tensor.name}") for tensors in stored for tensor in tensors)
     total = _PROVENANCE_BYTES
     for weight in weights.values():
-        total += 3 * (len(weight.name) + longest_suffix + _ENTRY_BYTES) + len(weight.name) + _FORMAT_BYTES
+        entries = most_tensors * (len(weight.name) + longest_suffix + _ENTRY_BYTES)
+        total += entries + len(weight.name) + _FORMAT_BYTES
     for name, tensor in _distinct_tensors(model).items():
         if name not in quantizable:
             total += len(name) + _ENTRY_BYTES + 12 * tensor.ndim
@@ -100,7 +109,12 @@ def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, str], *
     Raises:
         ValueError: If the header does not fit its reserve.
     """
-    tensors = {name: t.to(exact_dtype(t)) for name, t in _distinct_tensors(model).items()}
+    packed = {id(t) for module in model.modules() if isinstance(module, PackedWeight) for t in module.buffers()}
+    # What a format stores keeps its type, in which it was priced; only the rest is narrowed.
+    tensors = {
+        name: t.detach() if id(t) in packed else t.detach().to(exact_dtype(t))
+        for name, t in _distinct_tensors(model).items()
+    }
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header = _header(ordered, metadata).encode()
     if len(header) > header_bytes - 8:
@@ -154,7 +168,7 @@ def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            distinct[name] = tensor.detach()
+            distinct[name] = tensor
     return distinct
 
 

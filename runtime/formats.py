@@ -1,99 +1,57 @@
-"""Storage formats: how a weight matrix is written, and exactly how many bytes that takes.
-
-A weight of shape [out_features, in_features] stored as an integer format is, row by row, a dense
-little-endian bit stream of codes (each row starts on a byte), one float16 scale per group and, when
-asymmetric, one zero point of the code's own width per group, packed the same way.
+"""The menu of storage formats, by name. What a format is, and the bytes it takes, are in ``runtime/storage.py``.
 
 Four different numbers are called "bits": ``Format.bits`` is the nominal code width; entropy plays no
 part here; packed bits are the codes alone; budgets use ``storage_bytes``, which counts codes, scales,
 zero points and the padding of every row.
 """
 
+import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
 
-SCALE_BYTES = 2  # float16
-INTEGER_BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128, None)
+from runtime.storage import Format, packed_row_bytes
 
+__all__ = ["DEFAULT_FORMATS", "FORMATS", "Format", "find_format", "find_formats", "packed_row_bytes"]
 
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """How one weight is stored.
-
-    Args:
-        name: Key in ``FORMATS``, such as ``int4_g64``.
-        kind: ``int`` for grouped integer codes, ``float`` for an unquantized 16-bit type.
-        bits: Code width in bits.
-        group_size: Weights of one row that share a scale; None means the whole row (per channel).
-        symmetric: True when there is no zero point: code 2^(bits-1) stands for zero.
-    """
-
-    name: str
-    kind: Literal["int", "float"]
-    bits: int
-    group_size: int | None = None
-    symmetric: bool = True
-
-    def group_count(self, in_features: int) -> int:
-        """Returns the number of groups in a row of ``in_features`` weights.
-
-        Raises:
-            ValueError: If the group size does not divide the row.
-        """
-        if self.group_size is None:
-            return 1
-        if in_features % self.group_size:
-            msg = (
-                f"group_size must divide in_features: got group_size={self.group_size}, "
-                f"in_features={in_features} in format '{self.name}'. Use another group size or a channel format."
-            )
-            raise ValueError(msg)
-        return in_features // self.group_size
-
-    def fits(self, in_features: int) -> bool:
-        """Returns True when a row of ``in_features`` weights can be stored in this format."""
-        return self.group_size is None or in_features % self.group_size == 0
-
-    def storage_bytes(self, shape: tuple[int, int]) -> int:
-        """Returns the exact bytes of a weight [out_features, in_features]: codes, scales, zero points, padding.
-
-        Raises:
-            ValueError: If the group size does not divide the row.
-        """
-        out_features, in_features = shape
-        if self.kind == "float":
-            return out_features * in_features * self.bits // 8
-        groups = self.group_count(in_features)
-        zero_points = 0 if self.symmetric else packed_row_bytes(groups, self.bits)
-        return out_features * (packed_row_bytes(in_features, self.bits) + groups * SCALE_BYTES + zero_points)
+INTEGER_BITS = (2, 3, 4, 5, 6, 7, 8)
+GROUP_SIZES = (16, 32, 64, 128, 256, None)
 
 
-def packed_row_bytes(count: int, bits: int) -> int:
-    """Returns the bytes of ``count`` codes of ``bits`` bits, padded to a whole byte."""
-    return (count * bits + 7) // 8
+def _group_name(group_size: int | None) -> str:
+    return "channel" if group_size is None else f"g{group_size}"
 
 
-def _integer_format(bits: int, group_size: int | None, symmetric: bool) -> Format:
-    group = "channel" if group_size is None else f"g{group_size}"
-    name = f"int{bits}_{group}" + ("_sym" if symmetric else "")
-    return Format(name=name, kind="int", bits=bits, group_size=group_size, symmetric=symmetric)
+def _integer_format(bits: int, group_size: int | None, symmetric: bool, scale_type: str) -> Format:
+    suffix = ("_sym" if symmetric else "") + ("" if scale_type == "fp16" else f"_{scale_type}")
+    return Format(
+        name=f"int{bits}_{_group_name(group_size)}{suffix}",
+        # One bit has no grid with a zero: two values a group.
+        kind="int" if bits > 1 else "binary",
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        scale_type=scale_type,
+    )
 
 
-FORMATS: dict[str, Format] = {
-    **{
-        f.name: f
-        for f in (
-            _integer_format(bits, group_size, symmetric)
-            for bits in INTEGER_BITS
-            for group_size in GROUP_SIZES
-            for symmetric in (False, True)
-        )
-    },
-    "bf16": Format(name="bf16", kind="float", bits=16),
-    "fp16": Format(name="fp16", kind="float", bits=16),
-}
+_FAMILIES: tuple[Iterable[Format], ...] = (
+    (
+        _integer_format(bits, group_size, symmetric, scale_type)
+        for scale_type in ("fp16", "pow2")
+        for bits in INTEGER_BITS
+        for group_size in GROUP_SIZES
+        for symmetric in (False, True)
+    ),
+    (
+        _integer_format(1, group_size, symmetric, scale_type)
+        for symmetric, scale_type in ((False, "fp16"), (True, "fp16"), (True, "pow2"))
+        for group_size in GROUP_SIZES
+    ),
+    (
+        Format(name="bf16", kind="float", bits=16, element="bfloat16"),
+        Format(name="fp16", kind="float", bits=16, element="float16"),
+    ),
+)
+FORMATS: dict[str, Format] = {format_.name: format_ for family in _FAMILIES for format_ in family}
 
 DEFAULT_FORMATS = ("int2_g64", "int3_g64", "int4_g64", "int5_g64", "int6_g64", "int8_g64", "bf16")
 
@@ -102,10 +60,14 @@ def find_format(name: str) -> Format:
     """Returns the format called ``name``.
 
     Raises:
-        ValueError: If there is none; the message lists the known names.
+        ValueError: If there is none; the message names those that are spelled alike.
     """
     if name not in FORMATS:
-        msg = f"format must be a known name: got '{name}'. Known formats: {', '.join(sorted(FORMATS))}."
+        alike = difflib.get_close_matches(name, FORMATS, n=3, cutoff=0.0)
+        msg = (
+            f"format must be a known name: got '{name}'. Spelled alike: {', '.join(alike)}. 'bitplan formats' lists all "
+            f"{len(FORMATS)}."
+        )
         raise ValueError(msg)
     return FORMATS[name]
 

@@ -8,63 +8,51 @@ the reference path: the matrix is dequantized to float32 whenever it is used, an
 import torch
 from torch import Tensor, nn
 
-from runtime.formats import Format, packed_row_bytes
-from runtime.packing import pack_codes, unpack_codes
-from runtime.quantization import FLOAT_DTYPES, QuantizedWeight, dequantize_codes, round_to_float
+from runtime.codecs import CODECS, StoredTensors
+from runtime.codecs.integer import pack_quantized
+from runtime.quantization import QuantizedWeight
+from runtime.storage import Format
 
 
 class PackedWeight(nn.Module):
     """One matrix [out_features, in_features] in its stored format.
 
-    Buffers, integer formats: ``codes`` [out_features, ceil(in_features * bits / 8)] uint8, ``scale``
-    [out_features, groups] float16, ``zero_point`` [out_features, ceil(groups * bits / 8)] uint8 when asymmetric.
-    Unquantized formats: ``values`` [out_features, in_features] bfloat16 or float16.
+    Its buffers are ``format_.stored_tensors(shape)``, empty and on the meta device until they are filled.
 
     Args:
         format_: The format.
         shape: (out_features, in_features).
-    """
 
-    values: Tensor
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
+    Raises:
+        ValueError: If the weight does not fit the format.
+    """
 
     def __init__(self, format_: Format, shape: tuple[int, int]) -> None:
         super().__init__()
         self.format = format_
         self.shape = shape
-        rows, in_features = shape
-        if format_.kind == "float":
-            self.register_buffer("values", torch.empty(shape, dtype=FLOAT_DTYPES[format_.name], device="meta"))
-            return
-        groups, bits = format_.group_count(in_features), format_.bits
-        self._register_bytes("codes", rows, packed_row_bytes(in_features, bits))
-        self.register_buffer("scale", torch.empty((rows, groups), dtype=torch.float16, device="meta"))
-        if not format_.symmetric:
-            self._register_bytes("zero_point", rows, packed_row_bytes(groups, bits))
+        for tensor in format_.stored_tensors(shape):
+            empty = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta")
+            self.register_buffer(tensor.name, empty)
 
     @classmethod
-    def from_dense(cls, values: Tensor, format_: Format) -> "PackedWeight":
-        """Returns a weight [out_features, in_features] stored in an unquantized format.
-
-        Raises:
-            ValueError: If a weight is not finite, or outside the range of the format.
-        """
-        packed = cls(format_, (values.shape[0], values.shape[1]))
-        packed.values = round_to_float(values, format_).to(FLOAT_DTYPES[format_.name])
+    def from_tensors(cls, tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> "PackedWeight":
+        """Returns a weight that holds the tensors an encoder has made, by name."""
+        packed = cls(format_, shape)
+        for name in packed._buffers:
+            setattr(packed, name, tensors[name])
         return packed
 
     @classmethod
     def from_quantized(cls, quantized: QuantizedWeight) -> "PackedWeight":
         """Returns a quantized weight with its codes packed."""
-        format_, codes = quantized.format, quantized.codes
-        packed = cls(format_, (codes.shape[0], codes.shape[1]))
-        packed.codes = pack_codes(codes, format_.bits)
-        packed.scale = quantized.scale
-        if quantized.zero_point is not None:
-            packed.zero_point = pack_codes(quantized.zero_point, format_.bits)
-        return packed
+        shape = (quantized.codes.shape[0], quantized.codes.shape[1])
+        return cls.from_tensors(pack_quantized(quantized), quantized.format, shape)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        return dict(self.named_buffers())
 
     def forward(self, rows: Tensor | None = None) -> Tensor:
         """Returns the float32 matrix, or only the given rows.
@@ -72,24 +60,10 @@ class PackedWeight(nn.Module):
         Args:
             rows: [n] int64 row indices, or None for all rows.
         """
-        if self.format.kind == "float":
-            return self._pick(self.values, rows).to(torch.float32)
-        bits = self.format.bits
-        codes, scale = self._pick(self.codes, rows), self._pick(self.scale, rows)
-        zero_point = None
-        if not self.format.symmetric:
-            zero_point = unpack_codes(self._pick(self.zero_point, rows), bits, scale.shape[1])
-        return dequantize_codes(unpack_codes(codes, bits, self.shape[1]), scale, zero_point, bits)
+        return CODECS[self.format.kind].decode(self.tensors, self.format, self.shape, rows)
 
     def extra_repr(self) -> str:
         return f"{self.format.name}, shape={self.shape}"
-
-    def _register_bytes(self, name: str, rows: int, row_bytes: int) -> None:
-        self.register_buffer(name, torch.empty((rows, row_bytes), dtype=torch.uint8, device="meta"))
-
-    @staticmethod
-    def _pick(tensor: Tensor, rows: Tensor | None) -> Tensor:
-        return tensor if rows is None else tensor[rows]
 
 
 class QuantizedLinear(nn.Module):

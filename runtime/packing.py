@@ -10,7 +10,7 @@ temporaries.
 import torch
 from torch import Tensor
 
-from runtime.formats import packed_row_bytes
+from runtime.storage import packed_row_bytes
 
 CODES_PER_WORD = 8
 _BLOCK_CODES = 1 << 22

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.formats import Format
-
-FLOAT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from runtime.storage import Format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +55,3 @@ def dequantize_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bi
         values -= zero_point.to(torch.float32).unsqueeze(-1)
     values *= scale.to(torch.float32).unsqueeze(-1)
     return values.view(rows, -1)
-
-
-def round_to_float(weight: Tensor, format_: Format) -> Tensor:
-    """Returns the weight rounded to an unquantized 16-bit format, as float32.
-
-    Raises:
-        ValueError: If a weight is not finite, or outside the range of the format.
-    """
-    rounded = weight.to(FLOAT_DTYPES[format_.name]).to(torch.float32)
-    if not bool(torch.isfinite(rounded).all()):
-        msg = (
-            f"weights must be finite and in the range of format '{format_.name}': got "
-            f"max|w|={weight.abs().max().item():g}. Check the weight for huge values; bf16 has the widest range."
-        )
-        raise ValueError(msg)
-    return rounded

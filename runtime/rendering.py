@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
+from runtime.codecs import CODECS
+from runtime.codecs.integer import pack_quantized
 from runtime.formats import Format
-from runtime.quantization import QuantizedWeight, dequantize, round_to_float
+from runtime.quantization import QuantizedWeight, dequantize
 from runtime.quantizers import QUANTIZERS, STATISTICAL, InputStatistics, quantize
 from runtime.rendered_files import RenderedFiles
 from runtime.units import Weight
@@ -44,6 +47,40 @@ class Rendering:
 RenderingRule = str | Rendering
 
 
+def render(
+    values: Tensor, format_: Format, quantizer: str = "rtn", *, statistics: InputStatistics | None = None
+) -> Tensor:
+    """Returns the float32 values [out_features, in_features] as they will be read back from ``format_``.
+
+    Args:
+        values: Finite.
+        format_: The format.
+        quantizer: Name in ``QUANTIZERS``; formats that are not integers are rendered by their own encoder.
+        statistics: Of the weight's inputs; needed by the quantizers in ``STATISTICAL``.
+
+    Raises:
+        ValueError: If the quantizer is unknown, lacks statistics that it needs, or the weight cannot be stored.
+    """
+    if format_.kind == "int":
+        # What packing and unpacking would give, without either.
+        return dequantize(quantize(values, format_, quantizer, statistics=statistics))
+    shape = (values.shape[0], values.shape[1])
+    return CODECS[format_.kind].decode(encode(values, format_, quantizer, statistics=statistics), format_, shape, None)
+
+
+def encode(
+    values: Tensor, format_: Format, quantizer: str = "rtn", *, statistics: InputStatistics | None = None
+) -> dict[str, Tensor]:
+    """Returns the tensors that the values are stored as, by name; arguments and errors as of ``render``."""
+    if format_.kind == "int":
+        return pack_quantized(quantize(values, format_, quantizer, statistics=statistics))
+    importance = None
+    if statistics is not None:
+        statistics.check_fits(values)
+        importance = statistics.hessian().diagonal()
+    return CODECS[format_.kind].encode(values.to(torch.float32), format_, importance)
+
+
 def render_weight(weight: Weight, values: Tensor, format_: Format, rule: RenderingRule) -> Tensor:
     """Returns the float32 values [out_features, in_features] of a weight as they will be read back from a format.
 
@@ -54,15 +91,21 @@ def render_weight(weight: Weight, values: Tensor, format_: Format, rule: Renderi
         rule: Name in ``QUANTIZERS``, or a ``Rendering``.
 
     Raises:
-        ValueError: If the quantizer is unknown, lacks statistics that it needs, or refuses the weight.
+        ValueError: If the quantizer is unknown, lacks statistics that it needs, or the weight cannot be stored.
     """
-    if format_.kind == "float":
-        return round_to_float(values, format_)
-    return dequantize(quantize_weight(weight, values, format_, rule))
+    if format_.kind == "int":
+        return dequantize(_quantize_weight(weight, values, format_, rule))
+    return render(values, format_, quantizer_name(rule), statistics=statistics_of(weight, format_, rule))
 
 
-def quantize_weight(weight: Weight, values: Tensor, format_: Format, rule: RenderingRule) -> QuantizedWeight:
-    """Returns a weight in an integer format; arguments and errors as of ``render_weight``."""
+def encode_weight(weight: Weight, values: Tensor, format_: Format, rule: RenderingRule) -> dict[str, Tensor]:
+    """Returns the tensors that a weight is stored as, by name; arguments and errors as of ``render_weight``."""
+    if format_.kind == "int":
+        return pack_quantized(_quantize_weight(weight, values, format_, rule))
+    return encode(values, format_, quantizer_name(rule), statistics=statistics_of(weight, format_, rule))
+
+
+def _quantize_weight(weight: Weight, values: Tensor, format_: Format, rule: RenderingRule) -> QuantizedWeight:
     quantizer, statistics = quantizer_name(rule), statistics_of(weight, format_, rule)
     if statistics is None or isinstance(rule, str) or rule.files is None:
         return quantize(values, format_, quantizer, statistics=statistics)
@@ -76,12 +119,12 @@ def quantizer_name(rule: RenderingRule) -> str:
 
 
 def statistics_of(weight: Weight, format_: Format, rule: RenderingRule) -> InputStatistics | None:
-    """Returns what a rule knows about the inputs of a weight; None where the quantizer reads the weight alone.
+    """Returns what a rule knows about the inputs of a weight; None where it is rendered from the weight alone.
 
     Raises:
         ValueError: If the quantizer needs statistics and the rule has none of this weight.
     """
-    if quantizer_name(rule) not in STATISTICAL or format_.kind == "float":
+    if quantizer_name(rule) not in STATISTICAL or not CODECS[format_.kind].reads_importance:
         return None
     known = {} if isinstance(rule, str) else rule.statistics
     if weight.name not in known:

@@ -2,6 +2,10 @@
 
 Every quantizer is a function ``(weight [out_features, in_features], format, statistics or None) -> QuantizedWeight``.
 Those in ``STATISTICAL`` need the statistics; ``clipping`` weights its error by them where they are given.
+
+They work on the grid of integer formats. A format of any other kind is rendered by its own encoder
+(``runtime/codecs/``), whatever quantizer is asked for; a quantizer in ``STATISTICAL`` hands it the importance of the
+columns. ``runtime/rendering.py`` makes the difference.
 """
 
 from dataclasses import replace
@@ -9,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from runtime.formats import Format
-from runtime.quantization import QuantizedWeight, dequantize, round_to_float
+from runtime.quantization import QuantizedWeight
 from runtime.quantizers.activation_scaling import ActivationScale, find_activation_scale, scale_inputs
 from runtime.quantizers.automatic import SINGLE_QUANTIZERS, Quantizer, quantize_automatic
 from runtime.quantizers.input_statistics import InputStatistics
@@ -25,7 +29,6 @@ __all__ = [
     "Quantizer",
     "find_activation_scale",
     "quantize",
-    "render",
     "scale_inputs",
 ]
 
@@ -42,19 +45,14 @@ def quantize(
         statistics: Of the weight's inputs; needed by those in ``STATISTICAL``.
 
     Raises:
-        ValueError: If the quantizer is unknown, lacks statistics that it needs, or refuses the weight.
+        ValueError: If the quantizer is unknown, lacks statistics that it needs, or refuses the weight, or the format
+            is not an integer format.
     """
+    if format_.kind != "int":
+        msg = f"quantizers work on integer formats: got format '{format_.name}' of kind '{format_.kind}'. Render it."
+        raise ValueError(msg)
     if quantizer not in QUANTIZERS:
         msg = f"quantizer must be a known name: got '{quantizer}'. Known quantizers: {', '.join(QUANTIZERS)}."
         raise ValueError(msg)
     quantized = QUANTIZERS[quantizer](weight, format_, statistics)
     return quantized if quantized.quantizer else replace(quantized, quantizer=quantizer)
-
-
-def render(
-    weight: Tensor, format_: Format, quantizer: str = "rtn", *, statistics: InputStatistics | None = None
-) -> Tensor:
-    """Returns the float32 weight [out_features, in_features] as it will be read back from ``format_``."""
-    if format_.kind == "float":
-        return round_to_float(weight, format_)
-    return dequantize(quantize(weight, format_, quantizer, statistics=statistics))

@@ -26,7 +26,7 @@ from torch import Tensor
 from runtime.formats import Format
 from runtime.quantization import QuantizedWeight
 from runtime.quantizers.gptq import quantize_gptq
-from runtime.quantizers.grid import Grid, by_row_blocks, grid_of, largest_code, round_to_half
+from runtime.quantizers.grid import Grid, by_row_blocks, grid_of, largest_code, round_scale
 from runtime.quantizers.input_statistics import InputStatistics, require_statistics
 from runtime.quantizers.rtn import quantize_rtn
 
@@ -128,7 +128,7 @@ class _Descent:
             direction = self._codes[block] - self._zero_point[g]
             slope = (direction * (self._H[block] @ self._error)).sum(0)
             curvature = (direction * (self._H[block, block] @ direction)).sum(0)
-            scale = round_to_half(self._scale[g] - slope / curvature).to(torch.float32)
+            scale = round_scale(self._scale[g] - slope / curvature, self._format).to(torch.float32)
             step = scale - self._scale[g]
             better = step * (2 * slope + step * curvature) < 0
             self._scale[g] = torch.where(better, scale, self._scale[g])

@@ -8,7 +8,10 @@ is what the packed weight stores. A grid is made to span a range [low, high] of 
     asymmetric:  scale = (high - low) / (2^b - 1),  zero_point = round(-low / scale),  the range stretched to hold zero
     symmetric:   scale = max(-low, high) / ((2^b - 1) / 2),  zero_point = 2^(b-1)
 
-The scale is rounded up to float16, so that the grid reaches both ends of the range.
+The scale is rounded up to a float16, or to a power of two where the format stores its exponent, so that the grid
+reaches both ends of the range.
+
+Powers of two: Zhao et al. 2024 (ShiftQuant, arXiv:2411.10948): sums of groups then merge by shifts.
 """
 
 from collections.abc import Callable
@@ -18,10 +21,12 @@ import torch
 from torch import Tensor
 
 from runtime.formats import Format
+from runtime.powers import nearest_exponent, power_of_two
 from runtime.quantization import QuantizedWeight
 
 SMALLEST_SCALE = 2.0**-24
 LARGEST_SCALE = 65504.0
+_LARGEST_EXPONENT = 15
 _BLOCK_ROWS = 4096
 
 
@@ -92,10 +97,10 @@ def span_grid(low: Tensor, high: Tensor, format_: Format) -> Grid:
     """
     top = largest_code(format_)
     if format_.symmetric:
-        scale = round_up_to_half(torch.maximum(low.abs(), high.abs()) / (top / 2))
+        scale = round_scale_up(torch.maximum(low.abs(), high.abs()) / (top / 2), format_)
         return Grid(format=format_, scale=scale, zero_point=torch.full_like(low, 1 << (format_.bits - 1)))
     low = low.clamp(max=0.0)
-    scale = round_up_to_half((high.clamp(min=0.0) - low) / top)
+    scale = round_scale_up((high.clamp(min=0.0) - low) / top, format_)
     return Grid(format=format_, scale=scale, zero_point=torch.round(-low / scale.to(torch.float32)).clamp_(0, top))
 
 
@@ -108,15 +113,35 @@ def find_grid(weight: Tensor, format_: Format) -> Grid:
     return span_grid(*range_of(weight, format_), format_)
 
 
-def round_up_to_half(scale: Tensor) -> Tensor:
-    """Returns the least float16 not below each scale, and at least the smallest positive one.
+def round_scale_up(scale: Tensor, format_: Format) -> Tensor:
+    """Returns the least float16 not below each scale that the format can store, and at least the smallest positive one.
 
     Raises:
         ValueError: If one is not finite.
     """
+    rounded = _round_up_to_half(scale)
+    if format_.scale_type != "pow2":
+        return rounded
+    mantissa, exponent = torch.frexp(rounded.to(torch.float32))
+    # Powers of two have the mantissa one half, and stay.
+    return _check_finite(power_of_two(exponent - (mantissa == 0.5).to(torch.int32)).to(torch.float16), scale)
+
+
+def round_scale(scale: Tensor, format_: Format) -> Tensor:
+    """Returns the positive finite float16 that the format can store nearest to each scale."""
+    clamped = scale.clamp(SMALLEST_SCALE, LARGEST_SCALE)
+    if format_.scale_type != "pow2":
+        return clamped.to(torch.float16)
+    return power_of_two(nearest_exponent(clamped).clamp_(max=_LARGEST_EXPONENT)).to(torch.float16)
+
+
+def _round_up_to_half(scale: Tensor) -> Tensor:
     rounded = scale.to(torch.float16).clamp_(min=SMALLEST_SCALE)
     # Positive float16 numbers are ordered as their bits are: one more is the next number, infinity after the largest.
-    rounded = (rounded.view(torch.int16) + (rounded.to(torch.float32) < scale)).view(torch.float16)
+    return _check_finite((rounded.view(torch.int16) + (rounded.to(torch.float32) < scale)).view(torch.float16), scale)
+
+
+def _check_finite(rounded: Tensor, scale: Tensor) -> Tensor:
     if not bool(torch.isfinite(rounded).all()):
         msg = (
             f"scales must be finite in float16 (weights finite, ranges below 65504 steps): got a largest scale of "
@@ -124,11 +149,6 @@ def round_up_to_half(scale: Tensor) -> Tensor:
         )
         raise ValueError(msg)
     return rounded
-
-
-def round_to_half(scale: Tensor) -> Tensor:
-    """Returns the positive finite float16 nearest to each scale."""
-    return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16)
 
 
 def by_row_blocks(weight: Tensor, quantize_block: Callable[[Tensor], QuantizedWeight]) -> QuantizedWeight:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from runtime.formats import Format
 from runtime.quantization import QuantizedWeight
-from runtime.quantizers.grid import Grid, find_grid, largest_code, round_to_half
+from runtime.quantizers.grid import Grid, find_grid, largest_code, round_scale
 from runtime.quantizers.input_statistics import InputStatistics
 
 _KAPPA = 1.01
@@ -91,7 +91,7 @@ def find_half_quadratic_grid(
         if not format_.symmetric:
             zero_point = (codes - target / scale).mean(-1, keepdim=True).clamp_(0, largest_code(format_))
             zero_point = torch.round(zero_point) if round_zero_point else zero_point
-        scale = _fit_scale(target, codes - zero_point, scale)
+        scale = _fit_scale(target, codes - zero_point, scale, format_)
         codes, error = _round(grouped, scale, zero_point, format_)
         now = _norm(error / first, norm_power)
         better = now < least
@@ -113,10 +113,10 @@ def _shrink(x: Tensor, beta: float, norm_power: float) -> Tensor:
     return x.sign() * (magnitude - magnitude.pow(norm_power - 1.0) / beta).clamp_(min=0.0)
 
 
-def _fit_scale(target: Tensor, direction: Tensor, scale: Tensor) -> Tensor:
+def _fit_scale(target: Tensor, direction: Tensor, scale: Tensor, format_: Format) -> Tensor:
     power = direction.square().sum(-1, keepdim=True)
     fitted = (target * direction).sum(-1, keepdim=True) / power
-    return round_to_half(torch.where(power > 0, fitted, scale)).to(torch.float32)
+    return round_scale(torch.where(power > 0, fitted, scale), format_).to(torch.float32)
 
 
 def _norm(x: Tensor, norm_power: float) -> Tensor:

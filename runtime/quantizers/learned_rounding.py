@@ -25,7 +25,7 @@ from torch import Tensor
 from runtime.formats import Format
 from runtime.quantization import QuantizedWeight
 from runtime.quantizers.clipping import find_clipped_grid
-from runtime.quantizers.grid import Grid, by_row_blocks, largest_code, round_to_half
+from runtime.quantizers.grid import Grid, by_row_blocks, largest_code, round_scale
 from runtime.quantizers.input_statistics import InputStatistics, require_statistics
 
 _LEAST_CLIP = 0.1
@@ -95,7 +95,7 @@ class _Variables:
             low = zero_point * first * self._clips[0]
             wanted = (low + (top - zero_point) * first * self._clips[1]) / top
             zero_point = _straight_through(low / wanted, torch.round(low / wanted).clamp(0, top))
-        scale = _straight_through(wanted, round_to_half(wanted.detach())).unsqueeze(-1)
+        scale = _straight_through(wanted, round_scale(wanted.detach(), format_)).unsqueeze(-1)
         position = self._weight.view(*first.shape, -1) / scale + self._offset.view(*first.shape, -1)
         codes = (_straight_through(position, torch.round(position)) + zero_point.unsqueeze(-1)).clamp(0, top)
         rendered = ((codes - zero_point.unsqueeze(-1)) * scale).view(self._weight.shape)

@@ -7,8 +7,8 @@ A uniform grid of 2^b levels over a range r has the step r / (2^b - 1) and, by t
 r_g = 2 max|w| for symmetric formats and max(w, 0) - min(w, 0) for asymmetric ones. For one symmetric group it is
 kappa^2 / (3 (2^b - 1)^2) with the crest factor kappa = max|w| / rms, i.e. in dB 4.77 + 20 log10(2^b - 1) - 20 log10
 kappa. Nothing is rendered; one reduction for each group size. The noise model overstates few wide groups of very few
-levels and weights that already lie on a grid, and it knows no quantizer. Of 16-bit floats it says nothing: they have
-their measured ratio.
+levels and weights that already lie on a grid, and it knows no quantizer. Of formats that
+are no integers it says nothing: they have their measured ratio.
 
 Source: the crest-factor analysis of Chen et al. 2025 (INT v.s. FP, arXiv:2510.25602), for our grids.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from runtime.candidates import Candidates
 from runtime.formats import Format
-from runtime.quantizers import render
+from runtime.rendering import render
 from runtime.units import read_weight
 from sensitivity.criteria.weight_error import measure_weight_power, relative_error
 
@@ -35,7 +35,7 @@ def predict_grid_noise(model: nn.Module, candidates: Candidates) -> NDArray[np.f
             squared_ranges: dict[_Grid, float] = {}
             for f in np.flatnonzero(candidates.allowed[u]).tolist():
                 format_ = candidates.formats[f]
-                if format_.kind == "float":
+                if format_.kind != "int":
                     noise[u, f] += float((render(values, format_) - values).square().sum())
                     continue
                 grid = (format_.group_size, format_.symmetric)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from runtime.apply import simulated_formats
 from runtime.candidates import Candidates
-from runtime.quantizers import render
+from runtime.rendering import render
 from runtime.units import Unit, read_weight
 from sensitivity.pieces import Piece, read_or_measure
 from sensitivity.sketches.joint_kl import JointKL

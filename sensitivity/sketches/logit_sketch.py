@@ -90,7 +90,7 @@ class LogitSketch:
 
     def _is_lossless(self, unit: Unit, format_: Format) -> bool:
         # Worth asking: a bfloat16 model loses nothing at bf16, and a pass of the model is saved.
-        if format_.kind != "float":
+        if not format_.unquantized:
             return False
         weights = [(weight, read_weight(self._model, weight)) for weight in unit.weights]
         return all(torch.equal(render_weight(w, values, format_, self._quantizer), values) for w, values in weights)

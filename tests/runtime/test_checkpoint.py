@@ -99,7 +99,7 @@ def assert_header(path: Path, header_bytes: int) -> None:
     assert header_bytes % 8 == 0
     header = json.loads(data[8:header_bytes])
     assert header.pop("__metadata__") == {"format": "pt", "plan": "a ü"}
-    itemsize = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+    itemsize = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "F8_E4M3": 1}
     entries = sorted(header.values(), key=lambda entry: entry["data_offsets"])
     assert all(entry["data_offsets"][0] % itemsize[entry["dtype"]] == 0 for entry in entries)
     assert entries[-1]["data_offsets"][1] == len(data) - header_bytes

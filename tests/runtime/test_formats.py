@@ -16,6 +16,8 @@ def test_bytes_are_those_of_the_packed_tensors(format_: Format) -> None:
         if format_.fits(shape[1]):
             packed = pack_weight(torch.randn(shape, generator=torch.Generator().manual_seed(0)), format_)
             assert format_.storage_bytes(shape) == sum(t.nbytes for t in packed.buffers()), shape
+            stored = {t.name: (t.shape, getattr(torch, t.dtype)) for t in format_.stored_tensors(shape)}
+            assert {name: (t.shape, t.dtype) for name, t in packed.named_buffers()} == stored
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,8 @@ def test_group_that_does_not_divide_the_row_is_refused(group_size: int) -> None:
     in_features = 3 * group_size + 1
     format_ = FORMATS[f"int4_g{group_size}"]
     assert not format_.fits(in_features)
+    assert format_.refusal(in_features) == f"group_size={group_size} does not divide in_features={in_features}"
+    assert format_.refusal(2 * group_size) is None
     with pytest.raises(ValueError, match=f"must divide.*group_size={group_size}, in_features={in_features} in format"):
         format_.group_count(in_features)
     with pytest.raises(ValueError, match=f"group_size={group_size}, in_features={in_features}"):
@@ -69,8 +73,10 @@ def test_row_bytes_round_up(bits: int) -> None:
 def test_find_format() -> None:
     assert find_format("int4_g64") is FORMATS["int4_g64"]
     assert [f.name for f in find_formats(DEFAULT_FORMATS)] == list(DEFAULT_FORMATS)
-    with pytest.raises(ValueError, match=r"known name: got 'int7_g64'.*bf16.*int4_g64"):
-        find_format("int7_g64")
+    with pytest.raises(
+        ValueError, match=r"known name: got 'int9_g64'\. Spelled alike: int\d_g64, .*'bitplan formats' lists all \d+"
+    ):
+        find_format("int9_g64")
 
 
 @pytest.mark.parametrize("names", [(), ("bf16", "int4_g64", "bf16")], ids=["none", "twice"])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from runtime.apply import pack_weight
 from runtime.formats import FORMATS, Format
 from runtime.packed import PackedExperts, PackedWeight, QuantizedEmbedding, QuantizedLinear
-from runtime.quantizers import render
+from runtime.rendering import render
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 
 from runtime.apply import apply_formats_, simulated_formats
 from runtime.formats import FORMATS
-from runtime.quantizers import STATISTICAL, render
-from runtime.rendering import Rendering, quantizer_name, render_weight, statistics_of
+from runtime.quantizers import STATISTICAL
+from runtime.rendering import Rendering, quantizer_name, render, render_weight, statistics_of
 from runtime.units import Weight, list_weights
 from tests.runtime.quantizers.cases import draw_statistics, draw_weight
 from tests.tiny_models import build_tiny_llama

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from runtime.candidates import Candidates
-from runtime.quantizers import render
+from runtime.rendering import render
 from runtime.units import read_weight
 
 EPS = torch.finfo(torch.float32).eps

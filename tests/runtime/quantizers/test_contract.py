@@ -10,7 +10,8 @@ from torch import Tensor
 
 from runtime.formats import FORMATS
 from runtime.quantization import dequantize
-from runtime.quantizers import QUANTIZERS, STATISTICAL, InputStatistics, quantize, render
+from runtime.quantizers import QUANTIZERS, STATISTICAL, InputStatistics, quantize
+from runtime.rendering import render
 from tests.runtime.quantizers.cases import assert_storable, draw_statistics, draw_weight
 
 SHAPES = {
@@ -144,3 +145,8 @@ def test_weights_beyond_float16_scales_are_refused(quantizer: str, value: float)
 def test_unquantized_formats_need_no_statistics() -> None:
     weight = draw_weight(2, 64)
     assert torch.equal(render(weight, FORMATS["bf16"], "gptq"), weight.to(torch.bfloat16).float())
+
+
+def test_formats_without_an_integer_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match="integer formats: got format 'bf16' of kind 'float'"):
+        quantize(draw_weight(2, 64), FORMATS["bf16"])

@@ -13,8 +13,8 @@ from runtime.quantizers.grid import (
     by_row_blocks,
     find_grid,
     grid_of,
-    round_to_half,
-    round_up_to_half,
+    round_scale,
+    round_scale_up,
 )
 from runtime.quantizers.rtn import quantize_rtn
 from tests.runtime.quantizers.cases import draw_weight
@@ -44,7 +44,7 @@ def test_nearest_codes_are_nearest(name: str) -> None:
 
 def test_scales_are_rounded_up_to_the_next_float16() -> None:
     scale = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 100
-    rounded = round_up_to_half(scale).numpy()
+    rounded = round_scale_up(scale, FORMATS["int4_g64"]).numpy()
     assert (rounded.astype(np.float64) >= scale.numpy()).all()
     assert (np.nextafter(rounded, np.float16(0)).astype(np.float64) < scale.numpy()).all()
 
@@ -52,7 +52,7 @@ def test_scales_are_rounded_up_to_the_next_float16() -> None:
 def test_scales_are_rounded_to_a_positive_finite_float16() -> None:
     scale = torch.tensor([-1.0, 0.0, 1e-30, 0.1, 1e30])
     expected = torch.tensor([SMALLEST_SCALE, SMALLEST_SCALE, SMALLEST_SCALE, 0.1, LARGEST_SCALE]).to(torch.float16)
-    assert torch.equal(round_to_half(scale), expected)
+    assert torch.equal(round_scale(scale, FORMATS["int4_g64"]), expected)
 
 
 @pytest.mark.parametrize("name", ["int2_g32", "int2_g32_sym"])
@@ -69,3 +69,18 @@ def test_blocks_of_rows_give_the_whole(name: str, rows: int) -> None:
     assert torch.equal(dequantize(blocks), dequantize(quantize_rtn(weight, FORMATS[name])))
     assert sum(sizes) == rows
     assert max(sizes) <= 4096
+
+
+@pytest.mark.parametrize("name", ["int4_g64_pow2", "int4_g64_sym_pow2"])
+def test_power_of_two_scales(name: str) -> None:
+    """Up: the least power not below. Nearest: no other power is nearer. In float64."""
+    scale = torch.rand(2000, generator=torch.Generator().manual_seed(0)).mul(40).sub(25).exp2().clamp(max=30000.0)
+    scale[:3] = torch.tensor([1.0, 0.125, 2.0**-30])
+    up, nearest = (rounds(scale, FORMATS[name]).double() for rounds in (round_scale_up, round_scale))
+    powers = 2.0 ** torch.arange(-24, 16, dtype=torch.float64)
+    assert torch.isin(up, powers).all() and torch.isin(nearest, powers).all()
+    wanted = scale.double().clamp(min=SMALLEST_SCALE)
+    assert ((up >= wanted) & ((up < 2 * wanted) | (up == SMALLEST_SCALE))).all()
+    assert torch.equal((nearest - wanted).abs(), (powers - wanted.unsqueeze(1)).abs().amin(1))
+    with pytest.raises(ValueError, match="scales must be finite in float16"):
+        round_scale_up(torch.tensor([40000.0]), FORMATS[name])

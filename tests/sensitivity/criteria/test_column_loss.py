@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from runtime.candidates import list_candidates
-from runtime.quantizers import render
+from runtime.rendering import render
 from runtime.units import Weight, find_units, read_weight
 from sensitivity.criteria.column_loss import (
     DAMPING,

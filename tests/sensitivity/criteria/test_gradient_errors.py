@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from runtime.candidates import Candidates, list_candidates
-from runtime.quantizers import render
+from runtime.rendering import render
 from runtime.units import find_units, read_weight
 from sensitivity.criteria.gradient_errors import (
     measure_absolute_slope,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from runtime.candidates import list_candidates
-from runtime.quantizers import render
+from runtime.rendering import render
 from runtime.units import Weight, find_units, read_weight
 from sensitivity.criteria.output_error import InputSecondMoments, measure_output_error
 from tests.sensitivity.captured_inputs import capture_inputs

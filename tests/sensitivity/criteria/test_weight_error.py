@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedModel
 
 from runtime.candidates import list_candidates
-from runtime.quantizers import render
+from runtime.rendering import render
 from runtime.units import find_units, read_weight
 from sensitivity.criteria.weight_error import (
     measure_weight_error,

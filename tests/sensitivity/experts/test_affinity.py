@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.candidates import list_candidates
-from runtime.quantizers import render
+from runtime.rendering import render
 from runtime.units import find_units, read_weight
 from sensitivity.criteria.output_error import InputSecondMoments, measure_output_error
 from sensitivity.experts.affinity import measure_affinity_error, measure_affinity_moments

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from runtime.candidates import Candidates, list_candidates
-from runtime.quantizers import render
+from runtime.rendering import render
 from runtime.units import find_units, read_weight
 from sensitivity.sketches.fisher_sketch import fisher_loss, measure_fisher_sketch
 from tests.sensitivity.exact_gradients import compute_gradients, contract, draw_labels, make_score

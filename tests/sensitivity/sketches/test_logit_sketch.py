@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from runtime.candidates import Candidates, list_candidates
-from runtime.quantizers import render
+from runtime.rendering import render
 from runtime.units import find_units, read_weight
 from sensitivity.sketches.logit_sketch import LogitSketch, gram_of
 from tests.tiny_models import VOCABULARY_SIZE, build_tiny_llama

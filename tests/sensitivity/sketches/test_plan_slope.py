@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from runtime.candidates import Candidates, list_candidates
-from runtime.quantizers import render
+from runtime.rendering import render
 from runtime.units import find_units, read_weight
 from sensitivity.sketches.plan_slope import measure_plan_slope
 from tests.sensitivity.float64_models import make_float64

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from runtime.candidates import list_candidates
-from runtime.quantizers import render
+from runtime.rendering import render
 from runtime.units import Weight, find_units, list_weights, read_weight
 from sensitivity.sketches.fisher_sketch import measure_fisher_sketch
 from sensitivity.streaming.decoder_layers import NotLayerwise

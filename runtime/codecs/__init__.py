@@ -1,0 +1,18 @@
+"""Codecs: for each kind of format, from a weight to the tensors it is stored as, and back.
+
+The tensors of a kind are laid out in ``runtime/storage.py``; a codec fills and reads them. Integer formats are filled
+by the quantizers as well; every other kind is rendered by its own encoder, whatever quantizer is asked for.
+"""
+
+from runtime.codecs.binary import BINARY
+from runtime.codecs.codec import Codec, StoredTensors
+from runtime.codecs.integer import INTEGER
+from runtime.codecs.unquantized import UNQUANTIZED
+
+CODECS: dict[str, Codec] = {
+    "float": UNQUANTIZED,
+    "int": INTEGER,
+    "binary": BINARY,
+}
+
+__all__ = ["CODECS", "Codec", "StoredTensors"]
