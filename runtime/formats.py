@@ -8,12 +8,14 @@ zero points and the padding of every row.
 import difflib
 from collections.abc import Iterable
 
+from runtime.elements import ELEMENTS
 from runtime.storage import Format, packed_row_bytes
 
 __all__ = ["DEFAULT_FORMATS", "FORMATS", "Format", "find_format", "find_formats", "packed_row_bytes"]
 
 INTEGER_BITS = (2, 3, 4, 5, 6, 7, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256, None)
+FLOAT_GROUP_SIZES = (32, 64, 128, None)
 
 
 def _group_name(group_size: int | None) -> str:
@@ -33,6 +35,17 @@ def _integer_format(bits: int, group_size: int | None, symmetric: bool, scale_ty
     )
 
 
+def _element_format(family: str, element: str, group_size: int | None, scale_type: str) -> Format:
+    return Format(
+        name=family,
+        kind="element",
+        bits=ELEMENTS[element].bits,
+        group_size=group_size,
+        scale_type=scale_type,
+        element=element,
+    )
+
+
 _FAMILIES: tuple[Iterable[Format], ...] = (
     (
         _integer_format(bits, group_size, symmetric, scale_type)
@@ -45,6 +58,26 @@ _FAMILIES: tuple[Iterable[Format], ...] = (
         _integer_format(1, group_size, symmetric, scale_type)
         for symmetric, scale_type in ((False, "fp16"), (True, "fp16"), (True, "pow2"))
         for group_size in GROUP_SIZES
+    ),
+    (
+        _element_format(f"fp{ELEMENTS[element].bits}_{element}_{_group_name(group_size)}", element, group_size, "fp16")
+        for element in ("e2m1", "e2m3", "e3m2", "e4m3", "e5m2")
+        for group_size in FLOAT_GROUP_SIZES
+    ),
+    (
+        Format(name=f"fp{bits}_{_group_name(group_size)}", kind="searched_float", bits=bits, group_size=group_size)
+        for bits in (3, 4, 5, 6, 8)
+        for group_size in FLOAT_GROUP_SIZES
+    ),
+    (
+        _element_format("mxfp4", "e2m1", 32, "e8m0"),
+        _element_format("mxfp6_e2m3", "e2m3", 32, "e8m0"),
+        _element_format("mxfp6_e3m2", "e3m2", 32, "e8m0"),
+        _element_format("mxfp8_e4m3", "e4m3", 32, "e8m0"),
+        _element_format("mxfp8_e5m2", "e5m2", 32, "e8m0"),
+        _element_format("mxint8", "int8", 32, "e8m0"),
+        _element_format("nvfp4", "e2m1", 16, "e4m3"),
+        _element_format("nvint4", "int4", 16, "e4m3"),
     ),
     (
         Format(name="bf16", kind="float", bits=16, element="bfloat16"),
@@ -65,8 +98,8 @@ def find_format(name: str) -> Format:
     if name not in FORMATS:
         alike = difflib.get_close_matches(name, FORMATS, n=3, cutoff=0.0)
         msg = (
-            f"format must be a known name: got '{name}'. Spelled alike: {', '.join(alike)}. 'bitplan formats' lists all "
-            f"{len(FORMATS)}."
+            f"format must be a known name: got '{name}'. Spelled alike: {', '.join(alike)}. "
+            f"'bitplan formats' lists all {len(FORMATS)}."
         )
         raise ValueError(msg)
     return FORMATS[name]

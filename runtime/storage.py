@@ -11,7 +11,7 @@ from math import prod
 
 Shape = tuple[int, int]
 # Bytes of one number, by the names that torch gives the types.
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1, "float8_e4m3fn": 1}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,25 @@ def _lay_out_binary(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
     return (_codes(format_, shape), StoredTensor("low", values, "float16"), StoredTensor("high", values, "float16"))
 
 
-# A power of two is stored as its exponent.
-_SCALE_DTYPES = {"fp16": "float16", "pow2": "int8"}
+def _lay_out_elements(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
+    scale = StoredTensor("scale", (shape[0], format_.group_count(shape[1])), _SCALE_DTYPES[format_.scale_type])
+    if format_.scale_type != "e4m3":
+        return (_codes(format_, shape), scale)
+    return (_codes(format_, shape), scale, StoredTensor("scale_unit", (1,), "float32"))
+
+
+def _lay_out_searched_float(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
+    scale = StoredTensor("scale", (shape[0], format_.group_count(shape[1])), "float16")
+    return (_codes(format_, shape), scale, StoredTensor("exponent", (shape[0],), "uint8"))
+
+
+# A power of two is stored as its exponent, with an offset of 127 in E8M0; an E4M3 float as its byte.
+_SCALE_DTYPES = {"fp16": "float16", "pow2": "int8", "e8m0": "uint8", "e4m3": "uint8"}
 
 LAYOUTS: dict[str, Callable[[Format, Shape], tuple[StoredTensor, ...]]] = {
     "float": _lay_out_unquantized,
     "int": _lay_out_integer,
     "binary": _lay_out_binary,
+    "element": _lay_out_elements,
+    "searched_float": _lay_out_searched_float,
 }

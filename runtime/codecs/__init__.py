@@ -7,12 +7,16 @@ by the quantizers as well; every other kind is rendered by its own encoder, what
 from runtime.codecs.binary import BINARY
 from runtime.codecs.codec import Codec, StoredTensors
 from runtime.codecs.integer import INTEGER
+from runtime.codecs.scaled_elements import SCALED_ELEMENTS
+from runtime.codecs.searched_float import SEARCHED_FLOAT
 from runtime.codecs.unquantized import UNQUANTIZED
 
 CODECS: dict[str, Codec] = {
     "float": UNQUANTIZED,
     "int": INTEGER,
     "binary": BINARY,
+    "element": SCALED_ELEMENTS,
+    "searched_float": SEARCHED_FLOAT,
 }
 
 __all__ = ["CODECS", "Codec", "StoredTensors"]

@@ -2,14 +2,14 @@
 
     symmetric:   value = +-scale            asymmetric:   value = low or high
 
-One bit cannot be an integer grid with a zero: its symmetric grid would be {-scale, 0}. Here the error is least, weighted
-by the importance h of the columns: the scale is sum(h |w|) / sum(h), and low and high are the means of the two parts of
-the sorted group for which
+One bit cannot be an integer grid with a zero: its symmetric grid would be {-scale, 0}. Here the error is least,
+weighted by the importance h of the columns: the scale is sum(h |w|) / sum(h), and low and high are the means of the two
+parts of the sorted group for which
 
     (sum_low h w)^2 / sum_low h + (sum_high h w)^2 / sum_high h
 
-is largest, which is one-dimensional 2-means solved exactly; rounding the values to float16 comes on top. A scale that is
-a power of two is the better of the two next to the mean. n log n for the sort.
+is largest, which is one-dimensional 2-means solved exactly; rounding the values to float16 comes on top. A scale that
+is a power of two is the better of the two next to the mean. n log n for the sort.
 
 Papers: Rastegari et al. 2016 (XNOR-Net, arXiv:1603.05279, equation 6) for the symmetric scale; Gronlund et al. 2017
 (arXiv:1701.07204) for clusters being intervals of the sorted numbers.
@@ -18,7 +18,7 @@ Papers: Rastegari et al. 2016 (XNOR-Net, arXiv:1603.05279, equation 6) for the s
 import torch
 from torch import Tensor
 
-from runtime.codecs.codec import Codec, StoredTensors, pick
+from runtime.codecs.codec import Codec, StoredTensors, check_range, pick
 from runtime.packing import pack_codes, unpack_codes
 from runtime.powers import nearest_exponent, power_of_two
 from runtime.quantizers.grid import LARGEST_SCALE, SMALLEST_SCALE
@@ -31,12 +31,7 @@ def encode_binary(weight: Tensor, format_: Format, importance: Tensor | None = N
     Raises:
         ValueError: If the group size does not divide the row, or a weight is not finite or beyond float16.
     """
-    if not bool((weight.abs() <= LARGEST_SCALE).all()):
-        msg = (
-            f"weights must be finite and in the range of float16 in format '{format_.name}': got "
-            f"max|w|={weight.abs().max().item():g}. Check the weight for huge values."
-        )
-        raise ValueError(msg)
+    check_range(weight, format_, LARGEST_SCALE)
     groups = format_.group_count(weight.shape[1])
     grouped = weight.reshape(weight.shape[0], groups, -1)
     h = torch.ones_like(grouped) if importance is None else importance.view(groups, -1).expand_as(grouped)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from runtime.storage import Format
@@ -34,3 +35,14 @@ class Codec:
 def pick(tensor: Tensor, rows: Tensor | None) -> Tensor:
     """Returns the rows [n] of a tensor; all of them for None."""
     return tensor if rows is None else tensor[rows]
+
+
+def check_range(weight: Tensor, format_: Format, largest: float) -> None:
+    """Raises ValueError unless all weights are finite and of magnitudes up to ``largest``."""
+    limit = min(largest, torch.finfo(torch.float32).max)
+    if not bool((weight.abs() <= limit).all()):
+        msg = (
+            f"weights must be finite and in the range of format '{format_.name}', at most {limit:g}: got "
+            f"max|w|={weight.abs().max().item():g}. Check the weight for huge values; bf16 has the widest range."
+        )
+        raise ValueError(msg)
