@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from allocator.artefacts import Model
     from allocator.budget import Budget, InfeasibleBudget
+    from allocator.exporting import Exported, export
     from allocator.measuring import MeasureRequest
     from allocator.pipeline import Applied, apply, evaluate, frontier, load, measure, plan, report
     from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan, load_plan, save_plan
@@ -27,6 +28,7 @@ _HOME = {
     "ArtefactMismatch": "allocator.plans",
     "Budget": "allocator.budget",
     "Evaluation": "allocator.plans",
+    "Exported": "allocator.exporting",
     "InfeasibleBudget": "allocator.budget",
     "MeasureConfig": "sensitivity.measure",
     "MeasureRequest": "allocator.measuring",
@@ -37,6 +39,7 @@ _HOME = {
     "UnitPlan": "allocator.plans",
     "apply": "allocator.pipeline",
     "evaluate": "allocator.pipeline",
+    "export": "allocator.exporting",
     "frontier": "allocator.pipeline",
     "load": "allocator.pipeline",
     "load_plan": "allocator.plans",
@@ -52,6 +55,7 @@ __all__ = [
     "ArtefactMismatch",
     "Budget",
     "Evaluation",
+    "Exported",
     "InfeasibleBudget",
     "MeasureConfig",
     "MeasureRequest",
@@ -62,6 +66,7 @@ __all__ = [
     "UnitPlan",
     "apply",
     "evaluate",
+    "export",
     "frontier",
     "load",
     "load_plan",

@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 failure, 2 usage, 3 infeasible budget. Heavy imports wait 
 is immediate.
 """
 
-import functools
 import json
 import signal
 import sys
@@ -15,28 +14,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from allocator.budget import InfeasibleBudget, parse_bytes
-from allocator.cli_options import Command, budget_options, make_budget, make_request, measure_options, parse
-from allocator.cli_output import describe_profile, plan_text, profile_text, render, stray_output_to_stderr, table
+from allocator.cli_engines import ENGINE_COMMANDS
+from allocator.cli_options import (
+    budget_options,
+    json_option,
+    make_budget,
+    make_request,
+    measure_options,
+    parse,
+    plan_option,
+    printed,
+)
+from allocator.cli_output import describe_profile, plan_text, profile_text, render, table
 
 if TYPE_CHECKING:
     from sensitivity.profile import SensitivityProfile
 
 FAILURE, USAGE, INFEASIBLE = 1, 2, 3
-
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-_plan_option = click.option("--plan", "plan_path", required=True, type=click.Path(path_type=Path), help="Plan file.")
-
-
-def _printed(command: Command) -> Command:
-    """Prints the text that a command returns, and keeps everything else off stdout while it runs."""
-
-    @functools.wraps(command)
-    def printed(*arguments: Any, **options: Any) -> None:
-        with stray_output_to_stderr():
-            text = command(*arguments, **options)
-        click.echo(text)
-
-    return printed
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -53,8 +47,8 @@ def cli() -> None:
 @click.argument("model")
 @measure_options
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the profile to this directory.")
-@_json_option
-@_printed
+@json_option
+@printed
 def measure(model: str, out: Path | None, as_json: bool, **options: Any) -> str:
     """Measure how much each part of MODEL loses at each format. Interrupted measurements resume."""
     from allocator.pipeline import measure as run
@@ -86,8 +80,8 @@ def measure(model: str, out: Path | None, as_json: bool, **options: Any) -> str:
 @click.option("--profile", type=click.Path(path_type=Path), help="Profile directory; default: the model's latest.")
 @click.option("--engine", help="Keep the rules of an engine ('bitplan engines' lists them), and say what they cost.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the plan to this file.")
-@_json_option
-@_printed
+@json_option
+@printed
 def plan(
     model: str,
     metric: str | None,
@@ -119,22 +113,11 @@ def plan(
 
 
 @cli.command()
-@_json_option
-@_printed
-def engines(as_json: bool) -> str:
-    """Print what each engine can load: the rules that 'plan --engine' keeps."""
-    from allocator.cli_output import engines_text
-    from runtime.engines import describe_engines
-
-    return render({"engines": describe_engines()}, as_json, engines_text)
-
-
-@cli.command()
 @click.argument("model")
 @click.option("--points", type=click.IntRange(2), default=33, show_default=True, help="Budgets to solve.")
 @click.option("--metric", help="Metric to plan with.")
-@_json_option
-@_printed
+@json_option
+@printed
 def frontier(model: str, points: int, metric: str | None, as_json: bool) -> str:
     """Print the least loss of MODEL at every size."""
     from allocator.pipeline import frontier as run
@@ -145,12 +128,12 @@ def frontier(model: str, points: int, metric: str | None, as_json: bool) -> str:
 
 @cli.command()
 @click.argument("model")
-@_plan_option
+@plan_option
 @click.option(
     "--text", help="Held-out text: file, JSONL, directory or dataset; default: the profile's evaluation text."
 )
-@_json_option
-@_printed
+@json_option
+@printed
 def evaluate(model: str, plan_path: Path, text: str | None, as_json: bool) -> str:
     """Measure a plan of MODEL on held-out text, beside the reference and the uniform formats."""
     from dataclasses import asdict
@@ -164,10 +147,10 @@ def evaluate(model: str, plan_path: Path, text: str | None, as_json: bool) -> st
 
 @cli.command()
 @click.argument("model")
-@_plan_option
+@plan_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the packed model.")
-@_json_option
-@_printed
+@json_option
+@printed
 def apply(model: str, plan_path: Path, out: Path, as_json: bool) -> str:
     """Pack MODEL by a plan and write it to a directory."""
     from allocator.pipeline import apply as run
@@ -189,7 +172,7 @@ def apply(model: str, plan_path: Path, out: Path, as_json: bool) -> str:
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@_printed
+@printed
 def generate(directory: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
     """Continue a text with the packed model in DIRECTORY."""
     from allocator.generation import generate_text
@@ -201,10 +184,10 @@ def generate(directory: Path, prompt: str, max_new_tokens: int, temperature: flo
 
 @cli.command()
 @click.argument("model")
-@_plan_option
+@plan_option
 @click.option("--text", help="Evaluation text; default: the profile's.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the report.")
-@_printed
+@printed
 def report(model: str, plan_path: Path, text: str | None, out: Path) -> str:
     """Write the report of a plan of MODEL: one HTML page and CSV files."""
     from allocator.pipeline import report as run
@@ -221,6 +204,10 @@ def demo(out: Path, memory: str) -> None:
     from allocator.demo import run_demo
 
     _with_progress(run_demo, out, parse(lambda: parse_bytes(memory)))
+
+
+for _command in ENGINE_COMMANDS:
+    cli.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,16 +1,34 @@
 """The options of the command ``bitplan``, and from their texts to budgets and requests."""
 
+import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from allocator.budget import Budget, parse_bytes, parse_limits
+from allocator.cli_output import stray_output_to_stderr
 
 if TYPE_CHECKING:
     from allocator.measuring import MeasureRequest
 
 Command = Callable[..., Any]
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+plan_option = click.option("--plan", "plan_path", required=True, type=click.Path(path_type=Path), help="Plan file.")
+
+
+def printed(command: Command) -> Command:
+    """Prints the text that a command returns, and keeps everything else off stdout while it runs."""
+
+    @functools.wraps(command)
+    def print_text(*arguments: Any, **options: Any) -> None:
+        with stray_output_to_stderr():
+            text = command(*arguments, **options)
+        click.echo(text)
+
+    return print_text
 
 
 def measure_options(command: Command) -> Command:

@@ -89,6 +89,12 @@ def engines_text(document: dict[str, Any]) -> str:
     return "\n\n".join(paragraphs)
 
 
+def exported_text(document: dict[str, Any]) -> str:
+    """Returns what an export wrote, and the command that runs it."""
+    rows = [{"file": name, "bytes": count} for name, count in document["files"].items()]
+    return f"{document['directory']}\n{table(rows)}\nrun it in {document['engine']}:\n{document['command']}"
+
+
 def _brief(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("name", "memory_bytes", "predicted_kl", "kl", "kl_low", "kl_high", "shipped")}
 

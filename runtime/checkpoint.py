@@ -61,14 +61,14 @@ def rest_bytes(model: nn.Module, *, routers: bool = False) -> int:
     quantizable = {weight.parameter for weight in list_weights(model, routers=routers).values()}
     return sum(
         tensor.numel() * exact_dtype(tensor).itemsize
-        for name, tensor in _distinct_tensors(model).items()
+        for name, tensor in distinct_tensors(model).items()
         if name not in quantizable
     )
 
 
 def reference_bytes(model: nn.Module) -> int:
     """Returns the bytes of the whole reference model, each tensor in its narrowest exact type."""
-    return sum(tensor.numel() * exact_dtype(tensor).itemsize for tensor in _distinct_tensors(model).values())
+    return sum(tensor.numel() * exact_dtype(tensor).itemsize for tensor in distinct_tensors(model).values())
 
 
 def header_reserve_bytes(model: nn.Module, *, routers: bool = False) -> int:
@@ -86,7 +86,7 @@ def header_reserve_bytes(model: nn.Module, *, routers: bool = False) -> int:
     for weight in weights.values():
         entries = most_tensors * (len(weight.name) + longest_suffix + _ENTRY_BYTES)
         total += entries + len(weight.name) + _FORMAT_BYTES
-    for name, tensor in _distinct_tensors(model).items():
+    for name, tensor in distinct_tensors(model).items():
         if name not in quantizable:
             total += len(name) + _ENTRY_BYTES + 12 * tensor.ndim
     return -(-total // 8) * 8
@@ -113,7 +113,7 @@ def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, str], *
     # What a format stores keeps its type, in which it was priced; only the rest is narrowed.
     tensors = {
         name: t.detach() if id(t) in packed else t.detach().to(exact_dtype(t))
-        for name, t in _distinct_tensors(model).items()
+        for name, t in distinct_tensors(model).items()
     }
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header = _header(ordered, metadata).encode()
@@ -162,7 +162,8 @@ def _open(path: Path) -> safe_open:
         raise ValueError(msg) from error
 
 
-def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
+def distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors of a model by name, a tied one once, under its first name."""
     seen: set[int] = set()
     distinct: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -113,7 +113,7 @@ def _integers(bits: str, groups: str = "g32|g64|g128|channel", suffix: str = "(_
     return f"int({bits})_({groups}){suffix}"
 
 
-_COMPRESSED = _integers("2|3|4|5|6|8")
+_COMPRESSED = _integers("2|3|4|5|6|7|8", groups="g16|g32|g64|g128|g256|channel", suffix="_sym")
 
 ENGINES: dict[str, Engine] = {
     engine.name: engine
@@ -122,15 +122,25 @@ ENGINES: dict[str, Engine] = {
             name="transformers",
             reads="compressed-tensors, pack-quantized",
             rules=(FormatRule(formats=_COMPRESSED),),
-            menu=("int2_g64", "int3_g64", "int4_g64", "int5_g64", "int6_g64", "int8_g64", "bf16"),
+            menu=(
+                "int2_g64_sym",
+                "int3_g64_sym",
+                "int4_g64_sym",
+                "int5_g64_sym",
+                "int6_g64_sym",
+                "int8_g64_sym",
+                "bf16",
+            ),
             exporter="compressed-tensors",
             command=(
                 "python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}')('The'))\""
             ),
             checked="loaded by transformers on a CPU; weights equal bit for bit, logits equal",
             notes=(
-                "3, 5 and 6 bits need compressed-tensors 0.18 or newer, which packs them densely.",
-                "Experts that transformers stores as one 3-D parameter stay unquantized.",
+                "Asymmetric formats are refused: transformers 5.23 expects zero points in another shape than "
+                "compressed-tensors 0.20 writes, and stops.",
+                "3, 5, 6 and 7 bits need compressed-tensors 0.18 or newer, which packs them densely.",
+                "Embeddings, and experts that transformers stores as one 3-D parameter, stay unquantized.",
             ),
         ),
         Engine(

@@ -1,0 +1,65 @@
+"""Exports: a plan written as the files that an engine loads, and the command that runs them there."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from allocator.artefacts import Model, open_model
+from allocator.plans import Plan, check_same_model
+from allocator.renderings import rendering_of_plan
+from allocator.store import Store
+from runtime.engines import Engine, check_legal, find_engine
+from runtime.units import Unit, find_units, list_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An export on disk.
+
+    Args:
+        directory: Where it is.
+        engine: Name of the engine it is for.
+        files: File name -> bytes.
+        command: What runs it there.
+    """
+
+    directory: Path
+    engine: str
+    files: dict[str, int]
+    command: str
+
+
+def export(model: str | Model, plan: Plan, engine: str, out: Path, *, store: Store | None = None) -> Exported:
+    """Writes a plan of a model as the files that an engine loads; the directory is replaced as a whole.
+
+    Args:
+        model: The model the plan was made for.
+        plan: The plan.
+        engine: Name in ``ENGINES``.
+        out: Directory of the files.
+        store: Where the plan's profile is kept, which only some quantizers need; None for the default.
+
+    Raises:
+        ArtefactMismatch: If the plan was made for another model.
+        ValueError: If the engine is unknown or cannot load the plan, or something else is at ``out``.
+    """
+    from runtime.exporters import check_export_place
+    from runtime.exporters import export as write
+
+    target = find_engine(engine)
+    model = open_model(model)
+    check_same_model(plan, model.fingerprint, str(model.path))
+    check_export_place(out)
+    reference = model.reference
+    check_legal(target, units_of_engine(reference.model, target, plan), plan.weights)
+    rule = rendering_of_plan(plan, reference.model, store or Store())
+    write(reference, plan.weights, out, exporter=target.exporter, quantizer=rule)
+    files = {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
+    return Exported(directory=out, engine=engine, files=files, command=target.command.format(out=out))
+
+
+def units_of_engine(model: Any, engine: Engine, plan: Plan) -> tuple[Unit, ...]:
+    """Returns the units of a model under an engine's fusions and granularity, those with a format in the plan."""
+    weights = list_weights(model, routers=True)
+    routers = any(weights[name].kind == "router" for name in plan.weights if name in weights)
+    return find_units(model, fuse=engine.fusions(weights), experts=engine.experts, routers=routers)
