@@ -92,7 +92,10 @@ def engines_text(document: dict[str, Any]) -> str:
 def exported_text(document: dict[str, Any]) -> str:
     """Returns what an export wrote, and the command that runs it."""
     rows = [{"file": name, "bytes": count} for name, count in document["files"].items()]
-    return f"{document['directory']}\n{table(rows)}\nrun it in {document['engine']}:\n{document['command']}"
+    predicted = document["predicted_bytes"]
+    expected = [] if predicted is None else [f"predicted bytes of the weight file: {predicted}"]
+    lines = [document["directory"], table(rows), *expected, f"run it in {document['engine']}:", document["command"]]
+    return "\n".join(lines)
 
 
 def _brief(row: dict[str, Any]) -> dict[str, Any]:

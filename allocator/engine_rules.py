@@ -17,6 +17,7 @@ from allocator.planning import predicting_metric
 from allocator.plans import RulesPrice
 from runtime.costs import CostTable
 from runtime.engines import Engine
+from runtime.loading import ReferenceModel
 from sensitivity.experts.granularity import MergedUnits, merge_candidates
 from sensitivity.profile import LossTable, SensitivityProfile
 
@@ -64,6 +65,14 @@ def restrict_profile(profile: SensitivityProfile, engine: Engine) -> Sensitivity
         fisher_sketch=None if sketch is None else merged.sum_table(sketch),
         logit_gram=None if gram is None else _sum_gram(merged, gram),
     )
+
+
+def engine_fixed_bytes(engine: Engine, reference: ReferenceModel) -> int | None:
+    """Returns the bytes of an engine's file that no choice changes, or None where it has none known beforehand."""
+    from runtime.exporters import FIXED_BYTES
+
+    count = FIXED_BYTES.get(engine.exporter)
+    return None if count is None else count(reference)
 
 
 def price_rules(engine: Engine, kept: Optimum, free: Optimum) -> RulesPrice:

@@ -20,12 +20,15 @@ class Exported:
         directory: Where it is.
         engine: Name of the engine it is for.
         files: File name -> bytes.
+        predicted_bytes: Bytes of its weight file that the plan predicted; None where the engine's file is not
+            known beforehand, or the plan was made for another engine.
         command: What runs it there.
     """
 
     directory: Path
     engine: str
     files: dict[str, int]
+    predicted_bytes: int | None
     command: str
 
 
@@ -43,7 +46,7 @@ def export(model: str | Model, plan: Plan, engine: str, out: Path, *, store: Sto
         ArtefactMismatch: If the plan was made for another model.
         ValueError: If the engine is unknown or cannot load the plan, or something else is at ``out``.
     """
-    from runtime.exporters import check_export_place
+    from runtime.exporters import FIXED_BYTES, check_export_place
     from runtime.exporters import export as write
 
     target = find_engine(engine)
@@ -55,7 +58,14 @@ def export(model: str | Model, plan: Plan, engine: str, out: Path, *, store: Sto
     rule = rendering_of_plan(plan, reference.model, store or Store())
     write(reference, plan.weights, out, exporter=target.exporter, quantizer=rule)
     files = {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
-    return Exported(directory=out, engine=engine, files=files, command=target.command.format(out=out))
+    known = target.exporter in FIXED_BYTES and plan.rules is not None and plan.rules.engine == engine
+    return Exported(
+        directory=out,
+        engine=engine,
+        files=files,
+        predicted_bytes=plan.memory_bytes if known else None,
+        command=target.command.format(out=out),
+    )
 
 
 def units_of_engine(model: Any, engine: Engine, plan: Plan) -> tuple[Unit, ...]:

@@ -15,7 +15,7 @@ from allocator.artefacts import Model, assignment_of_plan, find_profile, open_mo
 from allocator.assignments import list_uniform, use_of
 from allocator.budget import LATENCY, MEMORY, Budget
 from allocator.competition import Competition, list_rivals
-from allocator.engine_rules import Optimum, price_rules, restrict_profile
+from allocator.engine_rules import Optimum, engine_fixed_bytes, price_rules, restrict_profile
 from allocator.measuring import MeasureRequest, run_measurement
 from allocator.planning import default_metric, find_assignment, make_plan
 from allocator.plans import Evaluation, Plan, check_same_model, check_same_profile
@@ -26,6 +26,7 @@ from allocator.renderings import needs_statistics, rendering_of_plan
 from allocator.store import Store
 from allocator.timings import find_latency
 from allocator.verification import REFERENCE, make_evaluation, score_cached
+from runtime.checkpoint import fixed_bytes
 from runtime.costs import CostTable
 from runtime.engines import find_engine
 from runtime.packed_model import check_packed_place, load_packed, save_packed_
@@ -102,6 +103,10 @@ def plan(
     if profile is not None and isinstance(model, Model):
         check_same_profile(profile.provenance["model_fingerprint"], model.fingerprint, model.source)
     whole = profile or find_profile(model, store=store, progress=progress)
+    if target is not None and isinstance(model, Model):
+        # Bytes are those of the file that the engine loads, where they are known.
+        fixed = engine_fixed_bytes(target, model.reference)
+        whole = whole if fixed is None else replace(whole, fixed_bytes=fixed)
     chosen = metric or default_metric(whole)
 
     def optimum(of: SensitivityProfile) -> Optimum:
@@ -183,6 +188,7 @@ def evaluate(
     check_same_model(plan, model.fingerprint, str(model.path))
     # Another profile may have been rendered with other statistics.
     profile = profile_of_plan(plan, model, store, progress, own=text is None or needs_statistics(plan))
+    profile = replace(profile, fixed_bytes=plan.fixed_bytes)
     tokens = profile.evaluation_tokens
     if text is not None:
         taken = read_sequences(text, model.reference.tokenizer, sequences=sequences, sequence_tokens=sequence_tokens)
@@ -240,8 +246,12 @@ def apply(model: str | Model, plan: Plan, out: Path, *, store: Store | None = No
     check_packed_place(out)
     reference = model.load_again()
     rule = rendering_of_plan(plan, reference.model, store or Store())
+    predicted_bytes = plan.memory_bytes
+    if plan.rules is not None:
+        # The plan counts the engine's file; this one has a header of its own.
+        predicted_bytes += fixed_bytes(reference.model) - plan.fixed_bytes
     file_bytes = save_packed_(reference, plan.weights, out, metadata=plan.header_metadata(), quantizer=rule)
-    return Applied(directory=out, file_bytes=file_bytes, predicted_bytes=plan.memory_bytes)
+    return Applied(directory=out, file_bytes=file_bytes, predicted_bytes=predicted_bytes)
 
 
 def load(directory: str | Path) -> tuple[Any, Any]:
@@ -279,7 +289,7 @@ def report(
     store = store or Store()
     model = open_model(model)
     evaluations = evaluate(model, plan, text=text, store=store, progress=progress)
-    profile = profile_of_plan(plan, model, store, progress, own=False)
+    profile = replace(profile_of_plan(plan, model, store, progress, own=False), fixed_bytes=plan.fixed_bytes)
     content = make_report(profile, plan, evaluations, frontier(profile, store=store))
     out.mkdir(parents=True, exist_ok=True)
     write_csv(content, out)

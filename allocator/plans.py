@@ -160,6 +160,11 @@ class Plan:
     schema_version: int = SCHEMA_VERSION
 
     @property
+    def fixed_bytes(self) -> int:
+        """Bytes of the weight file that are not those of the units."""
+        return self.memory_bytes - sum(unit.memory_bytes for unit in self.units)
+
+    @property
     def minimises_memory(self) -> bool:
         """Whether the objective is bytes of the weight file, not a loss."""
         return self.objective == self.use["memory_bytes"]

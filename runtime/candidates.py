@@ -99,9 +99,11 @@ def refuse_by_engine(candidates: Candidates, engine: Engine) -> Candidates:
         ValueError: If a unit is left without any format.
     """
     allowed, reasons = candidates.allowed.copy(), dict(candidates.reasons)
-    for u, f in np.argwhere(allowed).tolist():
-        reason = engine.refusal(candidates.units[u], candidates.formats[f])
-        if reason is not None:
+    for u, f in np.ndindex(allowed.shape):
+        format_ = candidates.formats[f]
+        reason = engine.refusal(candidates.units[u], format_)
+        # What an engine would store instead, without a word, is worth more than that a row does not divide.
+        if reason is not None and (allowed[u, f] or format_.name in engine.instead):
             allowed[u, f] = False
             reasons[u, f] = reason
     for u in np.flatnonzero(~allowed.any(axis=1)).tolist():

@@ -119,6 +119,21 @@ ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
         Engine(
+            name="llama.cpp",
+            reads="GGUF, every tensor in a type of its own",
+            rules=(FormatRule(formats="int(4|5|8)_g32_sym", kinds=("linear", "head", "embedding", "expert")),),
+            experts="stack_projection",
+            menu=("int4_g32_sym", "int5_g32_sym", "int8_g32_sym", "bf16"),
+            exporter="llama.cpp",
+            command="llama-cli -m {out}/model.gguf -p 'The'",
+            checked="loaded by llama.cpp on a CPU; tensors' types and bytes equal, logits compared",
+            notes=(
+                "All experts of a projection are one tensor of one type; norms, biases and routers stay float32.",
+                "tensor-types.txt is for llama-quantize --tensor-type-file, which ignores it under the base types F32, "
+                "F16 and BF16: name a quantized one.",
+            ),
+        ),
+        Engine(
             name="transformers",
             reads="compressed-tensors, pack-quantized",
             rules=(FormatRule(formats=_COMPRESSED),),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from runtime.apply import FormatsByWeight, check_formats_by_weight
 from runtime.exporters.compressed_tensors import export_compressed_tensors
+from runtime.exporters.llama_cpp import export_llama_cpp, llama_cpp_fixed_bytes
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.loading import ReferenceModel
 from runtime.rendering import RenderingRule
@@ -19,11 +20,16 @@ from runtime.units import list_weights
 Exporter = Callable[..., None]
 EXPORTERS: dict[str, Exporter] = {
     "compressed-tensors": export_compressed_tensors,
+    "llama.cpp": export_llama_cpp,
+}
+# Exporters whose file is known to the byte beforehand -> its bytes besides those of the weights' formats.
+FIXED_BYTES: dict[str, Callable[[ReferenceModel], int]] = {
+    "llama.cpp": llama_cpp_fixed_bytes,
 }
 # Says that a directory is an export and may be replaced by another one.
 MANIFEST = "bitplan-export.json"
 
-__all__ = ["EXPORTERS", "MANIFEST", "Exporter", "check_export_place", "export"]
+__all__ = ["EXPORTERS", "FIXED_BYTES", "MANIFEST", "Exporter", "check_export_place", "export"]
 
 
 def export(
