@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable
 
 from runtime.elements import ELEMENTS
-from runtime.storage import Format, packed_row_bytes
+from runtime.storage import GGML_BLOCKS, Format, packed_row_bytes
 
 __all__ = ["DEFAULT_FORMATS", "FORMATS", "Format", "find_format", "find_formats", "packed_row_bytes"]
 
@@ -78,6 +78,17 @@ _FAMILIES: tuple[Iterable[Format], ...] = (
         _element_format("mxint8", "int8", 32, "e8m0"),
         _element_format("nvfp4", "e2m1", 16, "e4m3"),
         _element_format("nvint4", "int4", 16, "e4m3"),
+    ),
+    (
+        Format(
+            name=name,
+            kind="ggml",
+            bits=int(name[1]),
+            group_size=256 if name.endswith("k") else 32,
+            symmetric=name in ("q4_0", "q5_0", "q8_0", "q3_k", "q6_k"),
+            element=name,
+        )
+        for name in GGML_BLOCKS
     ),
     (
         Format(name="bf16", kind="float", bits=16, element="bfloat16"),

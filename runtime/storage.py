@@ -12,6 +12,19 @@ from math import prod
 Shape = tuple[int, int]
 # Bytes of one number, by the names that torch gives the types.
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1}
+# Bytes of a block of llama.cpp's formats: 32 weights, 256 of those that end in k.
+GGML_BLOCKS = {
+    "q4_0": 18,
+    "q4_1": 20,
+    "q5_0": 22,
+    "q5_1": 24,
+    "q8_0": 34,
+    "q2_k": 84,
+    "q3_k": 110,
+    "q4_k": 144,
+    "q5_k": 176,
+    "q6_k": 210,
+}
 
 
 @dataclass(frozen=True)
@@ -142,6 +155,11 @@ def _lay_out_searched_float(format_: Format, shape: Shape) -> tuple[StoredTensor
     return (_codes(format_, shape), scale, StoredTensor("exponent", (shape[0],), "uint8"))
 
 
+def _lay_out_ggml(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
+    row_bytes = format_.group_count(shape[1]) * GGML_BLOCKS[format_.element]
+    return (StoredTensor("blocks", (shape[0], row_bytes), "uint8"),)
+
+
 # A power of two is stored as its exponent, with an offset of 127 in E8M0; an E4M3 float as its byte.
 _SCALE_DTYPES = {"fp16": "float16", "pow2": "int8", "e8m0": "uint8", "e4m3": "uint8"}
 
@@ -151,4 +169,5 @@ LAYOUTS: dict[str, Callable[[Format, Shape], tuple[StoredTensor, ...]]] = {
     "binary": _lay_out_binary,
     "element": _lay_out_elements,
     "searched_float": _lay_out_searched_float,
+    "ggml": _lay_out_ggml,
 }

@@ -6,6 +6,7 @@ by the quantizers as well; every other kind is rendered by its own encoder, what
 
 from runtime.codecs.binary import BINARY
 from runtime.codecs.codec import Codec, StoredTensors
+from runtime.codecs.ggml import GGML
 from runtime.codecs.integer import INTEGER
 from runtime.codecs.scaled_elements import SCALED_ELEMENTS
 from runtime.codecs.searched_float import SEARCHED_FLOAT
@@ -17,6 +18,7 @@ CODECS: dict[str, Codec] = {
     "binary": BINARY,
     "element": SCALED_ELEMENTS,
     "searched_float": SEARCHED_FLOAT,
+    "ggml": GGML,
 }
 
 __all__ = ["CODECS", "Codec", "StoredTensors"]
