@@ -114,6 +114,7 @@ def _integers(bits: str, groups: str = "g32|g64|g128|channel", suffix: str = "(_
 
 
 _COMPRESSED = _integers("2|3|4|5|6|7|8", groups="g16|g32|g64|g128|g256|channel", suffix="_sym")
+_GGUF_KINDS = ("linear", "head", "embedding", "expert")
 
 ENGINES: dict[str, Engine] = {
     engine.name: engine
@@ -121,9 +122,13 @@ ENGINES: dict[str, Engine] = {
         Engine(
             name="llama.cpp",
             reads="GGUF, every tensor in a type of its own",
-            rules=(FormatRule(formats="int(4|5|8)_g32_sym", kinds=("linear", "head", "embedding", "expert")),),
+            rules=(
+                FormatRule(formats=r"q[458]_0|q[45]_1|int(4|5|8)_g32_sym", kinds=_GGUF_KINDS, in_multiple=32),
+                FormatRule(formats=r"q[23456]_k", kinds=_GGUF_KINDS, in_multiple=256),
+            ),
             experts="stack_projection",
-            menu=("int4_g32_sym", "int5_g32_sym", "int8_g32_sym", "bf16"),
+            menu=("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "bf16"),
+            instead={"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"},
             exporter="llama.cpp",
             command="llama-cli -m {out}/model.gguf -p 'The'",
             checked="loaded by llama.cpp on a CPU; tensors' types and bytes equal, logits compared",

@@ -61,6 +61,6 @@ def test_what_an_engine_cannot_load_is_refused(
 def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["engines"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("transformers\n  reads: compressed-tensors")
+    assert text.startswith("llama.cpp\n  reads: GGUF")
     assert run(["engines", "--json"]) == 0
     assert {engine["name"] for engine in json.loads(capsys.readouterr().out)["engines"]} >= {"transformers", "vllm"}

@@ -1,6 +1,7 @@
 """The table of engines is consistent with the formats and units it speaks of, and refuses what it says."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -64,9 +65,31 @@ def test_refusals_are_reasons_of_candidates() -> None:
 def test_rows_that_do_not_divide_are_refused() -> None:
     unit = next(u for u in find_units(build_tiny_llama()) if u.role == "q_proj")
     weight = unit.weights[0]
-    odd = Unit(**{**vars(unit), "weights": (type(weight)(**{**vars(weight), "shape": (48, 64)}),)})
+    odd = replace(unit, weights=(replace(weight, shape=(48, 64)),))
     reason = find_engine("vllm").refusal(odd, find_format("int4_g64"))
     assert reason == "vllm runs int4_g64 where 32 divides out_features: got out_features=48"
+
+
+def test_silent_fallbacks_are_refused_before_the_solve() -> None:
+    # 576 columns, as in SmolLM2: llama.cpp stores Q5_0 where Q4_K was asked for, and says so in its log alone.
+    unit = next(u for u in find_units(build_tiny_llama()) if u.role == "q_proj")
+    odd = replace(unit, weights=(replace(unit.weights[0], shape=(576, 576)),))
+    candidates = list_candidates([odd], ("q4_k", "q6_k", "q5_0"), engine=find_engine("llama.cpp"))
+    assert candidates.allowed.tolist() == [[False, False, True]]
+    assert candidates.reasons[0, 0] == (
+        "llama.cpp runs q4_k where 256 divides in_features: got in_features=576, where it would store q5_0 "
+        "without a word"
+    )
+    assert candidates.reasons[0, 1].endswith("where it would store q8_0 without a word")
+
+
+def test_experts_of_a_projection_are_one_unit_in_llama_cpp() -> None:
+    experts = [unit for unit in fused_units(find_engine("llama.cpp"), mixture=True) if unit.kind == "expert"]
+    assert [unit.role for unit in experts] == ["gate_up_proj", "down_proj"] * 2
+    assert all(len(unit.weights) == 4 for unit in experts)
+    with pytest.raises(ValueError, match="llama.cpp cannot load, first 'model.layers.0.*' must have one format"):
+        formats = {weight.name: "q4_0" for unit in experts for weight in unit.weights}
+        check_legal(find_engine("llama.cpp"), experts, {**formats, next(iter(formats)): "q8_0"})
 
 
 def test_a_unit_without_format_is_refused() -> None:
@@ -89,5 +112,5 @@ def test_an_illegal_plan_is_refused() -> None:
 
 
 def test_an_unknown_engine_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"got 'onnx'\. Known engines: transformers, vllm"):
+    with pytest.raises(ValueError, match=r"got 'onnx'\. Known engines: llama.cpp, transformers, vllm"):
         find_engine("onnx")

@@ -15,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from runtime.apply import simulated_formats
 from runtime.exporters import export
@@ -26,6 +26,7 @@ from runtime.loading import ReferenceModel, load_reference
 from runtime.units import list_weights, read_weight
 from tests.llama_cpp_client import loaded
 from tests.tiny_models import (
+    VOCABULARY_SIZE,
     build_tiny_llama,
     build_tiny_mixtral,
     build_tiny_qwen_moe,
@@ -33,8 +34,9 @@ from tests.tiny_models import (
     save_model,
 )
 
-MENU = ("int4_g32_sym", "int5_g32_sym", "int8_g32_sym", "fp16", "bf16")
-TYPES = {"int4_g32_sym": "Q4_0", "int5_g32_sym": "Q5_0", "int8_g32_sym": "Q8_0", "fp16": "F16", "bf16": "BF16"}
+MENU = ("int4_g32_sym", "q4_1", "int5_g32_sym", "q5_0", "int8_g32_sym", "fp16", "q8_0", "bf16", "q4_0", "q5_1")
+OURS = {"int4_g32_sym": "Q4_0", "int5_g32_sym": "Q5_0", "int8_g32_sym": "Q8_0", "fp16": "F16", "bf16": "BF16"}
+TYPES = {name: OURS.get(name, name.upper()) for name in MENU}
 # Measured: 6e-5 to 8e-5 nats on these models, whose plans cost 2e-2 and more.
 MOST_KL = 2e-4
 
@@ -138,17 +140,44 @@ def test_names_of_types_are_anchored(exported: Path) -> None:
         assert not re.search(line.partition("=")[0], "blk.11.attn_q.weight.weight")
 
 
+def test_blocks_of_256_run_as_well(tmp_path: Path) -> None:
+    # Rows of 256 and 512, the least that hold such blocks.
+    config = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    reference = load_reference(str(save_model(LlamaForCausalLM(config).eval(), tmp_path / "model")))
+    menu = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+    formats = {name: menu[i % 5] for i, name in enumerate(list_weights(reference.model))}
+    export(reference, formats, tmp_path / "out", exporter="llama.cpp")
+    read = {t.name: t for t in GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    assert {t.tensor_type.name for t in read.values()} == {*(name.upper() for name in menu), "F32"}
+    tokens = torch.tensor(reference.tokenizer(sample_text(200)).input_ids)
+    with torch.no_grad(), simulated_formats(reference.model, formats):
+        values = reference.model.get_parameter("model.layers.0.mlp.down_proj.weight").numpy()
+        down = read["blk.0.ffn_down.weight"]
+        assert np.array_equal(dequantize(down.data, down.tensor_type), values)
+        ours = reference.model(tokens[None]).logits[0].log_softmax(-1)
+    with loaded(tmp_path / "out" / "model.gguf") as engine:
+        theirs = torch.from_numpy(engine.logits(tokens.numpy())).log_softmax(-1)
+    assert float((ours.exp() * (ours - theirs)).sum(-1).median()) < MOST_KL
+
+
 def test_refusals(tmp_path: Path) -> None:
     reference = load_reference(str(save_model(build_tiny_mixtral(), tmp_path / "model")))
     formats = mix(reference.model)
     first = next(name for name in formats if "experts" in name)
-    with pytest.raises(ValueError, match=r"one type: got Q\w+ and F16 in 'blk\.0\.ffn_\w+_exps\.weight'"):
-        export(
-            reference,
-            {**formats, first: "fp16"} if formats[first] != "fp16" else formats,
-            tmp_path / "a",
-            exporter="llama.cpp",
-        )
+    mixed = {**dict.fromkeys(formats, "int4_g32_sym"), first: "fp16"}
+    with pytest.raises(ValueError, match=r"one type: got F16 and Q4_0 in 'blk\.0\.ffn_\w+_exps\.weight'"):
+        export(reference, mixed, tmp_path / "a", exporter="llama.cpp")
     with pytest.raises(ValueError, match="one that llama.cpp stores bit for bit: got 'int3_g64' for weight"):
         export(reference, {**formats, first: "int3_g64"}, tmp_path / "a", exporter="llama.cpp")
     reference.model.config.rope_parameters["rope_type"] = "yarn"
