@@ -16,7 +16,7 @@ from allocator.budget import MEMORY
 from allocator.planning import predicting_metric
 from allocator.plans import RulesPrice
 from runtime.costs import CostTable
-from runtime.engines import Engine
+from runtime.engine_rules import Engine
 from runtime.loading import ReferenceModel
 from sensitivity.experts.granularity import MergedUnits, merge_candidates
 from sensitivity.profile import LossTable, SensitivityProfile

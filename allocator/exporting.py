@@ -8,7 +8,8 @@ from allocator.artefacts import Model, open_model
 from allocator.plans import Plan, check_same_model
 from allocator.renderings import rendering_of_plan
 from allocator.store import Store
-from runtime.engines import Engine, check_legal, find_engine
+from runtime.engine_rules import Engine, check_legal
+from runtime.engines import find_engine
 from runtime.units import Unit, find_units, list_weights
 
 
@@ -64,7 +65,7 @@ def export(model: str | Model, plan: Plan, engine: str, out: Path, *, store: Sto
         engine=engine,
         files=files,
         predicted_bytes=plan.memory_bytes if known else None,
-        command=target.command.format(out=out),
+        command=target.command.format(out=out, model=model.source),
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.engines import Engine
+from runtime.engine_rules import Engine
 from runtime.formats import Format, find_formats
 from runtime.units import Unit
 

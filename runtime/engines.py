@@ -1,111 +1,19 @@
 """What each engine can load, as data, so that legality is settled before any solve.
 
-An engine's rules have four parts: which formats it runs in which kind of weight and at which row lengths, which
-weights it fuses (they must agree), how finely experts may differ, and what it would do without a word where a format
-does not fit. ``Engine.refusal`` is the reason a pair of unit and format is not a candidate; ``Engine.fusions`` are the
-patterns that a model's own weights match. Nothing is promoted or repaired after the solve: a plan made under these
-rules loads as it is.
+An entry says which formats an engine runs in which kind of weight and at which row lengths, which weights it fuses
+(they must agree), how finely experts may differ, and what it would store without a word where a format does not fit.
+What the rules mean is in ``runtime/engine_rules.py``; who writes the files, in ``runtime/exporters/``.
 """
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from runtime.formats import Format
-    from runtime.units import Unit
+from runtime.engine_rules import Engine, FormatRule
 
 # Weights that match and are equal once the match is taken out get one format (`runtime.units.find_units`).
 QKV = r"\.(q|k|v)_proj(?=\.)"
 GATE_UP = r"\.(gate|up)_proj(?=\.)"
 LATENT_QKV = r"\.(q_a_proj|kv_a_proj_with_mqa)(?=\.)"
 EVERY_LAYER = r"(?<=\.)\d+(?=\.)"
-
-UNQUANTIZED = "bf16|fp16"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FormatRule:
-    """Formats that an engine runs in some kinds of weights.
-
-    Args:
-        formats: Regular expression that the whole name of a format matches.
-        kinds: Kinds of units, as in ``runtime.units.UnitKind``.
-        in_multiple: What in_features must be a multiple of.
-        out_multiple: What out_features must be a multiple of.
-    """
-
-    formats: str
-    kinds: tuple[str, ...] = ("linear", "head")
-    in_multiple: int = 1
-    out_multiple: int = 1
-
-    def describe(self) -> str:
-        """Returns the rule in words."""
-        divisors = [(self.in_multiple, "in_features"), (self.out_multiple, "out_features")]
-        where = " and ".join(f"{multiple} divides {axis}" for multiple, axis in divisors if multiple > 1)
-        return f"{self.formats} in {', '.join(self.kinds)}" + (f" where {where}" if where else "")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """One deployment target and its rules.
-
-    Args:
-        name: Key in ``ENGINES``.
-        reads: What it loads, in a few words.
-        rules: Formats that it runs; unquantized 16-bit weights are allowed everywhere without a rule.
-        fuse: Patterns of weights that must agree.
-        experts: Finest granularity at which experts may differ, as in ``runtime.units.EXPERT_GRANULARITIES``.
-        menu: Formats to measure for it when none are named.
-        exporter: Name in ``runtime.exporters.EXPORTERS``.
-        command: What runs the exported directory ``{out}``.
-        instead: Format -> what the engine stores in its place, silently, where rows do not divide into its blocks.
-        checked: How its exports are checked here.
-        notes: What else a user must know, one sentence each.
-    """
-
-    name: str
-    reads: str
-    rules: tuple[FormatRule, ...]
-    fuse: tuple[str, ...] = ()
-    experts: str = "projection"
-    menu: tuple[str, ...]
-    exporter: str
-    command: str
-    instead: Mapping[str, str] = field(default_factory=dict)
-    checked: str
-    notes: tuple[str, ...] = ()
-
-    def refusal(self, unit: "Unit", format_: "Format") -> str | None:
-        """Returns why the engine cannot run a unit in a format, or None if it can."""
-        if re.fullmatch(UNQUANTIZED, format_.name):
-            return None
-        named = [rule for rule in self.rules if re.fullmatch(rule.formats, format_.name)]
-        if not named:
-            return f"{self.name} cannot run {format_.name}"
-        rule = next((rule for rule in named if unit.kind in rule.kinds), None)
-        if rule is None:
-            return f"{self.name} never quantizes a weight of kind '{unit.kind}' to {format_.name}"
-        for weight in unit.weights:
-            for axis, found, multiple in (
-                ("out_features", weight.shape[0], rule.out_multiple),
-                ("in_features", weight.shape[1], rule.in_multiple),
-            ):
-                if found % multiple:
-                    return self._misfit(format_.name, axis, found, multiple)
-        return None
-
-    def fusions(self, weight_names: Iterable[str]) -> tuple[str, ...]:
-        """Returns the patterns of ``fuse`` that some of these weights match."""
-        names = list(weight_names)
-        return tuple(pattern for pattern in self.fuse if any(re.search(pattern, name) for name in names))
-
-    def _misfit(self, format_name: str, axis: str, found: int, multiple: int) -> str:
-        stored = self.instead.get(format_name)
-        silently = f", where it would store {stored} without a word" if stored else ""
-        return f"{self.name} runs {format_name} where {multiple} divides {axis}: got {axis}={found}{silently}"
 
 
 def _integers(bits: str, groups: str = "g32|g64|g128|channel", suffix: str = "(_sym)?") -> str:
@@ -114,6 +22,7 @@ def _integers(bits: str, groups: str = "g32|g64|g128|channel", suffix: str = "(_
 
 
 _COMPRESSED = _integers("2|3|4|5|6|7|8", groups="g16|g32|g64|g128|g256|channel", suffix="_sym")
+_SYMMETRIC = (*(f"int{bits}_g64_sym" for bits in (2, 3, 4, 5, 6, 8)), "bf16")
 _GGUF_KINDS = ("linear", "head", "embedding", "expert")
 
 ENGINES: dict[str, Engine] = {
@@ -142,15 +51,7 @@ ENGINES: dict[str, Engine] = {
             name="transformers",
             reads="compressed-tensors, pack-quantized",
             rules=(FormatRule(formats=_COMPRESSED),),
-            menu=(
-                "int2_g64_sym",
-                "int3_g64_sym",
-                "int4_g64_sym",
-                "int5_g64_sym",
-                "int6_g64_sym",
-                "int8_g64_sym",
-                "bf16",
-            ),
+            menu=_SYMMETRIC,
             exporter="compressed-tensors",
             command=(
                 "python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}')('The'))\""
@@ -182,6 +83,90 @@ ENGINES: dict[str, Engine] = {
                 "8 bits without activations' quantization, and all of Marlin, need a GPU.",
                 "vLLM reads one scheme for all experts of a layer.",
             ),
+        ),
+        Engine(
+            name="mlx-lm",
+            reads="MLX affine quantization, a setting a module",
+            rules=(
+                FormatRule(
+                    formats=_integers("2|3|4|5|6|8", groups="g32|g64|g128"), kinds=("linear", "head", "embedding")
+                ),
+            ),
+            menu=("int2_g64", "int3_g64", "int4_g64", "int5_g64", "int6_g64", "int8_g64", "bf16"),
+            exporter="mlx-lm",
+            command="mlx_lm.generate --model {out} --prompt 'The'",
+            checked="read back by mlx on a CPU: mx.dequantize gives the planned numbers",
+            notes=(
+                "Symmetric formats are exact; of asymmetric ones MLX rounds scale * zero_point to float16.",
+                "Experts stay unquantized.",
+            ),
+        ),
+        Engine(
+            name="gptqmodel",
+            reads="quantize_config.json with dynamic rules; it quantizes by itself",
+            rules=(FormatRule(formats=_integers("2|3|4|8", groups="g32|g64|g128|channel"), kinds=("linear",)),),
+            fuse=(QKV, GATE_UP, LATENT_QKV),
+            menu=("int2_g64", "int3_g64", "int4_g64", "int8_g64", "bf16"),
+            exporter="gptqmodel",
+            command=(
+                'python -c "import json; from gptqmodel import GPTQModel, QuantizeConfig; '
+                "config = QuantizeConfig(**json.load(open('{out}/quantize_config.json'))); "
+                "GPTQModel.load('{model}', config)\""
+            ),
+            checked="each rule matched with the names of every module, fused ones included; GPTQModel was not run",
+            notes=(
+                "vLLM reads dynamic rules by fused names, hence the fusions; of these formats it runs int4 and int8, "
+                "symmetric.",
+                "transformers 5.23 does not load checkpoints with dynamic rules.",
+                "The codes are GPTQModel's own: measure the result.",
+            ),
+        ),
+        Engine(
+            name="auto-round",
+            reads="layer_config; it quantizes by itself",
+            rules=(FormatRule(formats=_integers("2|3|4|8", groups="g32|g64|g128|channel")),),
+            fuse=(QKV, GATE_UP, LATENT_QKV),
+            menu=("int2_g64_sym", "int3_g64_sym", "int4_g64_sym", "int8_g64_sym", "bf16"),
+            exporter="auto-round",
+            command=(
+                'python -c "import json; from auto_round import AutoRound; '
+                "layers = json.load(open('{out}/layer_config.json')); "
+                "AutoRound('{model}', layer_config=layers).quantize_and_save('{out}/quantized', format='auto_round')\""
+            ),
+            checked="names and keys against its documentation; AutoRound was not run",
+            notes=(
+                "vLLM refuses fused projections that differ, hence the fusions.",
+                "The codes are AutoRound's own: measure the result.",
+            ),
+        ),
+        Engine(
+            name="torchao",
+            reads="FqnToConfig; it rounds to nearest by itself",
+            rules=(FormatRule(formats=_integers("2|3|4|5|6|7|8", groups="g16|g32|g64|g128|g256|channel")),),
+            menu=_SYMMETRIC,
+            exporter="torchao",
+            command=(
+                'python -c "import json; from torchao.core.config import config_from_dict; '
+                "from transformers import AutoModelForCausalLM, TorchAoConfig; "
+                "config = TorchAoConfig(config_from_dict(json.load(open('{out}/torchao.json')))); "
+                "AutoModelForCausalLM.from_pretrained('{model}', quantization_config=config)\""
+            ),
+            checked="read and applied by torchao on a CPU",
+            notes=(
+                "On a CPU torchao keeps every code in a byte: files do not shrink below 8 bits.",
+                "The codes are torchao's own: measure the result.",
+            ),
+        ),
+        Engine(
+            name="tensorrt-llm",
+            reads="ModelOpt's hf_quant_config.json, mixed precision",
+            rules=(FormatRule(formats="nvfp4|mxfp8_e4m3", kinds=("linear",), in_multiple=32, out_multiple=32),),
+            fuse=(QKV, GATE_UP, LATENT_QKV),
+            menu=("nvfp4", "mxfp8_e4m3", "bf16"),
+            exporter="modelopt",
+            command="cat {out}/hf_quant_config.json  # for trtllm-serve, beside weights that ModelOpt quantized",
+            checked="keys against its documentation; it needs a GPU, and none was used",
+            notes=("Weights come from ModelOpt itself; its runs on activations of 4 or 8 bits are other formats.",),
         ),
     )
 }
@@ -217,33 +202,3 @@ def describe_engines() -> list[dict[str, Any]]:
         }
         for engine in ENGINES.values()
     ]
-
-
-def check_legal(engine: Engine, units: Sequence["Unit"], formats_by_weight: Mapping[str, str]) -> None:
-    """Checks that an engine can load weights in these formats.
-
-    Args:
-        engine: The engine.
-        units: The model's units under the engine's own fusions and granularity.
-        formats_by_weight: Weight name -> format name.
-
-    Raises:
-        ValueError: If it cannot; the message counts the units at fault and explains the first.
-    """
-    from runtime.formats import find_format
-
-    faults: list[str] = []
-    for unit in units:
-        names = sorted({formats_by_weight[weight.name] for weight in unit.weights})
-        if len(names) > 1:
-            faults.append(f"'{unit.name}' must have one format, got {', '.join(names)}")
-            continue
-        reason = engine.refusal(unit, find_format(names[0]))
-        if reason is not None:
-            faults.append(f"'{unit.name}': {reason}")
-    if faults:
-        msg = (
-            f"a plan must keep the rules of the engine it is exported to: got {len(faults)} units that {engine.name} "
-            f"cannot load, first {faults[0]}. Plan with --engine {engine.name}."
-        )
-        raise ValueError(msg)

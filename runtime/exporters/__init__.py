@@ -10,8 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runtime.apply import FormatsByWeight, check_formats_by_weight
+from runtime.exporters.auto_round import export_auto_round
 from runtime.exporters.compressed_tensors import export_compressed_tensors
+from runtime.exporters.gptqmodel import export_gptqmodel
 from runtime.exporters.llama_cpp import export_llama_cpp, llama_cpp_fixed_bytes
+from runtime.exporters.mlx import export_mlx
+from runtime.exporters.modelopt import export_modelopt
+from runtime.exporters.torchao import export_torchao
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.loading import ReferenceModel
 from runtime.rendering import RenderingRule
@@ -21,6 +26,11 @@ Exporter = Callable[..., None]
 EXPORTERS: dict[str, Exporter] = {
     "compressed-tensors": export_compressed_tensors,
     "llama.cpp": export_llama_cpp,
+    "mlx-lm": export_mlx,
+    "gptqmodel": export_gptqmodel,
+    "auto-round": export_auto_round,
+    "torchao": export_torchao,
+    "modelopt": export_modelopt,
 }
 # Exporters whose file is known to the byte beforehand -> its bytes besides those of the weights' formats.
 FIXED_BYTES: dict[str, Callable[[ReferenceModel], int]] = {

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from runtime.apply import FormatsByWeight
-from runtime.exporters.hugging_face import integer_weights, module_name, unquantized_tensors, write_directory
+from runtime.exporters.hugging_face import module_name, quantized_weights, unquantized_tensors, write_directory
 from runtime.formats import Format, find_format
 from runtime.loading import ReferenceModel
 from runtime.packing import pack_codes, unpack_codes
@@ -37,7 +37,7 @@ def export_compressed_tensors(
 ) -> None:
     """Writes the model as a Hugging Face directory of compressed tensors; arguments as of ``export``."""
     tensors = unquantized_tensors(reference, formats_by_weight)
-    weights = integer_weights(reference, formats_by_weight)
+    weights = quantized_weights(reference, formats_by_weight)
     for weight in weights:
         format_ = find_format(formats_by_weight[weight.name])
         stored = encode_weight(weight, read_weight(reference.model, weight), format_, quantizer)

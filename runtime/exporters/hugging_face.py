@@ -12,7 +12,7 @@ from torch import Tensor
 from runtime.apply import FormatsByWeight
 from runtime.checkpoint import CHECKPOINT_FILE, distinct_tensors, exact_dtype
 from runtime.files import write_text
-from runtime.formats import find_format
+from runtime.formats import Format, find_format
 from runtime.loading import ReferenceModel
 from runtime.units import Weight, list_weights
 
@@ -22,7 +22,16 @@ def module_name(weight: Weight) -> str:
     return weight.parameter.removesuffix(".weight")
 
 
-def integer_weights(reference: ReferenceModel, formats_by_weight: FormatsByWeight) -> list[Weight]:
+def list_modules(reference: ReferenceModel, formats_by_weight: FormatsByWeight) -> list[tuple[str, Format]]:
+    """Returns the name and the format of every module that holds a weight, a tied one under its first name."""
+    return [
+        (module_name(weight), find_format(formats_by_weight[name]))
+        for name, weight in list_weights(reference.model).items()
+        if weight.expert_index is None
+    ]
+
+
+def quantized_weights(reference: ReferenceModel, formats_by_weight: FormatsByWeight) -> list[Weight]:
     """Returns the weights that take a quantized format, in model order."""
     return [
         weight
@@ -33,7 +42,7 @@ def integer_weights(reference: ReferenceModel, formats_by_weight: FormatsByWeigh
 
 def unquantized_tensors(reference: ReferenceModel, formats_by_weight: FormatsByWeight) -> dict[str, Tensor]:
     """Returns the tensors of everything that takes no quantized format, each in the type it is stored in."""
-    quantized = {weight.parameter for weight in integer_weights(reference, formats_by_weight)}
+    quantized = {weight.parameter for weight in quantized_weights(reference, formats_by_weight)}
     tensors = {}
     for name, tensor in distinct_tensors(reference.model).items():
         if name in quantized:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.candidates import Candidates, refuse_by_engine
-from runtime.engines import Engine
+from runtime.engine_rules import Engine
 from runtime.units import EXPERT_GRANULARITIES, Unit, merge_units
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from runtime.candidates import list_candidates, refuse_by_engine
-from runtime.engines import ENGINES, Engine, check_legal, describe_engines, find_engine
+from runtime.engine_rules import Engine, check_legal
+from runtime.engines import ENGINES, describe_engines, find_engine
 from runtime.formats import FORMATS, find_format
 from runtime.units import EXPERT_GRANULARITIES, Unit, find_units
 from tests.tiny_models import build_tiny_llama, build_tiny_mixtral, build_tiny_qwen_moe
