@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from allocator.artefacts import Model
     from allocator.budget import Budget, InfeasibleBudget
     from allocator.exporting import Exported, export
+    from allocator.format_table import list_formats
     from allocator.measuring import MeasureRequest
     from allocator.pipeline import Applied, apply, evaluate, frontier, load, measure, plan, report
     from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan, load_plan, save_plan
@@ -41,6 +42,7 @@ _HOME = {
     "evaluate": "allocator.pipeline",
     "export": "allocator.exporting",
     "frontier": "allocator.pipeline",
+    "list_formats": "allocator.format_table",
     "load": "allocator.pipeline",
     "load_plan": "allocator.plans",
     "load_profile": "sensitivity.profile",
@@ -68,6 +70,7 @@ __all__ = [
     "evaluate",
     "export",
     "frontier",
+    "list_formats",
     "load",
     "load_plan",
     "load_profile",

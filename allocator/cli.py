@@ -25,7 +25,7 @@ from allocator.cli_options import (
     plan_option,
     printed,
 )
-from allocator.cli_output import describe_profile, plan_text, profile_text, render, table
+from allocator.cli_output import describe_profile, formats_text, plan_text, profile_text, render, table
 
 if TYPE_CHECKING:
     from sensitivity.profile import SensitivityProfile
@@ -194,6 +194,21 @@ def report(model: str, plan_path: Path, text: str | None, out: Path) -> str:
     from allocator.plans import load_plan
 
     return str(_with_progress(run, model, load_plan(plan_path), out, text=text))
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--formats", help="Comma-separated formats; default: all.")
+@click.option("--weight", help="Weight of MODEL to try them on; default: one in the middle.")
+@json_option
+@printed
+def formats(model: str | None, formats: str | None, weight: str | None, as_json: bool) -> str:
+    """List the storage formats: bits per weight and who can run them; with MODEL, their error on one of its weights."""
+    from allocator.format_table import list_formats as run
+
+    names = None if formats is None else tuple(formats.split(","))
+    found = _with_progress(run, model, formats=names, weight=weight)
+    return render({"formats": found}, as_json, lambda document: formats_text(document["formats"]))
 
 
 @cli.command()

@@ -102,6 +102,14 @@ def _brief(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("name", "memory_bytes", "predicted_kl", "kl", "kl_low", "kl_high", "shipped")}
 
 
+def formats_text(rows: Sequence[dict[str, Any]]) -> str:
+    shown = []
+    for row in rows:
+        runs_on = row["refusal"] or ", ".join(row["runs_on"])
+        shown.append({**{name: value for name, value in row.items() if name != "refusal"}, "runs_on": runs_on})
+    return table(shown)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return "nothing to show"

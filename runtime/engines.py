@@ -5,9 +5,13 @@ An entry says which formats an engine runs in which kind of weight and at which 
 What the rules mean is in ``runtime/engine_rules.py``; who writes the files, in ``runtime/exporters/``.
 """
 
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
 from runtime.engine_rules import Engine, FormatRule
+
+if TYPE_CHECKING:
+    from runtime.formats import Format
 
 # Weights that match and are equal once the match is taken out get one format (`runtime.units.find_units`).
 QKV = r"\.(q|k|v)_proj(?=\.)"
@@ -32,7 +36,7 @@ ENGINES: dict[str, Engine] = {
             name="llama.cpp",
             reads="GGUF, every tensor in a type of its own",
             rules=(
-                FormatRule(formats=r"q[458]_0|q[45]_1|int(4|5|8)_g32_sym", kinds=_GGUF_KINDS, in_multiple=32),
+                FormatRule(formats=r"q[458]_0|q[45]_1|mxfp4|int(4|5|8)_g32_sym", kinds=_GGUF_KINDS, in_multiple=32),
                 FormatRule(formats=r"q[23456]_k", kinds=_GGUF_KINDS, in_multiple=256),
             ),
             experts="stack_projection",
@@ -182,6 +186,12 @@ def find_engine(name: str) -> Engine:
         msg = f"engine must be a known name: got '{name}'. Known engines: {', '.join(ENGINES)}."
         raise ValueError(msg)
     return ENGINES[name]
+
+
+def engines_of(format_: "Format") -> tuple[str, ...]:
+    """Returns the names of the engines that run a format in some weight, bitplan itself first."""
+    named = (e.name for e in ENGINES.values() if any(re.fullmatch(rule.formats, format_.name) for rule in e.rules))
+    return ("bitplan", *(ENGINES if format_.unquantized else named))
 
 
 def describe_engines() -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from runtime.codecs.integer import pack_quantized
 from runtime.formats import Format
 from runtime.quantization import QuantizedWeight, dequantize
 from runtime.quantizers import QUANTIZERS, STATISTICAL, InputStatistics, quantize
+from runtime.quantizers.gptq import round_compensated
 from runtime.rendered_files import RenderedFiles
 from runtime.units import Weight
 
@@ -26,8 +27,9 @@ class Rendering:
 
     Args:
         quantizer: Name in ``QUANTIZERS``.
-        statistics: Weight name -> statistics of its inputs.
-        files: Where what was rendered with these statistics is kept; None to render it each time.
+        statistics: Weight name -> statistics of its inputs; none for a quantizer that reads the weight alone.
+        files: Where what takes long is kept, rendered with these statistics or by the search of a format's own encoder;
+            None to render it each time.
 
     Raises:
         ValueError: If the quantizer is unknown.
@@ -42,6 +44,9 @@ class Rendering:
             msg = f"quantizer must be among {', '.join(QUANTIZERS)}: got '{self.quantizer}'. Correct the name."
             raise ValueError(msg)
 
+
+# Quantizers under which formats of other kinds get their codes by GPTQ, on the scales of their own encoder.
+COMPENSATING = frozenset({"gptq", "auto"})
 
 # A bare name is that of a quantizer that needs no statistics.
 RenderingRule = str | Rendering
@@ -78,7 +83,26 @@ def encode(
     if statistics is not None:
         statistics.check_fits(values)
         importance = statistics.hessian().diagonal()
-    return CODECS[format_.kind].encode(values.to(torch.float32), format_, importance)
+    wide = values.to(torch.float32)
+    tensors = CODECS[format_.kind].encode(wide, format_, importance)
+    if statistics is None or quantizer not in COMPENSATING:
+        return tensors
+    return _compensate(wide, format_, statistics, tensors, always=quantizer == "gptq")
+
+
+def _compensate(
+    values: Tensor, format_: Format, statistics: InputStatistics, tensors: dict[str, Tensor], *, always: bool
+) -> dict[str, Tensor]:
+    """Returns the stored tensors with GPTQ's codes on the same scales; else only where their output error is less."""
+    codec, shape = CODECS[format_.kind], (values.shape[0], values.shape[1])
+    if codec.grid is None:
+        return tensors
+    grid = codec.grid(tensors, format_, shape)
+    compensated = grid.with_codes(round_compensated(values, statistics, grid.round_column))
+    if always:
+        return compensated
+    nearest, moved = (codec.decode(each, format_, shape, None).sub_(values) for each in (tensors, compensated))
+    return compensated if statistics.output_error(moved) < statistics.output_error(nearest) else tensors
 
 
 def render_weight(weight: Weight, values: Tensor, format_: Format, rule: RenderingRule) -> Tensor:
@@ -95,14 +119,17 @@ def render_weight(weight: Weight, values: Tensor, format_: Format, rule: Renderi
     """
     if format_.kind == "int":
         return dequantize(_quantize_weight(weight, values, format_, rule))
-    return render(values, format_, quantizer_name(rule), statistics=statistics_of(weight, format_, rule))
+    return CODECS[format_.kind].decode(encode_weight(weight, values, format_, rule), format_, weight.shape, None)
 
 
 def encode_weight(weight: Weight, values: Tensor, format_: Format, rule: RenderingRule) -> dict[str, Tensor]:
     """Returns the tensors that a weight is stored as, by name; arguments and errors as of ``render_weight``."""
     if format_.kind == "int":
         return pack_quantized(_quantize_weight(weight, values, format_, rule))
-    return encode(values, format_, quantizer_name(rule), statistics=statistics_of(weight, format_, rule))
+    make = partial(encode, values, format_, quantizer_name(rule), statistics=statistics_of(weight, format_, rule))
+    if isinstance(rule, str) or rule.files is None or format_.unquantized:
+        return make()
+    return rule.files.read_or_make_tensors(weight.name, values, format_, make)
 
 
 def _quantize_weight(weight: Weight, values: Tensor, format_: Format, rule: RenderingRule) -> QuantizedWeight:

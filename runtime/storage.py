@@ -12,6 +12,8 @@ from math import prod
 Shape = tuple[int, int]
 # Bytes of one number, by the names that torch gives the types.
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1}
+# How the names of tensors that hold codes begin; the others are metadata.
+CODE_TENSORS = ("codes", "values")
 # Bytes of a block of llama.cpp's formats: 32 weights, 256 of those that end in k.
 GGML_BLOCKS = {
     "q4_0": 18,
@@ -113,6 +115,18 @@ class Format:
             ValueError: If the group size does not divide the row.
         """
         return sum(tensor.nbytes for tensor in self.stored_tensors(shape))
+
+    def code_bytes(self, shape: Shape) -> int:
+        """Returns the bytes of the codes of a weight (out_features, in_features) alone, each row's padding included.
+
+        Raises:
+            ValueError: If the group size does not divide the row.
+        """
+        tensors = self.stored_tensors(shape)
+        if self.kind == "ggml":
+            # Codes lie in the blocks, between scales, without padding.
+            return prod(shape) * self.bits // 8
+        return sum(tensor.nbytes for tensor in tensors if tensor.name.startswith(CODE_TENSORS))
 
 
 def packed_row_bytes(count: int, bits: int) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from runtime.quantizers import STATISTICAL, InputStatistics
 from runtime.rendered_files import RenderedFiles
-from runtime.rendering import Rendering, RenderingRule
+from runtime.rendering import Rendering
 from runtime.units import Weight, list_weights
 from sensitivity.criteria.output_error import InputSecondMoments, run_under
 from sensitivity.pieces import Piece, read_or_measure
@@ -33,7 +33,7 @@ _COUNT = "count"
 _AND = "\n"
 
 
-def find_rendering(model: Any, quantizer: str, tokens: Tensor | None, *, directory: Path | None) -> RenderingRule:
+def find_rendering(model: Any, quantizer: str, tokens: Tensor | None, *, directory: Path | None) -> Rendering:
     """Returns the rule that a quantizer renders a model's candidates with.
 
     Args:
@@ -46,8 +46,9 @@ def find_rendering(model: Any, quantizer: str, tokens: Tensor | None, *, directo
     Raises:
         ValueError: If statistics are needed and there is neither their file nor their text.
     """
+    files = None if directory is None else RenderedFiles(directory / "rendered")
     if quantizer not in STATISTICAL:
-        return quantizer
+        return Rendering(quantizer=quantizer, statistics={}, files=files)
 
     def collect() -> Piece:
         if tokens is None:
@@ -62,7 +63,7 @@ def find_rendering(model: Any, quantizer: str, tokens: Tensor | None, *, directo
     return Rendering(
         quantizer=quantizer,
         statistics=_make_statistics(list_weights(model, routers=True), piece),
-        files=None if directory is None else RenderedFiles(directory / "rendered"),
+        files=files,
     )
 
 

@@ -18,7 +18,7 @@ Papers: Rastegari et al. 2016 (XNOR-Net, arXiv:1603.05279, equation 6) for the s
 import torch
 from torch import Tensor
 
-from runtime.codecs.codec import Codec, StoredTensors, check_range, pick
+from runtime.codecs.codec import Codec, ColumnGrid, StoredTensors, check_range, pick
 from runtime.packing import pack_codes, unpack_codes
 from runtime.powers import nearest_exponent, power_of_two
 from runtime.quantizers.grid import LARGEST_SCALE, SMALLEST_SCALE
@@ -52,12 +52,7 @@ def decode_binary(
 ) -> Tensor:
     """Returns the value that each code stands for."""
     codes = binary_codes(tensors, format_, shape, rows).bool()
-    if format_.symmetric:
-        scale = pick(tensors["scale"], rows)
-        high = power_of_two(scale) if format_.scale_type == "pow2" else scale.to(torch.float32)
-        low = -high
-    else:
-        low, high = (pick(tensors[name], rows).to(torch.float32) for name in ("low", "high"))
+    low, high = _read_values(tensors, format_, rows)
     grouped = codes.view(*low.shape, -1)
     return torch.where(grouped, high.unsqueeze(-1), low.unsqueeze(-1)).view(codes.shape)
 
@@ -65,6 +60,28 @@ def decode_binary(
 def binary_codes(tensors: StoredTensors, format_: Format, shape: tuple[int, int], rows: Tensor | None = None) -> Tensor:
     """Returns the codes, 0 for the lower value."""
     return unpack_codes(pick(tensors["codes"], rows), 1, shape[1])
+
+
+def binary_grid(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> ColumnGrid:
+    """Returns the two values of each column's groups."""
+    lows, highs = (values.T.contiguous() for values in _read_values(tensors, format_, None))
+    length = shape[1] // len(lows)
+
+    def round_column(j: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = lows[j // length], highs[j // length]
+        codes = (numbers - low).abs() > (numbers - high).abs()
+        return codes.to(torch.uint8), torch.where(codes, high, low)
+
+    return ColumnGrid(round_column=round_column, with_codes=lambda codes: {**tensors, "codes": pack_codes(codes, 1)})
+
+
+def _read_values(tensors: StoredTensors, format_: Format, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the lower and the higher value [rows, groups] of each group."""
+    if not format_.symmetric:
+        return pick(tensors["low"], rows).to(torch.float32), pick(tensors["high"], rows).to(torch.float32)
+    scale = pick(tensors["scale"], rows)
+    high = power_of_two(scale) if format_.scale_type == "pow2" else scale.to(torch.float32)
+    return -high, high
 
 
 def _pack(codes: Tensor, weight: Tensor) -> Tensor:
@@ -87,4 +104,4 @@ def _find_two_means(grouped: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return low.squeeze(-1).float(), high.squeeze(-1).float()
 
 
-BINARY = Codec(encode=encode_binary, decode=decode_binary, codes=binary_codes)
+BINARY = Codec(encode=encode_binary, decode=decode_binary, codes=binary_codes, grid=binary_grid)

@@ -12,6 +12,20 @@ StoredTensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ColumnGrid:
+    """The values that the weights of a stored matrix may take with its scales as they are.
+
+    Args:
+        round_column: (column j, numbers [out_features]) -> the nearest uint8 codes [out_features] and their float32
+            values.
+        with_codes: (codes [out_features, in_features] uint8) -> the stored tensors with these codes.
+    """
+
+    round_column: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+    with_codes: Callable[[Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Codec:
     """The encoder and the decoder of one kind of format.
 
@@ -24,12 +38,15 @@ class Codec:
             weight [n, in_features]. Each row depends on its index alone, not on the others asked for.
         codes: The same arguments as ``decode`` -> the codes [n, in_features], integers of any type.
         reads_importance: Whether the encoder uses it.
+        grid: (tensors, format, (out_features, in_features)) -> the values that each weight may take when all but the
+            codes stay; None where weights cannot be rounded one by one.
     """
 
     encode: Callable[[Tensor, Format, Tensor | None], dict[str, Tensor]]
     decode: Callable[[StoredTensors, Format, tuple[int, int], Tensor | None], Tensor]
     codes: Callable[[StoredTensors, Format, tuple[int, int], Tensor | None], Tensor]
     reads_importance: bool = True
+    grid: Callable[[StoredTensors, Format, tuple[int, int]], ColumnGrid] | None = None
 
 
 def pick(tensor: Tensor, rows: Tensor | None) -> Tensor:

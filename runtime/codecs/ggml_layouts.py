@@ -75,7 +75,7 @@ class BlockLayout:
 
     def split(self, blocks: Tensor) -> dict[str, Tensor]:
         """Returns the sections of blocks [..., bytes]."""
-        parts = blocks.split([size for _, size in self.sections], dim=-1)
+        parts = torch.split(blocks, [size for _, size in self.sections], dim=-1)
         return {name: part for (name, _), part in zip(self.sections, parts, strict=True)}
 
     def unpack(self, blocks: Tensor) -> Fields:
@@ -93,7 +93,7 @@ class BlockLayout:
         dmin = None if mins is None else _read_half(sections["dmin" if self.scales else "m"])
         if dmin is not None and self.scales is None:
             dmin = -dmin
-        return Fields(codes.unflatten(-1, (self.parts, -1)), scales, mins, d, dmin)
+        return Fields(codes.view(*codes.shape[:-1], self.parts, -1), scales, mins, d, dmin)
 
     def pack(self, fields: Fields) -> Tensor:
         """Returns the blocks [..., bytes] uint8 that hold these fields."""
@@ -121,7 +121,7 @@ class BlockLayout:
             low, high = spread(packed[..., :8], 4, 8), spread(packed[..., 8:], 2, 4)
             return (low | (high << 4)).int() - 32, None
         # The upper four scales and minima share nibbles; their highest bits lie above the lower four.
-        scale, least, both = packed.split(4, dim=-1)
+        scale, least, both = torch.split(packed, 4, dim=-1)
         scales = torch.cat([scale & 63, (both & 15) | ((scale >> 2) & 48)], dim=-1)
         return scales.int(), torch.cat([least & 63, (both >> 4) | ((least >> 2) & 48)], dim=-1).int()
 
@@ -138,7 +138,7 @@ class BlockLayout:
         unsigned, mins = scales.to(torch.uint8), fields.mins.to(torch.uint8)
         if self.scales == "nibbles":
             return {"scales": unsigned | (mins << 4)}
-        (low, high), (low_min, high_min) = unsigned.split(4, dim=-1), mins.split(4, dim=-1)
+        (low, high), (low_min, high_min) = torch.split(unsigned, 4, dim=-1), torch.split(mins, 4, dim=-1)
         parts = [low | ((high >> 4) << 6), low_min | ((high_min >> 4) << 6), (high & 15) | ((high_min & 15) << 4)]
         return {"scales": torch.cat(parts, dim=-1)}
 
@@ -146,14 +146,14 @@ class BlockLayout:
 def spread(packed: Tensor, width: int, run: int) -> Tensor:
     """Returns the numbers of ``width`` bits in bytes [..., count]: run by run, the lowest bits of its bytes first."""
     shifts = torch.arange(0, 8, width, dtype=torch.uint8).view(-1, 1)
-    numbers = (packed.unflatten(-1, (-1, 1, run)) >> shifts) & ((1 << width) - 1)
+    numbers: Tensor = (packed.reshape(*packed.shape[:-1], -1, 1, run) >> shifts) & ((1 << width) - 1)
     return numbers.flatten(-3)
 
 
 def gather(numbers: Tensor, width: int, run: int) -> Tensor:
     """Returns the bytes that ``spread`` reads these numbers from."""
     shifts = torch.arange(0, 8, width, dtype=torch.uint8).view(-1, 1)
-    shifted = numbers.unflatten(-1, (-1, 8 // width, run)) << shifts
+    shifted: Tensor = numbers.reshape(*numbers.shape[:-1], -1, 8 // width, run) << shifts
     return shifted.sum(-2, dtype=torch.uint8).flatten(-2)
 
 

@@ -11,8 +11,8 @@
 The plain rule (no clipping, no fit) is among the starts, so its error is never exceeded. Linear time. Parts of a block
 meet only through d and dmin.
 
-The search of llama.cpp (``make_qx_quants``, ``make_qkx2_quants``) has the first two steps; without importance it weights
-squares by w^2 or by |w| plus a constant, this one by one.
+The search of llama.cpp (``make_qx_quants``, ``make_qkx2_quants``) has the first two steps; without importance it
+weights squares by w^2 or by |w| plus a constant, this one by one.
 """
 
 from collections.abc import Iterator
@@ -87,7 +87,7 @@ def _start_symmetric(x: Tensor, h: Tensor, layout: BlockLayout) -> list[tuple[Te
     power = (h * x * x).sum(-1)
     best, least = extreme.squeeze(-1) / -layout.zero, torch.full_like(power, torch.inf)
     for overshoot in _OVERSHOOTS:
-        levels = _levels(x, extreme / -(layout.zero + overshoot), layout)
+        levels = nearest_levels(x, extreme / -(layout.zero + overshoot), layout)
         along, square = (h * x * levels).sum(-1), (h * levels * levels).sum(-1)
         error = power - along.square() / square
         better = (error < least) & (square > 0)
@@ -171,7 +171,7 @@ def _evaluate(
     fields = Fields(torch.empty(0), scales, mins, d, dmin)
     step, least = part_steps(fields)
     shifted = x if least is None else x + least.unsqueeze(-1)
-    codes = (_levels(shifted, step.unsqueeze(-1), layout) + layout.zero).to(torch.uint8)
+    codes = (nearest_levels(shifted, step.unsqueeze(-1), layout) + layout.zero).to(torch.uint8)
     fields = Fields(codes, scales, mins, d, dmin)
     return _State(fields, (h * (values_of(fields, layout) - x).square_()).sum((-1, -2)))
 
@@ -187,7 +187,7 @@ def _move_integers(x: Tensor, h: Tensor, layout: BlockLayout, fields: Fields) ->
         moved_min = None if fields.mins is None else (fields.mins + min_move).clamp(0, layout.most_min)
         step, least = part_steps(Fields(fields.codes, moved, moved_min, fields.d, fields.dmin))
         shifted = x if least is None else x + least.unsqueeze(-1)
-        rest = _levels(shifted, step.unsqueeze(-1), layout).mul_(step.unsqueeze(-1)).sub_(shifted)
+        rest = nearest_levels(shifted, step.unsqueeze(-1), layout).mul_(step.unsqueeze(-1)).sub_(shifted)
         error = (h * rest.square_()).sum(-1)
         better = torch.ones_like(error, dtype=torch.bool) if best_error is None else error < best_error
         best_error = error if best_error is None else torch.where(better, error, best_error)
@@ -216,13 +216,13 @@ def _refit(
     return _half(d), fields.scales, _half(dmin), fields.mins
 
 
-def _levels(x: Tensor, step: Tensor, layout: BlockLayout) -> Tensor:
+def nearest_levels(x: Tensor, step: Tensor, layout: BlockLayout) -> Tensor:
     """Returns the nearest code less zero; zero where the step is zero."""
     return torch.where(step == 0, 0.0, x / step).round_().clamp_(-layout.zero, layout.top - layout.zero)
 
 
 def _affine_codes(x: Tensor, step: Tensor, minimum: Tensor, layout: BlockLayout) -> Tensor:
-    return _levels(x + minimum.unsqueeze(-1), step.unsqueeze(-1), layout)
+    return nearest_levels(x + minimum.unsqueeze(-1), step.unsqueeze(-1), layout)
 
 
 def _divide(numbers: Tensor, unit: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from runtime.codecs.codebook import Codebook, Scaled, choose_scales
-from runtime.codecs.codec import Codec, StoredTensors, check_range, pick
+from runtime.codecs.codec import Codec, ColumnGrid, StoredTensors, check_range, pick
 from runtime.elements import ELEMENTS
 from runtime.packing import pack_codes, unpack_codes
 from runtime.powers import LEAST_EXPONENT, MOST_EXPONENT, floor_exponent, power_of_two
@@ -64,9 +64,7 @@ def decode_scaled(
     tensors: StoredTensors, format_: Format, shape: tuple[int, int], rows: Tensor | None = None
 ) -> Tensor:
     """Returns the element of each code times its scale."""
-    scale = _SCALE_TYPES[format_.scale_type].read(pick(tensors["scale"], rows))
-    if format_.scale_type == "e4m3":
-        scale = scale * tensors["scale_unit"]
+    scale = _read_scales(tensors, format_, rows)
     codes = scaled_codes(tensors, format_, shape, rows)
     values = codebook_of(format_.element).values_of(codes).view(*scale.shape, -1)
     return values.mul_(scale.unsqueeze(-1)).view(codes.shape)
@@ -75,6 +73,26 @@ def decode_scaled(
 def scaled_codes(tensors: StoredTensors, format_: Format, shape: tuple[int, int], rows: Tensor | None = None) -> Tensor:
     """Returns the codes as uint8."""
     return unpack_codes(pick(tensors["codes"], rows), format_.bits, shape[1])
+
+
+def scaled_grid(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> ColumnGrid:
+    """Returns the elements times the scales of each column's groups."""
+    scales, codebook = _read_scales(tensors, format_, None).T.contiguous(), codebook_of(format_.element)
+    length = shape[1] // len(scales)
+
+    def round_column(j: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        scale = scales[j // length]
+        codes = codebook.codes_of(torch.where(scale == 0, 0.0, numbers / scale))
+        return codes, codebook.values_of(codes).mul_(scale)
+
+    return ColumnGrid(
+        round_column=round_column, with_codes=lambda codes: {**tensors, "codes": pack_codes(codes, format_.bits)}
+    )
+
+
+def _read_scales(tensors: StoredTensors, format_: Format, rows: Tensor | None) -> Tensor:
+    scale = _SCALE_TYPES[format_.scale_type].read(pick(tensors["scale"], rows))
+    return scale * tensors["scale_unit"] if format_.scale_type == "e4m3" else scale
 
 
 def _find_scale_unit(weight: Tensor, format_: Format) -> Tensor:
@@ -122,4 +140,4 @@ _SCALE_TYPES: dict[str, _ScaleType] = {
     "e4m3": _ScaleType(_propose_e4m3, lambda stored: codebook_of("e4m3").values_of(stored), math.inf),
 }
 
-SCALED_ELEMENTS = Codec(encode=encode_scaled, decode=decode_scaled, codes=scaled_codes)
+SCALED_ELEMENTS = Codec(encode=encode_scaled, decode=decode_scaled, codes=scaled_codes, grid=scaled_grid)

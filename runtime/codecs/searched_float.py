@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from runtime.codecs.codebook import Codebook, Scaled, choose_scales
-from runtime.codecs.codec import Codec, StoredTensors, check_range, pick
+from runtime.codecs.codec import Codec, ColumnGrid, StoredTensors, check_range, pick
 from runtime.elements import make_float
 from runtime.packing import pack_codes, unpack_codes
 from runtime.quantizers.grid import LARGEST_SCALE, SMALLEST_SCALE
@@ -80,6 +80,27 @@ def searched_float_codes(
     return unpack_codes(pick(tensors["codes"], rows), format_.bits, shape[1])
 
 
+def searched_float_grid(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> ColumnGrid:
+    """Returns the values of each row's split times the scales of each column's groups."""
+    scales = tensors["scale"].T.to(torch.float32).contiguous()
+    length = shape[1] // len(scales)
+    splits = {split: tensors["exponent"] == split for split in list_splits(format_.bits)}
+    rows_of = {split: rows.nonzero().view(-1) for split, rows in splits.items() if bool(rows.any())}
+
+    def round_column(j: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        ratio, values = numbers / scales[j // length], torch.empty_like(numbers)
+        codes = torch.empty_like(numbers, dtype=torch.uint8)
+        for split, rows in rows_of.items():
+            codebook = unit_codebook(format_.bits, split)
+            codes[rows] = codebook.codes_of(ratio[rows])
+            values[rows] = codebook.values_of(codes[rows])
+        return codes, values.mul_(scales[j // length])
+
+    return ColumnGrid(
+        round_column=round_column, with_codes=lambda codes: {**tensors, "codes": pack_codes(codes, format_.bits)}
+    )
+
+
 def _search_block(grouped: Tensor, importance: Tensor | None, bits: int) -> tuple[Scaled, Tensor]:
     """Returns the best of all splits and the exponent bits [rows] of each row's."""
     largest = grouped.abs().amax(-1)
@@ -108,4 +129,9 @@ def _replace_rows(first: Scaled, second: Scaled, rows: Tensor) -> Scaled:
     )
 
 
-SEARCHED_FLOAT = Codec(encode=encode_searched_float, decode=decode_searched_float, codes=searched_float_codes)
+SEARCHED_FLOAT = Codec(
+    encode=encode_searched_float,
+    decode=decode_searched_float,
+    codes=searched_float_codes,
+    grid=searched_float_grid,
+)

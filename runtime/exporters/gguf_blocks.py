@@ -1,11 +1,11 @@
 """Formats as llama.cpp's types: which format is stored as which, and its bytes in a GGUF file.
 
-Formats of the kind ``ggml`` are llama.cpp's own and their tensors are its bytes. Three of ours are stored without
+Formats of the kind ``ggml`` are llama.cpp's own and their tensors are its bytes. Four others are stored without
 changing a number: codes of 4, 5 and 8 bits with one float16 scale for 32 weights and no zero point,
 
     value = scale * (code - 2^(bits-1)),
 
-are Q4_0, Q5_0 and Q8_0. A block holds the scale first, then the codes: of 4 and 5 bits the low four bits of weights j
+are Q4_0, Q5_0 and Q8_0, and MXFP4 is MXFP4: E2M1 codes with a byte of exponent for 32 weights. A block holds the scale first, then the codes: of 4 and 5 bits the low four bits of weights j
 and j + 16 in one byte, and of 5 bits before them the fifth bits of all 32 as one little-endian word.
 """
 
@@ -15,7 +15,14 @@ from torch import Tensor
 from runtime.formats import Format
 from runtime.packing import unpack_codes
 
-_SAME_AS = {"int4_g32_sym": "Q4_0", "int5_g32_sym": "Q5_0", "int8_g32_sym": "Q8_0", "fp16": "F16", "bf16": "BF16"}
+_SAME_AS = {
+    "int4_g32_sym": "Q4_0",
+    "int5_g32_sym": "Q5_0",
+    "int8_g32_sym": "Q8_0",
+    "mxfp4": "MXFP4",
+    "fp16": "F16",
+    "bf16": "BF16",
+}
 _BLOCK = 32
 
 
@@ -38,8 +45,8 @@ def gguf_bytes(stored: dict[str, Tensor], format_: Format) -> Tensor:
     scale = stored["scale"]
     rows, groups = scale.shape
     codes = unpack_codes(stored["codes"], format_.bits, groups * _BLOCK).view(rows, groups, _BLOCK)
-    # Sixteen bits of every scale as two bytes; a view of a row of halves.
-    head = scale.contiguous().view(torch.uint8).view(rows, groups, 2)
+    # The scale's own bytes: two of a half, one of an exponent.
+    head = scale.contiguous().view(torch.uint8).view(rows, groups, -1)
     return torch.cat([head, _code_bytes(codes, format_.bits)], dim=-1).view(rows, -1)
 
 

@@ -5,7 +5,8 @@ Those in ``STATISTICAL`` need the statistics; ``clipping`` weights its error by 
 
 They work on the grid of integer formats. A format of any other kind is rendered by its own encoder
 (``runtime/codecs/``), whatever quantizer is asked for; a quantizer in ``STATISTICAL`` hands it the importance of the
-columns. ``runtime/rendering.py`` makes the difference.
+columns. Under ``gptq``, and under ``auto`` where it is better, the encoder chooses the scales and GPTQ the codes.
+``runtime/rendering.py`` makes the difference.
 """
 
 from dataclasses import replace

@@ -36,8 +36,10 @@ _BLOCK_COLUMNS = 64
 # Of the mean of the diagonal, tried in turn: a matrix of less than full rank needs a little.
 _MORE_DAMPING = (0.0, 1e-6, 1e-4, 1e-2)
 
-# (block of columns, these columns [block, rows] as moved so far) -> scale and zero point of each [block, rows]
-_GridOfBlock = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+# (column, numbers [rows]) -> the nearest codes and their values, both [rows] and new tensors
+RoundColumn = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+# (block of columns, these columns [block, rows] as moved so far) -> how each column of the block is rounded
+_RoundingOfBlock = Callable[[slice, Tensor], RoundColumn]
 
 
 def quantize_gptq(
@@ -110,10 +112,10 @@ def _round_ordered(weight: Tensor, grid: Grid, factor: Tensor, order: Tensor) ->
     group_of = order // (weight.shape[1] // grid.scale.shape[1])
     scale, zero_point = grid.scale.T.to(torch.float32).contiguous(), grid.zero_point.T.contiguous()
 
-    def grid_of_block(block: slice, moved: Tensor) -> tuple[Tensor, Tensor]:
-        return scale[group_of[block]], zero_point[group_of[block]]
+    def rounding_of_block(block: slice, moved: Tensor) -> RoundColumn:
+        return _on_integers(scale[group_of[block]], zero_point[group_of[block]], largest_code(grid.format))
 
-    codes = _round_columns(weight.T[order], factor, _BLOCK_COLUMNS, grid_of_block, largest_code(grid.format))
+    codes = _round_columns(weight.T[order], factor, _BLOCK_COLUMNS, rounding_of_block)
     restored = torch.empty_like(codes)
     restored[order] = codes
     return grid.quantized(restored.T.contiguous())
@@ -127,33 +129,66 @@ def _round_groups(
     whole_row = replace(format_, group_size=None)
     found: list[Grid] = []
 
-    def grid_of_block(block: slice, moved: Tensor) -> tuple[Tensor, Tensor]:
+    def rounding_of_block(block: slice, moved: Tensor) -> RoundColumn:
         # What the columns of the group would be, were none of them rounded.
         by_earlier, own = moved - columns[block], factor[block, block].T
         unrounded = columns[block] + torch.linalg.solve_triangular(own, by_earlier, upper=False, unitriangular=True)
         grid = _find_grid(unrounded.T, whole_row, importance[block], clip)
         found.append(grid)
-        return grid.scale.T.to(torch.float32).expand_as(moved), grid.zero_point.T.expand_as(moved)
+        scale, zero_point = grid.scale.T.to(torch.float32), grid.zero_point.T
+        return _on_integers(scale.expand_as(moved), zero_point.expand_as(moved), largest_code(format_))
 
-    codes = _round_columns(columns, factor, len(columns) // groups, grid_of_block, largest_code(format_))
+    codes = _round_columns(columns, factor, len(columns) // groups, rounding_of_block)
     scale = torch.cat([grid.scale for grid in found], dim=1)
     zero_point = torch.cat([grid.zero_point for grid in found], dim=1)
     return Grid(format=format_, scale=scale, zero_point=zero_point).quantized(codes.T.contiguous())
 
 
-def _round_columns(
-    columns: Tensor, factor: Tensor, block_columns: int, grid_of_block: _GridOfBlock, top: int
-) -> Tensor:
+def round_compensated(weight: Tensor, statistics: InputStatistics, round_column: RoundColumn) -> Tensor:
+    """Returns the codes [out_features, in_features] uint8 of a weight rounded column by column on any grid.
+
+    Args:
+        weight: [out_features, in_features] float32, finite.
+        statistics: Of the weight's inputs.
+        round_column: (column, numbers [out_features]) -> the nearest codes and their values; columns of large inputs
+            are asked for first.
+
+    Raises:
+        ValueError: If the second moment is not positive semidefinite.
+    """
+    H = statistics.hessian()
+    order = torch.argsort(H.diagonal(), descending=True, stable=True)
+    columns = order.tolist()
+
+    def rounding_of_block(block: slice, moved: Tensor) -> RoundColumn:
+        return lambda k, numbers: round_column(columns[block.start + k], numbers)
+
+    codes = _round_columns(weight.T[order], normalised_factor(H[order][:, order]), _BLOCK_COLUMNS, rounding_of_block)
+    restored = torch.empty_like(codes)
+    restored[order] = codes
+    return restored.T.contiguous()
+
+
+def _on_integers(scale: Tensor, zero_point: Tensor, top: int) -> RoundColumn:
+    """Returns the rounding of a block of columns on integer grids [block, rows]."""
+
+    def round_column(k: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        code = torch.round(numbers / scale[k]).add_(zero_point[k]).clamp_(0, top)
+        return code, (code - zero_point[k]).mul_(scale[k])
+
+    return round_column
+
+
+def _round_columns(columns: Tensor, factor: Tensor, block_columns: int, rounding_of_block: _RoundingOfBlock) -> Tensor:
     """Returns the codes [in_features, rows] uint8 of columns [in_features, rows] rounded in turn."""
     error, codes = torch.empty_like(columns), torch.empty_like(columns, dtype=torch.uint8)
     for start in range(0, len(columns), block_columns):
         block = slice(start, start + block_columns)
         moved = columns[block] - factor[:start, block].T @ error[:start]
         own = factor[block, block]
-        scale, zero_point = grid_of_block(block, moved)
+        round_column = rounding_of_block(block, moved)
         for k, j in enumerate(range(start, start + len(moved))):
-            code = torch.round(moved[k] / scale[k]).add_(zero_point[k]).clamp_(0, top)
-            codes[j] = code
-            error[j] = code.sub_(zero_point[k]).mul_(scale[k]).sub_(columns[j])
+            codes[j], value = round_column(k, moved[k])
+            error[j] = value.sub_(columns[j])
             moved[k + 1 :].addr_(own[k, k + 1 :], error[j], alpha=-1)
     return codes

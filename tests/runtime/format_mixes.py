@@ -52,12 +52,14 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def draw_formats(model: nn.Module, seed: int) -> dict[str, str]:
-    """Returns a format for every weight of a model, drawn among all that its shape allows."""
+    """Returns a format for every weight of a model: first a family, then one of its formats that the shape allows."""
     generator = random.Random(seed)
-    return {
-        name: generator.choice([f.name for f in FORMATS.values() if f.fits(weight.shape[1])])
-        for name, weight in list_weights(model).items()
-    }
+    drawn = {}
+    for name, weight in list_weights(model).items():
+        fitting = [f for f in FORMATS.values() if f.fits(weight.shape[1])]
+        kind = generator.choice(sorted({f.kind for f in fitting}))
+        drawn[name] = generator.choice([f.name for f in fitting if f.kind == kind])
+    return drawn
 
 
 def round_parameters_(model: nn.Module, dtype: torch.dtype) -> None:

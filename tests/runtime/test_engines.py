@@ -7,7 +7,7 @@ import pytest
 
 from runtime.candidates import list_candidates, refuse_by_engine
 from runtime.engine_rules import Engine, check_legal
-from runtime.engines import ENGINES, describe_engines, find_engine
+from runtime.engines import ENGINES, describe_engines, engines_of, find_engine
 from runtime.formats import FORMATS, find_format
 from runtime.units import EXPERT_GRANULARITIES, Unit, find_units
 from tests.tiny_models import build_tiny_llama, build_tiny_mixtral, build_tiny_qwen_moe
@@ -115,3 +115,19 @@ def test_an_illegal_plan_is_refused() -> None:
 def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got 'onnx'\. Known engines: llama.cpp, transformers, vllm"):
         find_engine("onnx")
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "never"),
+    [
+        ("q4_k", {"bitplan", "llama.cpp"}, set(ENGINES) - {"llama.cpp"}),
+        ("int4_g64", {"bitplan", "vllm", "mlx-lm", "torchao"}, {"llama.cpp", "transformers"}),
+        ("int3_g64_sym", {"bitplan", "transformers", "mlx-lm"}, {"llama.cpp", "vllm"}),
+        ("int4_g64_pow2", {"bitplan"}, set(ENGINES)),
+        ("int1_g64_sym", {"bitplan"}, set(ENGINES)),
+        ("bf16", {"bitplan", *ENGINES}, set()),
+    ],
+)
+def test_who_runs_a_format(name: str, runs: set[str], never: set[str]) -> None:
+    assert runs <= set(engines_of(find_format(name)))
+    assert not never & set(engines_of(find_format(name)))

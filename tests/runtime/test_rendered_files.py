@@ -9,7 +9,7 @@ from runtime.formats import FORMATS, Format
 from runtime.quantization import QuantizedWeight
 from runtime.quantizers import quantize
 from runtime.rendered_files import RenderedFiles
-from runtime.rendering import Rendering, render_weight
+from runtime.rendering import Rendering, encode_weight, render_weight
 from runtime.units import Weight
 from tests.runtime.quantizers.cases import draw_statistics, draw_weight
 
@@ -98,3 +98,23 @@ def test_rule_reads_its_files(tmp_path: Path) -> None:
     plain = Rendering(quantizer="rtn", statistics={}, files=RenderedFiles(tmp_path))
     render_weight(weight, VALUES, format_, plain)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_what_a_format_s_own_encoder_made_is_read(quantizer: str, tmp_path: Path) -> None:
+    weight = Weight(parameter="w", expert_index=None, shape=(5, 192), kind="linear")
+    statistics = {"w": draw_statistics(192)} if quantizer == "gptq" else {}
+    for name in ("mxfp4", "q4_1", "fp4_g64", "nvint4"):
+        format_ = FORMATS[name]
+        fresh = render_weight(weight, VALUES, format_, Rendering(quantizer=quantizer, statistics=statistics))
+        rule = Rendering(quantizer=quantizer, statistics=statistics, files=RenderedFiles(tmp_path))
+        kept = encode_weight(weight, VALUES, format_, rule)
+        [path] = tmp_path.glob(f"w-{name}-*.safetensors")
+        written = path.stat().st_mtime_ns
+        again = encode_weight(weight, VALUES, format_, rule)
+        assert path.stat().st_mtime_ns == written
+        assert {n: t.dtype for n, t in again.items()} == {n: t.dtype for n, t in kept.items()}
+        assert all(torch.equal(again[n], tensor) for n, tensor in kept.items())
+        assert torch.equal(render_weight(weight, VALUES, format_, rule), fresh)
+    render_weight(weight, VALUES, FORMATS["bf16"], rule)
+    assert len(list(tmp_path.iterdir())) == 4

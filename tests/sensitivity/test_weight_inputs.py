@@ -91,7 +91,8 @@ def test_other_tokens_give_other_statistics() -> None:
 def test_quantizer_that_needs_none_gets_none(tmp_path: Path) -> None:
     for quantizer in ("rtn", "clipping", "hqq"):
         assert quantizer not in STATISTICAL
-        assert find_rendering(build_tiny_llama(), quantizer, None, directory=tmp_path / "none") == quantizer
+        rule = find_rendering(build_tiny_llama(), quantizer, None, directory=tmp_path / "none")
+        assert isinstance(rule, Rendering) and (rule.quantizer, rule.statistics) == (quantizer, {})
     assert not list(tmp_path.iterdir())
 
 

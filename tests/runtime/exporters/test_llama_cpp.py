@@ -34,7 +34,7 @@ from tests.tiny_models import (
     save_model,
 )
 
-MENU = ("int4_g32_sym", "q4_1", "int5_g32_sym", "q5_0", "int8_g32_sym", "fp16", "q8_0", "bf16", "q4_0", "q5_1")
+MENU = ("int4_g32_sym", "q4_1", "int5_g32_sym", "q5_0", "int8_g32_sym", "fp16", "q8_0", "bf16", "q4_0", "q5_1", "mxfp4")
 OURS = {"int4_g32_sym": "Q4_0", "int5_g32_sym": "Q5_0", "int8_g32_sym": "Q8_0", "fp16": "F16", "bf16": "BF16"}
 TYPES = {name: OURS.get(name, name.upper()) for name in MENU}
 # Measured: 6e-5 to 8e-5 nats on these models, whose plans cost 2e-2 and more.

@@ -1,0 +1,58 @@
+"""GPTQ's codes on the grids of other families: the same scales, and less output error."""
+
+import pytest
+import torch
+
+from runtime.codecs import CODECS
+from runtime.formats import FORMATS
+from runtime.quantizers import InputStatistics
+from runtime.rendering import encode, render
+from tests.runtime.quantizers.cases import draw_statistics, draw_weight
+
+NAMES = (
+    *("int1_g64", "int1_channel_sym", "int1_g32_sym_pow2", "mxfp4", "mxint8", "nvfp4", "nvint4", "fp6_e3m2_g64"),
+    *("fp3_channel", "fp4_g64", "q4_0", "q4_1", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+)
+SHAPE = (12, 256)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_output_error_falls_and_scales_stay(name: str) -> None:
+    weight, statistics, format_ = draw_weight(*SHAPE), draw_statistics(256), FORMATS[name]
+    kept = encode(weight, format_, "learned_rounding", statistics=statistics)  # its own encoder, with the importance
+    moved = encode(weight, format_, "gptq", statistics=statistics)
+    codec = CODECS[format_.kind]
+    errors = [statistics.output_error(codec.decode(t, format_, SHAPE, None) - weight) for t in (kept, moved)]
+    assert errors[1] < 0.7 * errors[0]
+    if "blocks" not in moved:
+        assert all(torch.equal(moved[n], kept[n]) for n in moved if n != "codes")
+    assert torch.equal(
+        render(weight, format_, "auto", statistics=statistics), codec.decode(moved, format_, SHAPE, None)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_that_say_nothing_leave_the_nearest_codes(name: str) -> None:
+    weight, isotropic, format_ = draw_weight(*SHAPE), InputStatistics.isotropic(256), FORMATS[name]
+    moved, nearest = (render(weight, format_, q, statistics=isotropic) for q in ("gptq", "learned_rounding"))
+    assert torch.equal(moved, nearest)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grid_holds_what_is_stored(name: str) -> None:
+    """Rounding a stored weight on its own grid gives its own codes and values, and packing them the same tensors."""
+    format_, weight = FORMATS[name], draw_weight(*SHAPE)
+    codec, tensors = CODECS[format_.kind], encode(weight, format_)
+    values, codes = (read(tensors, format_, SHAPE, None) for read in (codec.decode, codec.codes))
+    assert codec.grid is not None
+    grid = codec.grid(tensors, format_, SHAPE)
+    rounded = [grid.round_column(j, values[:, j]) for j in range(SHAPE[1])]
+    assert torch.equal(torch.stack([value for _, value in rounded], dim=1), values)
+    packed = grid.with_codes(codes)
+    assert packed.keys() == tensors.keys()
+    assert all(torch.equal(packed[n], tensor) for n, tensor in tensors.items())
+
+
+def test_statistics_of_another_input_are_refused() -> None:
+    with pytest.raises(ValueError, match="statistics must be of the weight's inputs: got in_features=64"):
+        encode(draw_weight(*SHAPE), FORMATS["mxfp4"], "gptq", statistics=draw_statistics(64))
