@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from allocator.measuring import MeasureRequest
     from allocator.pipeline import Applied, apply, evaluate, frontier, load, measure, plan, report
     from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan, load_plan, save_plan
+    from allocator.pricing import Priced, price
     from allocator.store import Store
     from sensitivity.measure_config import MeasureConfig
     from sensitivity.profile import SensitivityProfile, load_profile, save_profile
@@ -35,6 +36,7 @@ _HOME = {
     "MeasureRequest": "allocator.measuring",
     "Model": "allocator.artefacts",
     "Plan": "allocator.plans",
+    "Priced": "allocator.pricing",
     "SensitivityProfile": "sensitivity.profile",
     "Store": "allocator.store",
     "UnitPlan": "allocator.plans",
@@ -48,6 +50,7 @@ _HOME = {
     "load_profile": "sensitivity.profile",
     "measure": "allocator.pipeline",
     "plan": "allocator.pipeline",
+    "price": "allocator.pricing",
     "report": "allocator.pipeline",
     "save_plan": "allocator.plans",
     "save_profile": "sensitivity.profile",
@@ -63,6 +66,7 @@ __all__ = [
     "MeasureRequest",
     "Model",
     "Plan",
+    "Priced",
     "SensitivityProfile",
     "Store",
     "UnitPlan",
@@ -76,6 +80,7 @@ __all__ = [
     "load_profile",
     "measure",
     "plan",
+    "price",
     "report",
     "save_plan",
     "save_profile",

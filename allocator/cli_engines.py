@@ -35,4 +35,28 @@ def export(model: str, plan_path: Path, engine: str, out: Path, as_json: bool) -
     return render(document, as_json, exported_text)
 
 
-ENGINE_COMMANDS = (engines, export)
+@click.command()
+@click.argument("model")
+@click.option("--recipe", required=True, type=click.Path(path_type=Path), help="File with the formats of all weights.")
+@click.option("--metric", help="Metric that predicts; default: the best the profile holds.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the recipe as a plan to this file.")
+@json_option
+@printed
+def price(model: str, recipe: Path, metric: str | None, out: Path | None, as_json: bool) -> str:
+    """Compare a recipe for MODEL with the best plans of the same bytes.
+
+    A recipe is a file of llama.cpp's tensor types, a quantize_config.json of GPTQModel, a layer_config.json of
+    AutoRound, or a config.json of AutoRound or compressed-tensors.
+    """
+    from allocator.plans import save_plan
+    from allocator.pricing import price as run
+
+    priced = run(model, recipe, metric=metric)
+    if out is not None:
+        save_plan(priced.recipe, out)
+    named = {name: getattr(priced, name) for name in ("recipe", "best", "best_legal")}
+    plans = {name: made and made.to_dict() for name, made in named.items()}
+    return render({"kind": priced.kind, **plans}, as_json, lambda _: priced.describe())
+
+
+ENGINE_COMMANDS = (engines, export, price)

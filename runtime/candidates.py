@@ -17,6 +17,10 @@ from runtime.units import Unit
 EMBEDDING_LEAST_BITS = 4
 
 
+class NoLegalFormat(ValueError):
+    """An engine runs none of the measured formats in some unit."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
     """Units, formats and the allowed pairs.
@@ -96,7 +100,7 @@ def refuse_by_engine(candidates: Candidates, engine: Engine) -> Candidates:
     """Returns the candidates that an engine can run, with its reasons beside those that were there.
 
     Raises:
-        ValueError: If a unit is left without any format.
+        NoLegalFormat: If a unit is left without any format.
     """
     allowed, reasons = candidates.allowed.copy(), dict(candidates.reasons)
     for u, f in np.ndindex(allowed.shape):
@@ -112,7 +116,7 @@ def refuse_by_engine(candidates: Candidates, engine: Engine) -> Candidates:
             f"every unit must have a format that {engine.name} runs: unit '{candidates.units[u].name}' has none "
             f"({found}). Measure with --formats that hold one, such as {', '.join(engine.menu)}."
         )
-        raise ValueError(msg)
+        raise NoLegalFormat(msg)
     return replace(candidates, allowed=allowed, reasons=reasons)
 
 

@@ -5,8 +5,9 @@ changing a number: codes of 4, 5 and 8 bits with one float16 scale for 32 weight
 
     value = scale * (code - 2^(bits-1)),
 
-are Q4_0, Q5_0 and Q8_0, and MXFP4 is MXFP4: E2M1 codes with a byte of exponent for 32 weights. A block holds the scale first, then the codes: of 4 and 5 bits the low four bits of weights j
-and j + 16 in one byte, and of 5 bits before them the fifth bits of all 32 as one little-endian word.
+are Q4_0, Q5_0 and Q8_0, and MXFP4 is MXFP4: E2M1 codes with a byte of exponent for 32 weights. A block holds the scale
+first, then the codes: of 4 and 5 bits the low four bits of weights j and j + 16 in one byte, and of 5 bits before them
+the fifth bits of all 32 as one little-endian word.
 """
 
 import torch

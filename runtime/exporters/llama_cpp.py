@@ -21,6 +21,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, TensorNameMap, get_tensor_nam
 from gguf.constants import MODEL_ARCH_NAMES
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from runtime.apply import FormatsByWeight
 from runtime.checkpoint import distinct_tensors
@@ -66,7 +67,7 @@ def llama_cpp_fixed_bytes(reference: ReferenceModel) -> int:
     Raises:
         ValueError: If the architecture or the tokenizer is none that can be written here.
     """
-    names = _name_map(reference)
+    names = find_name_map(reference.model.config)
     weights = {weight.parameter: weight for weight in list_weights(reference.model).values()}
     rest_bytes = 0
     with tempfile.TemporaryDirectory() as scratch:
@@ -77,7 +78,7 @@ def llama_cpp_fixed_bytes(reference: ReferenceModel) -> int:
             if weight is None:
                 rest_bytes += GGUFWriter.ggml_pad(4 * tensor.numel(), writer.data_alignment)
             # A tensor's entry is as long for any type and any sizes.
-            for tensor_name in [_tensor_name(name, names)] if weight is None else dict(_parts(weight, names)):
+            for tensor_name in [_tensor_name(name, names)] if weight is None else dict(list_parts(weight, names)):
                 writer.add_tensor_info(tensor_name, shape, np.dtype(np.float32), 0)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -101,7 +102,7 @@ def list_tensor_types(reference: ReferenceModel, formats_by_weight: FormatsByWei
     Raises:
         ValueError: If a format has no type, or the experts of a tensor have several.
     """
-    names = _name_map(reference)
+    names = find_name_map(reference.model.config)
     types: dict[str, str] = {}
     for name, weight in list_weights(reference.model, routers=True).items():
         if name not in formats_by_weight:
@@ -113,7 +114,7 @@ def list_tensor_types(reference: ReferenceModel, formats_by_weight: FormatsByWei
                 f"'{name}'. Plan with --engine llama.cpp."
             )
             raise ValueError(msg)
-        for tensor_name, _ in _parts(weight, names):
+        for tensor_name, _ in list_parts(weight, names):
             if types.setdefault(tensor_name, found) != found:
                 msg = (
                     f"all experts of a tensor must have one type: got {types[tensor_name]} and {found} in "
@@ -127,7 +128,7 @@ def _list_tensors(
     reference: ReferenceModel, formats_by_weight: FormatsByWeight, quantizer: RenderingRule
 ) -> Iterator[tuple[str, NDArray[np.generic], str]]:
     """Yields name, values or bytes, and type of every tensor of the file."""
-    names = _name_map(reference)
+    names = find_name_map(reference.model.config)
     weights: dict[str, list[Weight]] = {}
     for weight in list_weights(reference.model, routers=True).values():
         if weight.name in formats_by_weight:
@@ -142,7 +143,7 @@ def _list_tensors(
         stacked = torch.stack([_bytes_of(reference, weight, format_, quantizer) for weight in group])
         type_name = gguf_type(format_)
         assert type_name is not None, "the types have been listed before"
-        for tensor_name, rows in _parts(group[0], names):
+        for tensor_name, rows in list_parts(group[0], names):
             part = stacked[:, rows]
             yield tensor_name, (part if group[0].expert_index is not None else part[0]).contiguous().numpy(), type_name
 
@@ -163,13 +164,18 @@ def _order_rows(reference: ReferenceModel, parameter: str, rows: Tensor) -> Tens
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-def _name_map(reference: ReferenceModel) -> TensorNameMap:
-    architecture = find_architecture(reference.model.config)
+def find_name_map(config: PretrainedConfig) -> TensorNameMap:
+    """Returns llama.cpp's names of a model's tensors.
+
+    Raises:
+        ValueError: If the architecture is none that can be written here.
+    """
+    architecture = find_architecture(config)
     key = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    return get_tensor_name_map(key, reference.model.config.num_hidden_layers)
+    return get_tensor_name_map(key, config.num_hidden_layers)
 
 
-def _parts(weight: Weight, names: TensorNameMap) -> list[_Part]:
+def list_parts(weight: Weight, names: TensorNameMap) -> list[_Part]:
     """Returns the tensors that a weight becomes, with the rows of it that each takes."""
     if not weight.parameter.endswith("experts.gate_up_proj"):
         return [(_tensor_name(weight.parameter, names), slice(None))]
