@@ -37,7 +37,20 @@ def export_mlx(
         stored = encode_weight(weight, read_weight(reference.model, weight), format_, quantizer)
         tensors |= {f"{module_name(weight)}.{name}": t for name, t in affine_tensors(stored, format_).items()}
     quantization = mlx_quantization(reference, formats_by_weight)
-    write_directory(reference, directory, tensors, {"quantization": quantization} if quantization else {})
+    changes = {**rope_settings(reference), **({"quantization": quantization} if quantization else {})}
+    write_directory(reference, directory, tensors, changes)
+
+
+def rope_settings(reference: ReferenceModel) -> dict[str, Any]:
+    """Returns the rotary settings under the names that MLX-LM reads.
+
+    transformers 5 keeps them in ``rope_parameters``, where most of MLX-LM's models do not look: they would take their
+    own default base without a word.
+    """
+    parameters = dict(getattr(reference.model.config, "rope_parameters", None) or {})
+    theta = parameters.pop("rope_theta", None)
+    settings: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
+    return settings if parameters.get("rope_type", "default") == "default" else {**settings, "rope_scaling": parameters}
 
 
 def mlx_quantization(reference: ReferenceModel, formats_by_weight: FormatsByWeight) -> dict[str, Any]:

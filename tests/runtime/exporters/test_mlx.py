@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from mlx_lm import load
+from transformers import LlamaForCausalLM
 
 from runtime.apply import simulated_formats
 from runtime.exporters import export
+from runtime.exporters.mlx import rope_settings
 from runtime.formats import find_format
 from runtime.loading import load_reference
 from runtime.units import list_weights
+from tests.tiny_models import build_tiny_llama, save_model
 
 MENU = (
     "int2_g64_sym",
@@ -55,6 +58,24 @@ def test_mlx_lm_loads_what_was_planned(
     found = np.array(model(mx.array([TOKENS])).astype(mx.float32))[0]
     # float16 arithmetic: some 2^-11 of numbers below 4 in each of a dozen roundings one after the other.
     assert np.abs(found - expected).max() < 12 * 4 * 2.0**-11
+
+
+def test_the_base_of_rotations_is_where_mlx_lm_looks(tmp_path: Path) -> None:
+    # Under rope_parameters alone, as transformers 5 writes it, MLX-LM's Llama would rotate by its default of 10,000.
+    model = build_tiny_llama()
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 50.0}
+    reference = load_reference(str(save_model(LlamaForCausalLM(model.config).eval(), tmp_path / "model")))
+    formats = dict.fromkeys(list_weights(reference.model), "int8_g32_sym")
+    export(reference, formats, tmp_path / "out", exporter="mlx-lm")
+    loaded, _ = load(str(tmp_path / "out"))
+    loaded.set_dtype(mx.float32)
+    with simulated_formats(reference.model, formats), torch.no_grad():
+        expected = reference.model(torch.tensor([TOKENS])).logits[0].numpy()
+    found = np.array(loaded(mx.array([TOKENS])))[0]
+    # Sums of 64 and 128 products in float32, in another order.
+    assert np.abs(found - expected).max() < 1e-4
+    reference.model.config.rope_parameters = {"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0}
+    assert rope_settings(reference) == {"rope_theta": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
 
 
 def test_every_module_is_listed_by_name(tiny_llama_dir: Path, tmp_path: Path) -> None:
