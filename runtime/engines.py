@@ -55,6 +55,7 @@ ENGINES: dict[str, Engine] = {
             name="transformers",
             reads="compressed-tensors, pack-quantized",
             rules=(FormatRule(formats=_COMPRESSED),),
+            experts="stack_projection",
             menu=_SYMMETRIC,
             exporter="compressed-tensors",
             command=(
@@ -80,9 +81,9 @@ ENGINES: dict[str, Engine] = {
             fuse=(QKV, GATE_UP, LATENT_QKV),
             experts="stack",
             menu=("int4_g32", "int4_g64", "int4_g128", "int4_channel", "int8_g64_sym", "int8_channel_sym", "bf16"),
-            exporter="compressed-tensors",
+            exporter="compressed-tensors for vLLM",
             command="vllm serve {out} --dtype float16",
-            checked="the files are those that transformers loads; vLLM itself was not run",
+            checked="the same files are loaded by transformers, quantized experts included; vLLM was not run",
             notes=(
                 "8 bits without activations' quantization, and all of Marlin, need a GPU.",
                 "vLLM reads one scheme for all experts of a layer.",

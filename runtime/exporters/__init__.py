@@ -7,6 +7,7 @@ written unchanged wherever the engine's format holds them bit for bit.
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from runtime.apply import FormatsByWeight, check_formats_by_weight
@@ -25,6 +26,7 @@ from runtime.units import list_weights
 Exporter = Callable[..., None]
 EXPORTERS: dict[str, Exporter] = {
     "compressed-tensors": export_compressed_tensors,
+    "compressed-tensors for vLLM": partial(export_compressed_tensors, split_experts=True),
     "llama.cpp": export_llama_cpp,
     "mlx-lm": export_mlx,
     "gptqmodel": export_gptqmodel,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from runtime.apply import FormatsByWeight
-from runtime.exporters.hugging_face import module_name, quantized_weights, unquantized_tensors, write_directory
+from runtime.exporters.hugging_face import checkpoint_parts, quantized_weights, unquantized_tensors, write_directory
 from runtime.formats import Format, find_format
 from runtime.loading import ReferenceModel
 from runtime.packing import pack_codes, unpack_codes
@@ -33,15 +33,32 @@ _WORD_BYTES = 4
 
 
 def export_compressed_tensors(
-    reference: ReferenceModel, formats_by_weight: FormatsByWeight, directory: Path, *, quantizer: RenderingRule = "rtn"
+    reference: ReferenceModel,
+    formats_by_weight: FormatsByWeight,
+    directory: Path,
+    *,
+    quantizer: RenderingRule = "rtn",
+    split_experts: bool = False,
 ) -> None:
-    """Writes the model as a Hugging Face directory of compressed tensors; arguments as of ``export``."""
-    tensors = unquantized_tensors(reference, formats_by_weight)
+    """Writes the model as a Hugging Face directory of compressed tensors.
+
+    Args:
+        reference: The model.
+        formats_by_weight: Weight name -> format name.
+        directory: Where to.
+        quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
+        split_experts: Whether unquantized experts are written one by one, as vLLM reads them; transformers takes them
+            as it has them in memory where the configuration speaks of quantization.
+    """
+    tensors = unquantized_tensors(reference, formats_by_weight, split_experts=split_experts)
     weights = quantized_weights(reference, formats_by_weight)
     for weight in weights:
         format_ = find_format(formats_by_weight[weight.name])
         stored = encode_weight(weight, read_weight(reference.model, weight), format_, quantizer)
-        tensors |= {f"{module_name(weight)}.{n}": t for n, t in compress(stored, format_, weight.shape).items()}
+        for module, rows in checkpoint_parts(reference, weight.parameter, weight.expert_index):
+            part = {name: tensor[rows] for name, tensor in stored.items()}
+            compressed = compress(part, format_, (len(part["codes"]), weight.shape[1]))
+            tensors |= {f"{module}.{name}": tensor for name, tensor in compressed.items()}
     changes: dict[str, Any] = {"dtype": "float16"}
     if weights:
         changes["quantization_config"] = quantization_config(reference, formats_by_weight)
@@ -53,10 +70,11 @@ def quantization_config(reference: ReferenceModel, formats_by_weight: FormatsByW
     targets: dict[str, list[str]] = {}
     ignored = []
     for name, weight in list_weights(reference.model).items():
+        modules = [module for module, _ in checkpoint_parts(reference, weight.parameter, weight.expert_index)]
         if find_format(formats_by_weight[name]).unquantized:
-            ignored += [alias.removesuffix(".weight") for alias in (weight.parameter, *weight.aliases)]
+            ignored += [*modules, *(alias.removesuffix(".weight") for alias in weight.aliases)]
         else:
-            targets.setdefault(formats_by_weight[name], []).append(module_name(weight))
+            targets.setdefault(formats_by_weight[name], []).extend(modules)
     groups = {
         f"group_{i}": {
             "targets": targets[name],

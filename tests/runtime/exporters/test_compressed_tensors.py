@@ -1,16 +1,18 @@
 """compressed-tensors, judged by the library itself and by transformers that loads the result."""
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationScheme
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from runtime.apply import simulated_formats
 from runtime.checkpoint import exact_dtype
@@ -20,10 +22,12 @@ from runtime.formats import FORMATS, find_format
 from runtime.loading import load_reference
 from runtime.packing import unpack_codes
 from runtime.rendering import encode, render
-from runtime.units import list_weights
+from runtime.units import list_weights, read_weight
+from tests.tiny_models import build_tiny_mixtral, build_tiny_qwen_moe, save_model
 
 INTEGERS = [name for name, format_ in FORMATS.items() if format_.kind == "int" and format_.scale_type == "fp16"]
 SYMMETRIC = ("int2_g64_sym", "int3_channel_sym", "int4_g32_sym", "int5_g64_sym", "int6_g64_sym", "int7_g16_sym", "fp16")
+VLLM = "compressed-tensors for vLLM"
 TOKENS = torch.arange(2, 34)[None]
 
 
@@ -59,6 +63,7 @@ def test_transformers_loads_what_was_planned(
             assert torch.equal(loaded.get_parameter(weight.parameter), reference.model.get_parameter(name)), name
 
 
+@settings(deadline=None)
 @given(
     name=st.sampled_from(INTEGERS),
     rows=st.sampled_from([1, 3, 7, 32, 33]),
@@ -122,6 +127,44 @@ def test_bytes_are_those_of_codes_scales_and_the_rest(tiny_llama_dir: Path, tmp_
     rest = [t for n, t in reference.model.state_dict().items() if n not in weights]
     expected += sum(t.numel() * exact_dtype(t).itemsize for t in rest)
     assert sum(t.numel() * t.itemsize for t in tensors.values()) == expected
+
+
+@pytest.mark.parametrize("build", [build_tiny_mixtral, build_tiny_qwen_moe], ids=["mixtral", "qwen2 mixture"])
+@pytest.mark.parametrize(("exporter", "experts"), [("compressed-tensors", "fp16"), (VLLM, "int4_g32_sym")])
+def test_mixtures_load(build: Callable[[], PreTrainedModel], exporter: str, experts: str, tmp_path: Path) -> None:
+    reference = load_reference(str(save_model(build(), tmp_path / "model")))
+    formats = {
+        name: {"expert": experts, "embedding": "fp16"}.get(weight.kind, "int4_g32_sym")
+        for name, weight in list_weights(reference.model).items()
+    }
+    export(reference, formats, tmp_path / "out", exporter=exporter)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad(), simulated_formats(reference.model, formats):
+        model(TOKENS)
+        for weight in list_weights(reference.model).values():
+            ours, theirs = read_weight(reference.model, weight), read_weight(model, weight)
+            # transformers takes the product of experts' codes and scales in float16, half a unit in the last place.
+            bound = 2.0**-11 * float(ours.abs().max()) if weight.kind == "expert" else 0.0
+            assert float((ours - theirs).abs().max()) <= bound, weight.name
+
+
+def test_vllm_finds_every_expert_by_name(tmp_path: Path) -> None:
+    # It looks at each projection of each expert, quantized or not.
+    for build, gate, down in ((build_tiny_mixtral, "w1", "w2"), (build_tiny_qwen_moe, "gate_proj", "down_proj")):
+        reference = load_reference(str(save_model(build(), tmp_path / gate)))
+        block = "block_sparse_moe" if gate == "w1" else "mlp"
+        weights = list_weights(reference.model)
+        for name in ("int4_g32_sym", "fp16"):
+            formats = {n: name if "layers.0" in n and w.kind == "expert" else "fp16" for n, w in weights.items()}
+            export(reference, formats, tmp_path / "out", exporter=VLLM)
+            tensors = load_file(tmp_path / "out" / "model.safetensors")
+            ending = "weight" if name == "fp16" else "weight_packed"
+            for expert, role in itertools.product(range(4), (gate, down)):
+                assert f"model.layers.0.{block}.experts.{expert}.{role}.{ending}" in tensors
+                assert f"model.layers.1.{block}.experts.{expert}.{role}.weight" in tensors
+            assert f"model.layers.0.{block}.gate.weight" in tensors
+            assert not any("gate_up_proj" in tensor for tensor in tensors)
 
 
 def test_an_unquantized_plan_is_a_plain_model(tiny_llama_dir: Path, tmp_path: Path) -> None:
