@@ -163,6 +163,24 @@ ENGINES: dict[str, Engine] = {
             ),
         ),
         Engine(
+            name="hqq",
+            reads="HqqConfig with a setting a type of weight; it quantizes by itself",
+            rules=(FormatRule(formats=_integers("2|3|4|8", groups="g32|g64|g128", suffix=""), kinds=("linear",)),),
+            fuse=(EVERY_LAYER,),
+            menu=("int2_g64", "int3_g64", "int4_g64", "int8_g64", "bf16"),
+            exporter="hqq",
+            command=(
+                'python -c "import json; from transformers import AutoModelForCausalLM, HqqConfig; '
+                "config = HqqConfig(**json.load(open('{out}/hqq_config.json'))); "
+                "AutoModelForCausalLM.from_pretrained('{model}', quantization_config=config)\""
+            ),
+            checked="keys against transformers' source; HQQ was not run",
+            notes=(
+                "It cannot tell layers apart: the same projection has one format in all of them.",
+                "The codes are HQQ's own: measure the result.",
+            ),
+        ),
+        Engine(
             name="tensorrt-llm",
             reads="ModelOpt's hf_quant_config.json, mixed precision",
             rules=(FormatRule(formats="nvfp4|mxfp8_e4m3", kinds=("linear",), in_multiple=32, out_multiple=32),),

@@ -14,6 +14,7 @@ from runtime.apply import FormatsByWeight, check_formats_by_weight
 from runtime.exporters.auto_round import export_auto_round
 from runtime.exporters.compressed_tensors import export_compressed_tensors
 from runtime.exporters.gptqmodel import export_gptqmodel
+from runtime.exporters.hqq import export_hqq
 from runtime.exporters.llama_cpp import export_llama_cpp, llama_cpp_fixed_bytes
 from runtime.exporters.mlx import export_mlx
 from runtime.exporters.modelopt import export_modelopt
@@ -33,6 +34,7 @@ EXPORTERS: dict[str, Exporter] = {
     "auto-round": export_auto_round,
     "torchao": export_torchao,
     "modelopt": export_modelopt,
+    "hqq": export_hqq,
 }
 # Exporters whose file is known to the byte beforehand -> its bytes besides those of the weights' formats.
 FIXED_BYTES: dict[str, Callable[[ReferenceModel], int]] = {

@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from runtime.engines import find_engine
 from runtime.exporters import export
 from runtime.loading import load_reference
-from runtime.units import list_weights
+from runtime.units import find_units, list_weights
 
 
 def test_auto_round_names_every_layer_in_full(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -19,6 +22,24 @@ def test_auto_round_names_every_layer_in_full(tiny_llama_dir: Path, tmp_path: Pa
     assert layers["model.layers.0.self_attn.q_proj"] == {"bits": 8, "group_size": -1, "sym": True, "data_type": "int"}
     assert layers["model.layers.0.self_attn.k_proj"] == {"bits": 16}
     assert layers["lm_head"] == {"bits": 4, "group_size": 64, "sym": True, "data_type": "int"}
+
+
+def test_hqq_knows_types_of_weights_alone(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    reference = load_reference(str(tiny_llama_dir))
+    hqq = find_engine("hqq")
+    units = find_units(reference.model, fuse=hqq.fusions(list_weights(reference.model)))
+    # Seven types of weights over two layers, beside embedding and head.
+    assert sorted(len(unit.weights) for unit in units) == [1, 1] + 7 * [2]
+    menu = ("int2_g32", "int4_g64", "bf16")
+    formats = {w.name: "bf16" if u.kind != "linear" else menu[i % 3] for i, u in enumerate(units) for w in u.weights}
+    export(reference, formats, tmp_path / "out", exporter="hqq")
+    config = json.loads((tmp_path / "out" / "hqq_config.json").read_text())
+    assert config["skip_modules"] == ["lm_head"]
+    assert config["dynamic_config"]["self_attn.q_proj"] == {"nbits": 4, "group_size": 64}
+    assert "self_attn.k_proj" not in config["dynamic_config"]
+    formats["model.layers.1.self_attn.q_proj.weight"] = "int2_g32"
+    with pytest.raises(ValueError, match="one format for HQQ: got int4_g64 and int2_g32 for 'self_attn.q_proj'"):
+        export(reference, formats, tmp_path / "out", exporter="hqq")
 
 
 def test_modelopt_names_every_layer_once(tiny_llama_dir: Path, tmp_path: Path) -> None:
