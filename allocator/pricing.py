@@ -16,7 +16,9 @@ from allocator.plans import Plan, check_same_profile
 from allocator.problems import build_cost_tables
 from allocator.progress import Progress, silent
 from allocator.store import Store
-from runtime.candidates import NoLegalFormat
+from runtime.candidates import Candidates, NoLegalFormat
+from runtime.exporters.gguf_blocks import gguf_type
+from runtime.formats import find_format
 from runtime.recipes import ENGINE_OF, read_recipe
 from sensitivity.profile import SensitivityProfile
 
@@ -116,8 +118,7 @@ def _find_choice(profile: SensitivityProfile, formats: dict[str, str]) -> NDArra
                 "Measure with finer units."
             )
             raise ValueError(msg)
-        held = [f.name for f in candidates.formats]
-        f = held.index(names[0]) if names[0] in held else None
+        f = _held_format(candidates, names[0])
         if f is None or not candidates.allowed[u, f]:
             why = "not measured" if f is None else candidates.reasons.get((u, f), "not allowed")
             msg = (
@@ -127,3 +128,13 @@ def _find_choice(profile: SensitivityProfile, formats: dict[str, str]) -> NDArra
             raise ValueError(msg)
         choice.append(f)
     return np.array(choice, dtype=np.int64)
+
+
+def _held_format(candidates: Candidates, name: str) -> int | None:
+    """Returns the index of a format among the candidates, or of one that llama.cpp stores as the same type."""
+    type_name = gguf_type(find_format(name))
+    for same in (lambda f: f.name == name, lambda f: type_name is not None and gguf_type(f) == type_name):
+        found = [i for i, format_ in enumerate(candidates.formats) if same(format_)]
+        if found:
+            return found[0]
+    return None

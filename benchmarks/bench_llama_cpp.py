@@ -1,4 +1,4 @@
-"""Plans for llama.cpp against files of the same size, all run by llama.cpp itself, on SmolLM2-135M. Writes llama_cpp.md.
+"""Plans against files of the same size, all run by llama.cpp itself, on SmolLM2-135M. Writes llama_cpp.md.
 
     python benchmarks/bench_llama_cpp.py [--llama-quantize PATH] [--profile DIRECTORY]
 

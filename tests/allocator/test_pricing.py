@@ -1,6 +1,7 @@
 """Recipes beside the optimum of their bytes: never better than it, recomputed by hand, and a plan like any other."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from allocator.cli import run
 from allocator.engine_rules import restrict_profile
 from allocator.store import Store
 from runtime.engines import ENGINES
+from runtime.formats import find_format
 from sensitivity.profile import SensitivityProfile
 
 NAMES = [f"model.layers.{i}.{p}_proj" for i in (0, 1) for p in ("self_attn.q", "self_attn.k", "self_attn.v")]
@@ -58,6 +60,23 @@ def test_a_recipe_that_is_legal_has_a_best_legal_plan(
     assert priced.best_legal is not None
     assert priced.best.predicted_kl <= priced.best_legal.predicted_kl <= priced.recipe.predicted_kl
     assert priced.kind == "gptqmodel"
+
+
+def test_types_that_are_stored_alike_are_alike(
+    tiny_profile: SensitivityProfile, tiny_llama_dir: Path, tiny_store: Store, tmp_path: Path
+) -> None:
+    # BF16 is measured as bf16; F16 is another type and was not measured.
+    (tmp_path / "types.txt").write_text("weight=bf16")
+    priced = allocator.price(str(tiny_llama_dir), tmp_path / "types.txt", profile=tiny_profile, store=tiny_store)
+    assert set(priced.recipe.weights.values()) == {"bf16"}
+    formats = tuple(find_format("int4_g32_sym") if f.name == "int4_g64" else f for f in tiny_profile.candidates.formats)
+    named = replace(tiny_profile, candidates=replace(tiny_profile.candidates, formats=formats))
+    (tmp_path / "types.txt").write_text("weight=q4_0")
+    priced = allocator.price(str(tiny_llama_dir), tmp_path / "types.txt", profile=named, store=tiny_store)
+    assert set(priced.recipe.weights.values()) == {"int4_g32_sym"}
+    with pytest.raises(ValueError, match="got 'fp16' for 'model.embed_tokens'"):
+        (tmp_path / "types.txt").write_text("weight=f16")
+        allocator.price(str(tiny_llama_dir), tmp_path / "types.txt", profile=named, store=tiny_store)
 
 
 def test_the_command_writes_a_plan_that_can_be_evaluated(
