@@ -41,6 +41,7 @@ def measure_options(command: Command) -> Command:
         click.option("--selection", help="Text that chooses between plans; default: part of the calibration text."),
         click.option("--evaluation", help="Text of the final evaluation; default: another part."),
         click.option("--formats", help="Comma-separated formats (int2_g64,…,bf16)."),
+        click.option("--engine", help="Measure the formats that an engine is planned with ('bitplan engines')."),
         click.option(
             "--embedding-formats", help="Comma-separated formats of embeddings and head (default: >= 4 bits)."
         ),
@@ -127,6 +128,7 @@ def make_budget(
 
 def make_request(options: dict[str, Any]) -> "MeasureRequest":
     from allocator.measuring import MeasureRequest
+    from runtime.engines import find_engine
     from runtime.formats import DEFAULT_FORMATS, find_formats
     from sensitivity.measure_config import MeasureConfig
 
@@ -147,7 +149,8 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     for name, word in (("logit_passes", "all"), ("fit_plans", "none")):
         if options[name] is not None:
             set_amounts[name] = _parse_count(options[name], name, word)
-    formats = _names(options["formats"]) or DEFAULT_FORMATS
+    menu = DEFAULT_FORMATS if options["engine"] is None else find_engine(options["engine"]).menu
+    formats = _names(options["formats"]) or menu
     embedding_formats = _names(options["embedding_formats"])
     find_formats([*formats])
     find_formats([*(embedding_formats or formats)])

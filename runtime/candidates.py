@@ -114,7 +114,7 @@ def refuse_by_engine(candidates: Candidates, engine: Engine) -> Candidates:
         found = "; ".join(dict.fromkeys(reasons[u, f] for f in range(len(candidates.formats))))
         msg = (
             f"every unit must have a format that {engine.name} runs: unit '{candidates.units[u].name}' has none "
-            f"({found}). Measure with --formats that hold one, such as {', '.join(engine.menu)}."
+            f"({found}). Measure with --engine {engine.name}, or with --formats that hold one of its own."
         )
         raise NoLegalFormat(msg)
     return replace(candidates, allowed=allowed, reasons=reasons)

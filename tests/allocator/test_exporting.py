@@ -4,14 +4,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import allocator
 from allocator.budget import Budget
-from allocator.cli import run
+from allocator.cli import measure, run
+from allocator.cli_options import make_request
 from allocator.store import Store
+from runtime.engines import ENGINES
+from runtime.formats import DEFAULT_FORMATS
 from sensitivity.profile import SensitivityProfile
 
 
@@ -64,3 +68,13 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.startswith("llama.cpp\n  reads: GGUF")
     assert run(["engines", "--json"]) == 0
     assert {engine["name"] for engine in json.loads(capsys.readouterr().out)["engines"]} >= {"transformers", "vllm"}
+
+
+def test_measuring_for_an_engine_takes_its_formats() -> None:
+    names = [option.name for option in measure.params if isinstance(option, click.Option)]
+    unset = {**dict.fromkeys(map(str, names)), "fuse": (), "pins": (), "routers": False}
+    assert make_request({**unset, "engine": "llama.cpp"}).formats == ENGINES["llama.cpp"].menu
+    assert make_request({**unset, "engine": "llama.cpp", "formats": "q4_0,bf16"}).formats == ("q4_0", "bf16")
+    assert make_request(unset).formats == DEFAULT_FORMATS
+    with pytest.raises(ValueError, match="engine must be a known name: got 'onnx'"):
+        make_request({**unset, "engine": "onnx"})
