@@ -200,14 +200,15 @@ def report(model: str, plan_path: Path, text: str | None, out: Path) -> str:
 @click.argument("model", required=False)
 @click.option("--formats", help="Comma-separated formats; default: all.")
 @click.option("--weight", help="Weight of MODEL to try them on; default: one in the middle.")
+@click.option("--quantizer", default="rtn", show_default=True, help="For integers: rtn, clipping or hqq.")
 @json_option
 @printed
-def formats(model: str | None, formats: str | None, weight: str | None, as_json: bool) -> str:
+def formats(model: str | None, formats: str | None, weight: str | None, quantizer: str, as_json: bool) -> str:
     """List the storage formats: bits per weight and who can run them; with MODEL, their error on one of its weights."""
     from allocator.format_table import list_formats as run
 
     names = None if formats is None else tuple(formats.split(","))
-    found = _with_progress(run, model, formats=names, weight=weight)
+    found = _with_progress(run, model, formats=names, weight=weight, quantizer=quantizer)
     return render({"formats": found}, as_json, lambda document: formats_text(document["formats"]))
 
 

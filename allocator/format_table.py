@@ -21,6 +21,7 @@ def list_formats(
     *,
     formats: Sequence[str] | None = None,
     weight: str | None = None,
+    quantizer: str = "rtn",
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """Returns one row for each format.
@@ -33,17 +34,18 @@ def list_formats(
         model: Whose weight the columns are of; None for a shape of 4096 x 4096.
         formats: Names of formats; None for all.
         weight: Name of the weight; None for a linear layer in the middle of the model, the one with the longest rows.
+        quantizer: Name of a quantizer that reads the weight alone, for integer formats.
         progress: Called with (stage, done, total).
 
     Raises:
-        ValueError: If a format or the weight is unknown.
+        ValueError: If a format, the weight or the quantizer is unknown, or the quantizer needs statistics.
     """
     chosen = find_formats(FORMATS if formats is None else formats)
     values = None if model is None else _read_weight(open_model(model), weight)
     shape = NOMINAL_SHAPE if values is None else (values.shape[0], values.shape[1])
     rows = []
     for done, format_ in enumerate(chosen, 1):
-        rows.append(_row(format_, shape, values))
+        rows.append(_row(format_, shape, values, quantizer))
         progress("formats", done, len(chosen))
     return rows
 
@@ -60,10 +62,10 @@ def _read_weight(model: Model, name: str | None) -> Tensor:
     return read_weight(model.reference.model, weights[name])
 
 
-def _row(format_: Format, shape: tuple[int, int], values: Tensor | None) -> dict[str, Any]:
+def _row(format_: Format, shape: tuple[int, int], values: Tensor | None, quantizer: str) -> dict[str, Any]:
     row: dict[str, Any] = {"format": format_.name, "kind": format_.kind, "group_size": format_.group_size}
     refusal = format_.refusal(shape[1])
-    found = None if refusal else describe_format(format_, shape, values)
+    found = None if refusal else describe_format(format_, shape, values, quantizer=quantizer)
     return {
         **row,
         "nominal_bits": format_.bits,

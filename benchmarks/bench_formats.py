@@ -1,17 +1,28 @@
 """Every storage format on one real layer: kinds of bits, error, and who can run it. Writes formats.md.
 
-The README shows the formats of ``SHOWN``.
+The README shows the formats of ``SHOWN``. ``--output-error`` adds the output error on inputs that nothing saw, with and
+without input statistics.
 """
 
+import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
 from machine import describe_machine
+from torch import Tensor
 
 import allocator
+from allocator.demo import demo_request
 from allocator.demo_model import prepare_demo_model
+from allocator.measuring import prepare_text
 from allocator.progress import shown_progress
 from allocator.store import Store
+from runtime.codecs import CODECS
+from runtime.formats import FORMATS
+from runtime.quantizers import InputStatistics
+from runtime.rendering import render
+from runtime.units import list_weights, read_weight
 
 WEIGHT = "model.layers.15.mlp.down_proj.weight"
 SHOWN = (
@@ -20,30 +31,39 @@ SHOWN = (
     *("fp4_channel", "fp4_g64", "fp6_g64", "fp8_e4m3_channel", "fp8_e5m2_channel"),
     *("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxint8", "nvfp4", "nvint4", "bf16"),
 )
+WITH_STATISTICS = (
+    *("int1_g64", "int2_g64", "q2_k", "fp3_g64", "int3_g64", "q3_k", "int4_g64", "fp4_g64", "mxfp4", "nvfp4", "nvint4"),
+    *("q4_0", "q4_k", "q5_k", "fp6_g64", "mxint8"),
+)
+SEQUENCES = 8
 COLUMNS = "| format | family | nominal | entropy | packed | stored | relative error | who can run it |"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output-error", action="store_true", help="measure output errors on held-out inputs as well")
+    arguments = parser.parse_args()
+    flag = " --output-error" if arguments.output_error else ""
     store = Store()
     model = allocator.Model(str(prepare_demo_model(store.root)))
     with shown_progress() as progress:
-        rows = allocator.list_formats(model, weight=WEIGHT, progress=progress)
+        rows = allocator.list_formats(model, weight=WEIGHT, quantizer="clipping", progress=progress)
     best = {row["format"] for row in rows if is_undominated(row, rows)}
     text = "\n".join(
         [
             "# Storage formats, SmolLM2-135M",
             "",
-            f"Made by `python benchmarks/bench_formats.py`. Machine: {describe_machine()}.",
+            f"Made by `python benchmarks/bench_formats.py{flag}`. Machine: {describe_machine()}.",
             "",
-            f"`{WEIGHT}`, 576 × 1536. Bits are per weight; stored bits include scales, padding and all other metadata.",
-            "Entropy is that of the codes. Relative error is ‖W − Ŵ‖ / ‖W‖, integers rounded to nearest, all other",
-            "formats by their own search, without input statistics. Bold: no other format has both fewer stored bits",
-            "and less error.",
+            f"`{WEIGHT}`, 576 × 1536. Bits are per weight; stored bits include scales, padding and other metadata.",
+            "Entropy is that of the codes. Relative error is ‖W − Ŵ‖ / ‖W‖, integers by `clipping`, all others by",
+            "their own search, without statistics. Bold: no other format has both fewer stored bits and less error.",
             "",
             "## One or two of each family",
             "",
             *lay_out([row for row in rows if row["format"] in SHOWN], best, key=lambda row: SHOWN.index(row["format"])),
             "",
+            *(lay_out_output_errors(model, store) if arguments.output_error else ()),
             "## All, by stored bits",
             "",
             *lay_out(rows, best, key=lambda row: (row["stored_bits"], row["relative_error"])),
@@ -51,6 +71,50 @@ def main() -> None:
         ]
     )
     (Path(__file__).parent / "formats.md").write_text(text, encoding="utf-8")
+
+
+def lay_out_output_errors(model: allocator.Model, store: Store) -> list[str]:
+    """Returns the lines of a table of ‖(W − Ŵ)X‖ / ‖WX‖ for X of texts that the statistics are not of."""
+    text = prepare_text(model.reference, demo_request(store))
+    known, unknown = (
+        find_statistics(model.reference.model, tokens[:SEQUENCES])
+        for tokens in (text.fisher.tokens, text.selection.tokens)
+    )
+    weight = read_weight(model.reference.model, list_weights(model.reference.model)[WEIGHT])
+    whole = unknown.output_error(weight)
+    lines = [
+        "## Output error on held-out inputs",
+        "",
+        f"‖(W − Ŵ)X‖ / ‖WX‖, X the inputs of {unknown.count} tokens; statistics of {known.count} tokens of other text.",
+        "",
+        "| format | stored | weight alone | importance of columns | GPTQ |",
+        "|---|---|---|---|---|",
+    ]
+    for name in WITH_STATISTICS:
+        format_ = FORMATS[name]
+        importance = known.hessian().diagonal()
+        codec, shape = CODECS[format_.kind], (weight.shape[0], weight.shape[1])
+        rendered = (
+            render(weight, format_, "clipping"),
+            codec.decode(codec.encode(weight, format_, importance), format_, shape, None),
+            render(weight, format_, "gptq", statistics=known),
+        )
+        errors = " | ".join(f"{(unknown.output_error(each - weight) / whole) ** 0.5:.4f}" for each in rendered)
+        lines.append(f"| {name} | {8 * format_.storage_bytes(shape) / weight.numel():.3f} | {errors} |")
+    return [*lines, ""]
+
+
+def find_statistics(model: Any, tokens: Tensor) -> InputStatistics:
+    """Returns the statistics of the inputs of ``WEIGHT`` on tokens [S, T]."""
+    inputs: list[Tensor] = []
+    module = model.get_submodule(WEIGHT.removesuffix(".weight"))
+    handle = module.register_forward_pre_hook(lambda _module, arguments: inputs.append(arguments[0].flatten(0, 1)))
+    with torch.no_grad():
+        for sequence in tokens:
+            model(sequence.unsqueeze(0), use_cache=False)
+    handle.remove()
+    x = torch.cat(inputs)
+    return InputStatistics(second_moment=x.T @ x, count=len(x))
 
 
 def is_undominated(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:

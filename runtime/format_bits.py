@@ -37,22 +37,26 @@ class FormatBits:
     relative_error: float | None = None
 
 
-def describe_format(format_: Format, shape: tuple[int, int], weight: Tensor | None = None) -> FormatBits:
+def describe_format(
+    format_: Format, shape: tuple[int, int], weight: Tensor | None = None, *, quantizer: str = "rtn"
+) -> FormatBits:
     """Returns the bits per weight of a format.
 
     Args:
         format_: The format.
         shape: (out_features, in_features).
-        weight: A weight of this shape, rendered by round-to-nearest or the format's own encoder; None for none.
+        weight: A weight of this shape; None for none.
+        quantizer: Name in ``QUANTIZERS`` of one that reads the weight alone, for integer formats.
 
     Raises:
-        ValueError: If the group size does not divide the row, or the weight cannot be stored.
+        ValueError: If the group size does not divide the row, the quantizer is unknown or needs statistics, or the
+            weight cannot be stored.
     """
     count = shape[0] * shape[1]
     packed, stored = (8 * total / count for total in (format_.code_bytes(shape), format_.storage_bytes(shape)))
     if weight is None:
         return FormatBits(nominal=format_.bits, packed=packed, stored=stored)
-    codec, tensors = CODECS[format_.kind], encode(weight, format_)
+    codec, tensors = CODECS[format_.kind], encode(weight, format_, quantizer)
     rendered = codec.decode(tensors, format_, shape, None)
     norm = float(weight.double().norm())
     return FormatBits(

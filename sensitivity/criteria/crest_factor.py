@@ -8,7 +8,7 @@ r_g = 2 max|w| for symmetric formats and max(w, 0) - min(w, 0) for asymmetric on
 kappa^2 / (3 (2^b - 1)^2) with the crest factor kappa = max|w| / rms, i.e. in dB 4.77 + 20 log10(2^b - 1) - 20 log10
 kappa. Nothing is rendered; one reduction for each group size. The noise model overstates few wide groups of very few
 levels and weights that already lie on a grid, and it knows no quantizer. Of formats that
-are no integers it says nothing: they have their measured ratio.
+are no integers, and of scales that are powers of two, it says nothing: they have their measured ratio.
 
 Source: the crest-factor analysis of Chen et al. 2025 (INT v.s. FP, arXiv:2510.25602), for our grids.
 """
@@ -35,7 +35,7 @@ def predict_grid_noise(model: nn.Module, candidates: Candidates) -> NDArray[np.f
             squared_ranges: dict[_Grid, float] = {}
             for f in np.flatnonzero(candidates.allowed[u]).tolist():
                 format_ = candidates.formats[f]
-                if format_.kind != "int":
+                if format_.kind != "int" or format_.scale_type == "pow2":
                     noise[u, f] += float((render(values, format_) - values).square().sum())
                     continue
                 grid = (format_.group_size, format_.symmetric)

@@ -33,6 +33,8 @@ def test_formats_on_a_weight(tiny_llama_dir: Path) -> None:
     assert calls[-1] == ("formats", 4, 4)
     [other] = allocator.list_formats(str(tiny_llama_dir), formats=("q8_0",), weight="model.layers.0.mlp.up_proj.weight")
     assert other["relative_error"] < 0.01
+    [clipped] = allocator.list_formats(str(tiny_llama_dir), formats=("int4_g64",), quantizer="clipping")
+    assert clipped["relative_error"] < integer["relative_error"]
 
 
 def test_unknown_names(tiny_llama_dir: Path) -> None:

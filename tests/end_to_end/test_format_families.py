@@ -50,6 +50,9 @@ def test_mixed_families(
     assert_stored_types(packed, plan.weights)
     assert run(["generate", str(packed), "--prompt", "The compiler reads", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.strip()
+    assert run(["report", model, "--plan", str(plan_path), "--out", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in set(plan.weights.values()))
 
 
 def assert_same_logits(model: str, plan: allocator.Plan, packed: Path) -> None:

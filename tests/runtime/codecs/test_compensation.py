@@ -38,21 +38,6 @@ def test_inputs_that_say_nothing_leave_the_nearest_codes(name: str) -> None:
     assert torch.equal(moved, nearest)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_grid_holds_what_is_stored(name: str) -> None:
-    """Rounding a stored weight on its own grid gives its own codes and values, and packing them the same tensors."""
-    format_, weight = FORMATS[name], draw_weight(*SHAPE)
-    codec, tensors = CODECS[format_.kind], encode(weight, format_)
-    values, codes = (read(tensors, format_, SHAPE, None) for read in (codec.decode, codec.codes))
-    assert codec.grid is not None
-    grid = codec.grid(tensors, format_, SHAPE)
-    rounded = [grid.round_column(j, values[:, j]) for j in range(SHAPE[1])]
-    assert torch.equal(torch.stack([value for _, value in rounded], dim=1), values)
-    packed = grid.with_codes(codes)
-    assert packed.keys() == tensors.keys()
-    assert all(torch.equal(packed[n], tensor) for n, tensor in tensors.items())
-
-
 def test_statistics_of_another_input_are_refused() -> None:
     with pytest.raises(ValueError, match="statistics must be of the weight's inputs: got in_features=64"):
         encode(draw_weight(*SHAPE), FORMATS["mxfp4"], "gptq", statistics=draw_statistics(64))

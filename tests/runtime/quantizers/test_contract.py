@@ -22,6 +22,9 @@ SHAPES = {
     "int8_channel_sym": (4, 1),
     "int2_channel": (2, 131),
     "int6_g128": (3, 128),
+    "int7_g16": (3, 48),
+    "int3_g64_pow2": (3, 128),
+    "int4_g32_sym_pow2": (5, 96),
 }
 
 STATISTICS: dict[str, Callable[[int], InputStatistics]] = {

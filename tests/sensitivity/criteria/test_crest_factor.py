@@ -88,3 +88,11 @@ def test_fused_units_divide_their_noise_by_all_their_power() -> None:
     for unit, ratio in zip(fused.units, predict_grid_noise(model, fused)[:, 0], strict=True):
         noise = sum(parts[row_of[w.name]] for w in unit.weights)
         assert ratio == pytest.approx(noise / measure_weight_power(model, [unit])[0], rel=1e-12)
+
+
+def test_formats_without_such_a_grid_have_their_measured_noise() -> None:
+    network = one_weight(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)))
+    candidates = list_candidates(find_units(network), ("int4_g64_pow2", "int1_g64", "mxfp4", "q4_1", "fp4_channel"))
+    power = measure_weight_power(network, candidates.units)
+    measured = relative_error(measure_weight_error(network, candidates), power)
+    np.testing.assert_allclose(predict_grid_noise(network, candidates), measured, rtol=1e-6)
