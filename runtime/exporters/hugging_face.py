@@ -89,7 +89,7 @@ def unquantized_tensors(
     for weight in list_weights(reference.model).values():
         if weight.expert_index is not None:
             experts.setdefault(weight.parameter, []).append(weight.name)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in distinct_tensors(reference.model).items():
         names = experts.get(name, [])
         if names and (split_experts or quantized.intersection(names)):
