@@ -8,7 +8,9 @@ is refused, because llama.cpp would then tokenize otherwise than the model was t
 import json
 from typing import Any
 
+import torch
 from gguf import GGUFWriter, TokenType
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # model_type of transformers -> architecture of llama.cpp.
@@ -34,6 +36,23 @@ PRE_TOKENIZERS = {
     (_LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}"), "ByteLevel"): "qwen2",
 }
 
+# Rotations by position: as they come, or with a factor for each frequency, which is a tensor of the file.
+ROPE_TYPES = ("default", "llama3")
+
+
+def find_rope_factors(model: nn.Module) -> Tensor | None:
+    """Returns what a model divides the frequencies of its rotations by, [head_dim / 2] float32; None where by nothing.
+
+    Taken from the frequencies that transformers has computed, f_i = theta^(-2 i / head_dim) / factor_i.
+    """
+    config: Any = model.config
+    rope = _rope(config)
+    if rope.get("rope_type", "default") == "default":
+        return None
+    scaled = model.get_buffer("model.rotary_emb.inv_freq").to(torch.float64)
+    exponents = torch.arange(len(scaled), dtype=torch.float64) / len(scaled)
+    return (float(rope["rope_theta"]) ** -exponents / scaled).to(torch.float32)
+
 
 def find_architecture(config: PretrainedConfig) -> str:
     """Returns llama.cpp's name of a model's architecture.
@@ -48,8 +67,11 @@ def find_architecture(config: PretrainedConfig) -> str:
         )
         raise ValueError(msg)
     kind = _rope(config).get("rope_type", "default")
-    if kind != "default":
-        msg = f"positions must not be scaled to be written as GGUF: got rope_type='{kind}'. Convert with llama.cpp."
+    if kind not in ROPE_TYPES:
+        msg = (
+            f"rotations must be of a type among {', '.join(ROPE_TYPES)} to be written as GGUF: got rope_type='{kind}'. "
+            "Convert the model with llama.cpp's own script."
+        )
         raise ValueError(msg)
     return ARCHITECTURES[config.model_type]
 

@@ -26,7 +26,7 @@ from transformers import PretrainedConfig
 from runtime.apply import FormatsByWeight
 from runtime.checkpoint import distinct_tensors
 from runtime.exporters.gguf_blocks import gguf_bytes, gguf_type
-from runtime.exporters.gguf_metadata import add_model, add_tokenizer, find_architecture
+from runtime.exporters.gguf_metadata import add_model, add_tokenizer, find_architecture, find_rope_factors
 from runtime.files import write_text
 from runtime.formats import Format, find_format
 from runtime.loading import ReferenceModel
@@ -35,6 +35,7 @@ from runtime.units import Weight, list_weights, read_weight
 
 MODEL_FILE = "model.gguf"
 TYPES_FILE = "tensor-types.txt"
+ROPE_FACTORS = "rope_freqs.weight"
 # A tensor's parts by name, each with the rows [first, last) that it has of the parameter.
 _Part = tuple[str, slice]
 
@@ -73,6 +74,10 @@ def llama_cpp_fixed_bytes(reference: ReferenceModel) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / MODEL_FILE
         writer = start_file(reference, path)
+        factors = find_rope_factors(reference.model)
+        if factors is not None:
+            writer.add_tensor_info(ROPE_FACTORS, list(factors.shape), np.dtype(np.float32), 0)
+            rest_bytes += GGUFWriter.ggml_pad(4 * factors.numel(), writer.data_alignment)
         for name, tensor in distinct_tensors(reference.model).items():
             shape, weight = list(tensor.shape), weights.get(name)
             if weight is None:
@@ -129,6 +134,9 @@ def _list_tensors(
 ) -> Iterator[tuple[str, NDArray[np.generic], str]]:
     """Yields name, values or bytes, and type of every tensor of the file."""
     names = find_name_map(reference.model.config)
+    factors = find_rope_factors(reference.model)
+    if factors is not None:
+        yield ROPE_FACTORS, factors.numpy(), "F32"
     weights: dict[str, list[Weight]] = {}
     for weight in list_weights(reference.model, routers=True).values():
         if weight.name in formats_by_weight:

@@ -40,9 +40,21 @@ TYPES = {name: OURS.get(name, name.upper()) for name in MENU}
 # Measured: 6e-5 to 8e-5 nats on these models, whose plans cost 2e-2 and more.
 MOST_KL = 2e-4
 
+
+def build_llama_3() -> PreTrainedModel:
+    """Returns a Llama whose slow rotations are slowed further from 16 positions on."""
+    model = build_tiny_llama()
+    rope = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model.config.rope_parameters = {**rope, "original_max_position_embeddings": 16}
+    scaled = LlamaForCausalLM(model.config).eval()
+    scaled.load_state_dict(model.state_dict())
+    return scaled
+
+
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": build_tiny_llama,
     "tied llama with biases": lambda: build_tiny_llama(tied=True, attention_bias=True, key_value_heads=1),
+    "llama 3.1": lambda: build_llama_3(),
     "mixtral": build_tiny_mixtral,
     "qwen2 mixture": build_tiny_qwen_moe,
 }
@@ -102,6 +114,7 @@ def test_every_tensor_holds_the_planned_numbers(reference: ReferenceModel, expor
         # A sum of nothing: the product scale * code is taken in float32 by both.
         assert np.array_equal(found.reshape(-1, found.shape[-1]), torch.cat(matrices).numpy()), name
     others = [tensor for name, tensor in read.items() if name not in expected]
+    assert ("rope_freqs.weight" in read) == (reference.model.config.rope_parameters["rope_type"] == "llama3")
     assert {tensor.tensor_type for tensor in others} == {GGMLQuantizationType.F32}
 
 
@@ -181,7 +194,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one that llama.cpp stores bit for bit: got 'int3_g64' for weight"):
         export(reference, {**formats, first: "int3_g64"}, tmp_path / "a", exporter="llama.cpp")
     reference.model.config.rope_parameters["rope_type"] = "yarn"
-    with pytest.raises(ValueError, match="must not be scaled .* got rope_type='yarn'"):
+    with pytest.raises(ValueError, match="among default, llama3 to be written as GGUF: got rope_type='yarn'"):
         export(reference, formats, tmp_path / "a", exporter="llama.cpp")
     reference.model.config.model_type = "gpt_neox"
     with pytest.raises(ValueError, match=r"one of llama, .*: got 'gpt_neox'\. Convert it with llama.cpp's own"):
