@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from allocator.artefacts import Model
     from allocator.budget import Budget, InfeasibleBudget
+    from allocator.exporting import Exported, export
     from allocator.format_table import list_formats
     from allocator.frontiers import frontier
     from allocator.measuring import MeasureRequest
-    from allocator.pipeline import Applied, apply, evaluate, load, measure, plan, report
+    from allocator.pipeline import Applied, apply, evaluate, load, measure, report
+    from allocator.plan_query import plan
     from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan, load_plan, save_plan
     from allocator.prefixes import PrefixFound, find_prefix
+    from allocator.pricing import Priced, price
     from allocator.store import Store
     from sensitivity.measure_config import MeasureConfig
     from sensitivity.profile import SensitivityProfile, load_profile, save_profile
@@ -30,17 +33,20 @@ _HOME = {
     "ArtefactMismatch": "allocator.plans",
     "Budget": "allocator.budget",
     "Evaluation": "allocator.plans",
+    "Exported": "allocator.exporting",
     "InfeasibleBudget": "allocator.budget",
     "MeasureConfig": "sensitivity.measure",
     "MeasureRequest": "allocator.measuring",
     "Model": "allocator.artefacts",
     "Plan": "allocator.plans",
     "PrefixFound": "allocator.prefixes",
+    "Priced": "allocator.pricing",
     "SensitivityProfile": "sensitivity.profile",
     "Store": "allocator.store",
     "UnitPlan": "allocator.plans",
     "apply": "allocator.pipeline",
     "evaluate": "allocator.pipeline",
+    "export": "allocator.exporting",
     "find_prefix": "allocator.prefixes",
     "frontier": "allocator.frontiers",
     "list_formats": "allocator.format_table",
@@ -48,7 +54,8 @@ _HOME = {
     "load_plan": "allocator.plans",
     "load_profile": "sensitivity.profile",
     "measure": "allocator.pipeline",
-    "plan": "allocator.pipeline",
+    "plan": "allocator.plan_query",
+    "price": "allocator.pricing",
     "report": "allocator.pipeline",
     "save_plan": "allocator.plans",
     "save_profile": "sensitivity.profile",
@@ -58,17 +65,20 @@ __all__ = [
     "ArtefactMismatch",
     "Budget",
     "Evaluation",
+    "Exported",
     "InfeasibleBudget",
     "MeasureConfig",
     "MeasureRequest",
     "Model",
     "Plan",
     "PrefixFound",
+    "Priced",
     "SensitivityProfile",
     "Store",
     "UnitPlan",
     "apply",
     "evaluate",
+    "export",
     "find_prefix",
     "frontier",
     "list_formats",
@@ -77,6 +87,7 @@ __all__ = [
     "load_profile",
     "measure",
     "plan",
+    "price",
     "report",
     "save_plan",
     "save_profile",

@@ -145,3 +145,20 @@ def provenance() -> dict[str, str]:
         "python": platform.python_version(),
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def model_to_measure(model: Model | SensitivityProfile, made: Plan | SensitivityProfile, store: Store) -> Any:
+    """Returns the reference model that plans of a profile are measured on.
+
+    Args:
+        model: The model, or a profile where nothing need be measured.
+        made: What was made from it: its plan or profile.
+        store: Where the transforms of its profile are kept.
+
+    Raises:
+        ValueError: If there is only a profile.
+    """
+    if isinstance(model, SensitivityProfile):
+        msg = "a plan must be verified with its model: got a profile alone. Pass the model, or verify=False."
+        raise ValueError(msg)
+    return model.reference_of(made, store).model

@@ -4,34 +4,37 @@ Exit codes: 0 done, 1 failure, 2 usage, 3 infeasible budget. Heavy imports wait 
 is immediate.
 """
 
-import functools
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from allocator.budget import InfeasibleBudget, parse_bytes
+from allocator.cli_engines import ENGINE_COMMANDS
+from allocator.cli_further import FURTHER_COMMANDS
 from allocator.cli_options import (
-    Command,
     budget_options,
     cache_options,
+    json_option,
+    low_memory_option,
     make_budget,
     make_request,
     measure_options,
     parse,
+    plan_option,
+    printed,
+    with_progress,
 )
 from allocator.cli_output import (
     blockwise_text,
     describe_profile,
-    formats_text,
     plan_text,
     profile_text,
     render,
-    stray_output_to_stderr,
     table,
 )
 
@@ -40,26 +43,6 @@ if TYPE_CHECKING:
     from sensitivity.profile import SensitivityProfile
 
 FAILURE, USAGE, INFEASIBLE = 1, 2, 3
-
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-_low_memory_option = click.option(
-    "--low-memory",
-    is_flag=True,
-    help="Read the model's weights from its files block by block: it may be larger than memory; takes longer.",
-)
-_plan_option = click.option("--plan", "plan_path", required=True, type=click.Path(path_type=Path), help="Plan file.")
-
-
-def _printed(command: Command) -> Command:
-    """Prints the text that a command returns, and keeps everything else off stdout while it runs."""
-
-    @functools.wraps(command)
-    def printed(*arguments: Any, **options: Any) -> None:
-        with stray_output_to_stderr():
-            text = command(*arguments, **options)
-        click.echo(text)
-
-    return printed
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -74,11 +57,11 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("model")
-@_low_memory_option
+@low_memory_option
 @measure_options
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the profile to this directory.")
-@_json_option
-@_printed
+@json_option
+@printed
 def measure(model: str, low_memory: bool, out: Path | None, as_json: bool, **options: Any) -> str:
     """Measure how much each part of MODEL loses at each format. Interrupted measurements resume."""
     from allocator.pipeline import measure as run
@@ -90,7 +73,7 @@ def measure(model: str, low_memory: bool, out: Path | None, as_json: bool, **opt
         check_profile_place(out)
     if low_memory:
         click.echo(blockwise_text(), err=True)
-    profile = _with_progress(run, _open(model, low_memory), request=request)
+    profile = with_progress(run, _open(model, low_memory), request=request)
     if out is not None:
         save_profile(profile, out)
     return render(describe_profile(profile), as_json, profile_text)
@@ -98,7 +81,7 @@ def measure(model: str, low_memory: bool, out: Path | None, as_json: bool, **opt
 
 @cli.command()
 @click.argument("model")
-@_low_memory_option
+@low_memory_option
 @budget_options
 @click.option("--metric", help="Metric to plan with; default: the best the profile holds.")
 @click.option("--verify/--no-verify", default=True, help="Measure the plan and its rivals on held-out text.")
@@ -119,9 +102,10 @@ def measure(model: str, low_memory: bool, out: Path | None, as_json: bool, **opt
     help="Improve it by random switches of formats, at most so many passes of one sequence; after --refine.",
 )
 @click.option("--profile", type=click.Path(path_type=Path), help="Profile directory; default: the model's latest.")
+@click.option("--engine", help="Keep the rules of an engine ('bitplan engines' lists them), and say what they cost.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the plan to this file.")
-@_json_option
-@_printed
+@json_option
+@printed
 def plan(
     model: str,
     low_memory: bool,
@@ -130,12 +114,13 @@ def plan(
     refine: int,
     evolve: int,
     profile: Path | None,
+    engine: str | None,
     out: Path | None,
     as_json: bool,
     **budget: Any,
 ) -> str:
     """Find the plan for MODEL that loses least under a budget."""
-    from allocator.pipeline import plan as run
+    from allocator.plan_query import plan as run
     from allocator.plans import save_plan
 
     asked = parse(lambda: make_budget(**budget))
@@ -145,8 +130,8 @@ def plan(
     if (refine or evolve) and not verify:
         msg = "refinement and evolution measure: got --refine or --evolve with --no-verify. Leave one of them out."
         raise click.UsageError(msg)
-    options = {"verify": verify, "metric": metric, "refine": refine, "evolve": evolve}
-    made = _with_progress(run, _open(model, low_memory), asked, **options, profile=_load_profile(profile))
+    options = {"verify": verify, "metric": metric, "refine": refine, "evolve": evolve, "engine": engine}
+    made = with_progress(run, _open(model, low_memory), asked, **options, profile=_load_profile(profile))
     if out is not None:
         save_plan(made, out)
     return render(made.to_dict(), as_json, lambda _: plan_text(made))
@@ -157,25 +142,25 @@ def plan(
 @click.option("--points", type=click.IntRange(2), default=33, show_default=True, help="Budgets to solve.")
 @click.option("--metric", help="Metric to plan with.")
 @cache_options
-@_json_option
-@_printed
+@json_option
+@printed
 def frontier(model: str, points: int, metric: str | None, as_json: bool, **cache: Any) -> str:
     """Print the least loss of MODEL at every size."""
     from allocator.frontiers import frontier as run
 
-    found = _with_progress(run, model, points=points, metric=metric, **cache)
+    found = with_progress(run, model, points=points, metric=metric, **cache)
     return render({"points": found}, as_json, lambda document: table(document["points"]))
 
 
 @cli.command()
 @click.argument("model")
-@_low_memory_option
-@_plan_option
+@low_memory_option
+@plan_option
 @click.option(
     "--text", help="Held-out text: file, JSONL, directory or dataset; default: the profile's evaluation text."
 )
-@_json_option
-@_printed
+@json_option
+@printed
 def evaluate(model: str, low_memory: bool, plan_path: Path, text: str | None, as_json: bool) -> str:
     """Measure a plan of MODEL on held-out text, beside the reference and the uniform formats."""
     from dataclasses import asdict
@@ -184,18 +169,18 @@ def evaluate(model: str, low_memory: bool, plan_path: Path, text: str | None, as
     from allocator.plans import load_plan
 
     opened = _open(model, low_memory)
-    evaluations = [asdict(e) for e in _with_progress(run, opened, load_plan(plan_path), text=text)]
+    evaluations = [asdict(e) for e in with_progress(run, opened, load_plan(plan_path), text=text)]
     return render({"evaluations": evaluations}, as_json, lambda document: table(document["evaluations"]))
 
 
 @cli.command()
 @click.argument("model")
-@_low_memory_option
-@_plan_option
+@low_memory_option
+@plan_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the packed model.")
 @click.option("--prefix", type=click.Path(path_type=Path), help="File of 'bitplan prefix' that ships with the model.")
-@_json_option
-@_printed
+@json_option
+@printed
 def apply(model: str, low_memory: bool, plan_path: Path, out: Path, prefix: Path | None, as_json: bool) -> str:
     """Pack MODEL by a plan and write it to a directory."""
     from allocator.pipeline import apply as run
@@ -212,33 +197,12 @@ def apply(model: str, low_memory: bool, plan_path: Path, out: Path, prefix: Path
 
 
 @cli.command()
-@click.argument("model")
-@_plan_option
-@click.option("--length", type=click.IntRange(1), default=3, show_default=True, help="Most tokens of the prefix.")
-@click.option("--candidates", type=click.IntRange(1), default=12, show_default=True, help="Tokens tried at each place.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Write the prefix to this file.")
-@_json_option
-@_printed
-def prefix(model: str, plan_path: Path, length: int, candidates: int, out: Path, as_json: bool) -> str:
-    """Find tokens before every text that lower the loss of a plan of MODEL, and measure what they do."""
-    from allocator.cli_output import describe_prefix, prefix_text
-    from allocator.plans import load_plan
-    from allocator.prefixes import find_prefix
-    from runtime.transforms.prefix_tokens import save_prefix
-
-    found = _with_progress(find_prefix, model, load_plan(plan_path), length=length, candidates=candidates)
-    if found.prefix is not None:
-        save_prefix(found.prefix, out)
-    return render(describe_prefix(found), as_json, prefix_text)
-
-
-@cli.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="Text to continue.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@_printed
+@printed
 def generate(directory: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
     """Continue a text with the packed model in DIRECTORY, behind its prefix if it has one."""
     from allocator.generation import generate_text
@@ -253,48 +217,17 @@ def generate(directory: Path, prompt: str, max_new_tokens: int, temperature: flo
 
 @cli.command()
 @click.argument("model")
-@_low_memory_option
-@_plan_option
+@low_memory_option
+@plan_option
 @click.option("--text", help="Evaluation text; default: the profile's.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the report.")
-@_printed
+@printed
 def report(model: str, low_memory: bool, plan_path: Path, text: str | None, out: Path) -> str:
     """Write the report of a plan of MODEL: one HTML page and CSV files."""
     from allocator.pipeline import report as run
     from allocator.plans import load_plan
 
-    return str(_with_progress(run, _open(model, low_memory), load_plan(plan_path), out, text=text))
-
-
-@cli.command()
-@click.option("--prune", is_flag=True, help="Delete what no profile needs any more; no measurement may be running.")
-@_json_option
-@_printed
-def store(prune: bool, as_json: bool) -> str:
-    """Show what the store keeps of measurements, and how many bytes it takes."""
-    from allocator.store import Store
-
-    kept = Store()
-    freed_bytes = kept.prune() if prune else 0
-    rows = [{"kind": kind, "entries": n, "bytes": size} for kind, (n, size) in kept.list_kinds().items()]
-    document = {"root": str(kept.root), "freed_bytes": freed_bytes, "kinds": rows}
-    return render(document, as_json, lambda d: f"{d['root']}, freed {freed_bytes} bytes\n{table(d['kinds'])}")
-
-
-@cli.command()
-@click.argument("model", required=False)
-@click.option("--formats", help="Comma-separated formats; default: all.")
-@click.option("--weight", help="Weight of MODEL to try them on; default: one in the middle.")
-@click.option("--quantizer", default="rtn", show_default=True, help="For integers: rtn, clipping or hqq.")
-@_json_option
-@_printed
-def formats(model: str | None, formats: str | None, weight: str | None, quantizer: str, as_json: bool) -> str:
-    """List the storage formats: bits per weight and who can run them; with MODEL, their error on one of its weights."""
-    from allocator.format_table import list_formats as run
-
-    names = None if formats is None else tuple(formats.split(","))
-    found = _with_progress(run, model, formats=names, weight=weight, quantizer=quantizer)
-    return render({"formats": found}, as_json, lambda document: formats_text(document["formats"]))
+    return str(with_progress(run, _open(model, low_memory), load_plan(plan_path), out, text=text))
 
 
 @cli.command()
@@ -304,7 +237,11 @@ def demo(out: Path, memory: str) -> None:
     """Run the main job on SmolLM2-135M: measure, plan, verify, apply, generate, report."""
     from allocator.demo import run_demo
 
-    _with_progress(run_demo, out, parse(lambda: parse_bytes(memory)))
+    with_progress(run_demo, out, parse(lambda: parse_bytes(memory)))
+
+
+for _command in (*FURTHER_COMMANDS, *ENGINE_COMMANDS):
+    cli.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -349,13 +286,6 @@ def _fail(arguments: Sequence[str], code: int, message: str, **details: Any) -> 
 
 def _interrupt(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def _with_progress(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    from allocator.progress import shown_progress
-
-    with shown_progress() as progress:
-        return function(*arguments, progress=progress, **options)
 
 
 def _open(model: str, low_memory: bool) -> "Model":

@@ -1,16 +1,39 @@
 """The options of the command ``bitplan``, and from their texts to budgets and requests."""
 
+import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from allocator.budget import Budget, parse_bytes, parse_limits
+from allocator.cli_output import stray_output_to_stderr
 
 if TYPE_CHECKING:
     from allocator.measuring import MeasureRequest
 
 Command = Callable[..., Any]
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+low_memory_option = click.option(
+    "--low-memory",
+    is_flag=True,
+    help="Read the model's weights from its files block by block: it may be larger than memory; takes longer.",
+)
+plan_option = click.option("--plan", "plan_path", required=True, type=click.Path(path_type=Path), help="Plan file.")
+
+
+def printed(command: Command) -> Command:
+    """Prints the text that a command returns, and keeps everything else off stdout while it runs."""
+
+    @functools.wraps(command)
+    def print_text(*arguments: Any, **options: Any) -> None:
+        with stray_output_to_stderr():
+            text = command(*arguments, **options)
+        click.echo(text)
+
+    return print_text
 
 
 def measure_options(command: Command) -> Command:
@@ -23,6 +46,7 @@ def measure_options(command: Command) -> Command:
         click.option("--selection", help="Text that chooses between plans; default: part of the calibration text."),
         click.option("--evaluation", help="Text of the final evaluation; default: another part."),
         click.option("--formats", help="Comma-separated formats (int2_g64,…,bf16)."),
+        click.option("--engine", help="Measure the formats that an engine is planned with ('bitplan engines')."),
         click.option(
             "--embedding-formats", help="Comma-separated formats of embeddings and head (default: >= 4 bits)."
         ),
@@ -159,6 +183,7 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     from allocator.measuring import MeasureRequest
     from runtime.cache_formats import find_cache_formats
     from runtime.device_types import choose_dtype
+    from runtime.engines import find_engine
     from runtime.formats import DEFAULT_FORMATS, find_formats
     from runtime.transforms import parse_transform
     from sensitivity.measure_config import MeasureConfig
@@ -182,7 +207,8 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     for name, word in (("logit_passes", "all"), ("fit_plans", "none")):
         if options[name] is not None:
             set_amounts[name] = _parse_count(options[name], name, word)
-    formats = _names(options["formats"]) or DEFAULT_FORMATS
+    menu = DEFAULT_FORMATS if options["engine"] is None else find_engine(options["engine"]).menu
+    formats = _names(options["formats"]) or menu
     embedding_formats = _names(options["embedding_formats"])
     find_formats([*formats])
     find_formats([*(embedding_formats or formats)])
@@ -229,3 +255,11 @@ def _make_pins(texts: Sequence[str]) -> dict[str, str]:
 
 def _names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def with_progress(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Returns what a function returns that is given a progress bar on stderr."""
+    from allocator.progress import shown_progress
+
+    with shown_progress() as progress:
+        return function(*arguments, progress=progress, **options)

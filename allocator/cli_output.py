@@ -100,6 +100,7 @@ def plan_text(made: "Plan") -> str:
         *([] if made.cache is None else [_cache_text(made)]),
         "formats: " + ", ".join(f"{name} x {count}" for name, count in counts.most_common()),
         made.verdict,
+        *([made.rules.describe()] if made.rules else []),
     ]
     if transforms := made.provenance.get("transforms"):
         added = made.provenance["transforms_added_weights"]
@@ -118,6 +119,32 @@ def _cache_text(made: "Plan") -> str:
         f"weights {made.file_bytes / 2**20:.2f} MiB, cache {made.cache.memory_bytes / 2**20:.2f} MiB "
         f"({made.cache.context} tokens, batch {made.cache.batch}): {formats}"
     )
+
+
+def engines_text(document: dict[str, Any]) -> str:
+    """Returns the table of engines, one paragraph each."""
+    paragraphs = []
+    for engine in document["engines"]:
+        rows = {
+            "reads": engine["reads"],
+            "formats": "; ".join(engine["formats"]),
+            "one format for": "; ".join([*engine["fuse"], f"experts: each {engine['experts'].replace('_', ' ')}"]),
+            "checked": engine["checked"],
+            "runs with": engine["command"],
+            "note": " ".join(engine["notes"]),
+        }
+        lines = [f"  {name}: {text}" for name, text in rows.items() if text]
+        paragraphs.append("\n".join([engine["name"], *lines]))
+    return "\n\n".join(paragraphs)
+
+
+def exported_text(document: dict[str, Any]) -> str:
+    """Returns what an export wrote, and the command that runs it."""
+    rows = [{"file": name, "bytes": count} for name, count in document["files"].items()]
+    predicted = document["predicted_bytes"]
+    expected = [] if predicted is None else [f"predicted bytes of the weight file: {predicted}"]
+    lines = [document["directory"], table(rows), *expected, f"run it in {document['engine']}:", document["command"]]
+    return "\n".join(lines)
 
 
 def _brief(row: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from allocator.artefacts import Model, open_model
 from allocator.progress import Progress, silent
+from runtime.engines import engines_of
 from runtime.format_bits import describe_format
-from runtime.format_engines import engines_of
 from runtime.formats import FORMATS, Format, find_formats
 from runtime.units import list_weights, read_weight
 

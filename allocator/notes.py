@@ -41,6 +41,7 @@ def list_notes(profile: SensitivityProfile, plan: Plan, evaluations: Sequence[Ev
             *_stability_notes(profile),
             *_expert_notes(profile),
             *_granularity_notes(profile, plan),
+            *([plan.rules.describe()] if plan.rules else []),
         ]
     )
 

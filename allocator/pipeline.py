@@ -1,33 +1,33 @@
-"""The verbs: measure, plan, frontier, evaluate, apply, load, report. Composition only; the work is in the rooms."""
+"""The verbs: measure, evaluate, apply, load, report. Composition only; the work is in the rooms."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from allocator.artefacts import Model, assignment_of_plan, find_profile, open_model, profile_of_plan, provenance
+from allocator.artefacts import (
+    Model,
+    assignment_of_plan,
+    model_to_measure,
+    open_model,
+    profile_of_plan,
+)
 from allocator.assignments import keep_widest_caches, list_uniform, use_of
-from allocator.budget import LATENCY, MEMORY, Budget
-from allocator.competition import Competition, list_rivals
-from allocator.evolution import Evolution
+from allocator.budget import MEMORY
 from allocator.frontiers import frontier
-from allocator.improvement import Improve
 from allocator.measuring import MeasureRequest, run_measurement
-from allocator.planning import default_metric, find_assignment, make_plan
-from allocator.plans import Evaluation, Plan, check_same_model, check_same_profile
+from allocator.plans import Evaluation, Plan, check_same_model
 from allocator.prefixes import check_prefix
 from allocator.problems import build_cost_tables
 from allocator.progress import Progress, silent
-from allocator.refinement import Refinement
 from allocator.renderings import needs_statistics, rendering_of_plan
 from allocator.store import Store
-from allocator.timings import find_latency
 from allocator.transformed import transform_again_
 from allocator.verification import REFERENCE, make_evaluation, score_cached
+from runtime.checkpoint import fixed_bytes
 from runtime.packed_model import check_packed_place, load_packed, save_packed_
 from runtime.transforms.prefix_tokens import PREFIX_FILE, save_prefix
-from sensitivity.cache_losses import join_cache
 from sensitivity.calibration import read_sequences
 from sensitivity.profile import SensitivityProfile
 
@@ -54,84 +54,6 @@ def measure(
     # Transforms rewrite the weights that they are given.
     reference = model.load_again() if request.transforms else model.reference
     return run_measurement(reference, request, store or Store(), progress)
-
-
-def plan(
-    model: str | Model | SensitivityProfile,
-    budget: Budget,
-    *,
-    verify: bool = True,
-    metric: str | None = None,
-    refine: int = 0,
-    evolve: int = 0,
-    profile: SensitivityProfile | None = None,
-    store: Store | None = None,
-    progress: Progress = silent,
-) -> Plan:
-    """Returns the best plan for a budget.
-
-    Without ``verify`` this is one solve of the cached profile: milliseconds, exact but where several limits bind and
-    the proof would take longer (the plan states its gap). With it, plans by several
-    metrics, one with cross terms, and every uniform format that fits are measured on text that nothing else saw,
-    and the best of them is returned, a uniform one included. With ``refine`` that best one is then improved around
-    itself (``allocator.refinement``), with ``evolve`` by random switches (``allocator.evolution``): minutes, worth
-    them where plans lose much.
-
-    Args:
-        model: A model, or its profile. Of a model the latest profile is taken, or measured with the defaults.
-        budget: The budget.
-        verify: Whether to measure. A profile alone can be verified only from scores in the store.
-        metric: Metric to plan with; None for the best one held (and its rivals, when verifying).
-        refine: The most rounds of refinement; they need ``verify``.
-        evolve: The most passes of evolution, after refinement where both are asked for; they need ``verify``.
-        profile: Profile to use instead of the model's latest.
-        store: Where profiles and scores are kept.
-        progress: Called with (stage, done, total).
-
-    Raises:
-        InfeasibleBudget: If nothing keeps the budget.
-        ArtefactMismatch: If the profile was measured on another model.
-        ValueError: If the metric is not in the profile, refinement or evolution is asked for that cannot be, or the
-            budget has a context and the profile nothing of caches.
-    """
-    if (refine or evolve) and not verify:
-        msg = (
-            f"refinement and evolution measure: got refine={refine}, evolve={evolve} without verification. Verify, or "
-            "leave them out."
-        )
-        raise ValueError(msg)
-    store = store or Store()
-    model = model if isinstance(model, SensitivityProfile) else open_model(model)
-    if refine and isinstance(model, Model) and model.low_memory:
-        msg = f"refinement needs the whole model in memory: got refine={refine} with low_memory. Leave out one of them."
-        raise ValueError(msg)
-    if profile is not None and isinstance(model, Model):
-        check_same_profile(profile.provenance["model_fingerprint"], model.fingerprint, model.source)
-    profile = profile or find_profile(model, store=store, progress=progress)
-    if budget.context is not None:
-        profile = join_cache(profile, context=budget.context, batch=budget.batch)
-    latency = find_latency(profile, store, progress) if LATENCY in budget.limits else None
-    tables = build_cost_tables(profile, latency, batch_tokens=budget.batch)
-    chosen = metric or default_metric(profile)
-    best = find_assignment(profile, budget, tables, metric=chosen, draft=not verify)
-    if not verify:
-        return make_plan(profile, best, budget, tables, provenance())
-    shared: dict[str, Any] = {
-        "profile": profile,
-        "budget": budget,
-        "tables": tables,
-        "store": store,
-        "progress": progress,
-        "load_model": partial(_load_model, model, profile, store),
-    }
-    improvements: list[Improve] = []
-    if refine:
-        improvements.append(Refinement(**shared, rounds=refine).run)
-    if evolve:
-        improvements.append(Evolution(**shared, passes=evolve).run)
-    rivals = list_rivals(profile, budget, tables, best, only_metric=metric is not None)
-    competition = Competition(**shared, provenance=provenance())
-    return competition.run(best, rivals, improvements)
 
 
 def evaluate(
@@ -164,6 +86,7 @@ def evaluate(
     check_same_model(plan, model.fingerprint, str(model.path))
     # Another profile may have been rendered with other statistics.
     profile = profile_of_plan(plan, model, store, progress, own=text is None or needs_statistics(plan))
+    profile = replace(profile, fixed_bytes=plan.fixed_bytes)
     tokens = profile.evaluation_tokens
     if text is not None:
         tokenizer = model.reference_of(plan, store).tokenizer
@@ -179,7 +102,7 @@ def evaluate(
     assignments = [planned, *keep_widest_caches(fitting, profile.candidates, tables[MEMORY])]
     formats: dict[str, Mapping[str, str]] = {REFERENCE: {}}
     formats |= {a.name: a.formats_by_name(profile.candidates) for a in assignments}
-    load_model = partial(_load_model, model, plan, store)
+    load_model = partial(model_to_measure, model, plan, store)
     scores = score_cached(profile, formats, tokens, load_model=load_model, store=store, progress=progress)
     memory = tables[MEMORY]
     return [make_evaluation(profile, None, scores[REFERENCE], tokens, memory)] + [
@@ -224,6 +147,10 @@ def apply(
     check_packed_place(out)
     reference = transform_again_(model.load_again(), plan, store)
     ships = None if prefix is None else check_prefix(prefix, reference, plan)
+    predicted_bytes = plan.file_bytes
+    if plan.rules is not None:
+        # The plan counts the engine's file; this one has a header of its own.
+        predicted_bytes += fixed_bytes(reference.model) - plan.fixed_bytes
     file_bytes = save_packed_(
         reference,
         plan.weights,
@@ -234,7 +161,7 @@ def apply(
     )
     if ships is not None:
         save_prefix(ships, out / PREFIX_FILE)
-    return Applied(directory=out, file_bytes=file_bytes, predicted_bytes=plan.file_bytes)
+    return Applied(directory=out, file_bytes=file_bytes, predicted_bytes=predicted_bytes)
 
 
 def load(directory: str | Path) -> tuple[Any, Any]:
@@ -272,16 +199,9 @@ def report(
     store = store or Store()
     model = open_model(model)
     evaluations = evaluate(model, plan, text=text, store=store, progress=progress)
-    profile = profile_of_plan(plan, model, store, progress, own=False)
+    profile = replace(profile_of_plan(plan, model, store, progress, own=False), fixed_bytes=plan.fixed_bytes)
     content = make_report(profile, plan, evaluations, frontier(profile, store=store))
     out.mkdir(parents=True, exist_ok=True)
     write_csv(content, out)
     write_html(content, out / "report.html")
     return out / "report.html"
-
-
-def _load_model(model: Model | SensitivityProfile, made: Plan | SensitivityProfile, store: Store) -> Any:
-    if isinstance(model, SensitivityProfile):
-        msg = "a plan must be verified with its model: got a profile alone. Pass the model, or verify=False."
-        raise ValueError(msg)
-    return model.reference_of(made, store).model

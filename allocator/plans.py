@@ -89,6 +89,33 @@ class CachePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RulesPrice:
+    """What the rules of an engine cost under a plan's budget: the optimum under them beside the one without.
+
+    Args:
+        engine: Name of the engine.
+        predicted_kl: Loss of the optimum under its rules, nats per token.
+        memory_bytes: Bytes of that optimum's weight file.
+        unrestricted_kl: Loss of the optimum without them.
+        unrestricted_bytes: Bytes of that optimum's weight file.
+    """
+
+    engine: str
+    predicted_kl: float
+    memory_bytes: int
+    unrestricted_kl: float
+    unrestricted_bytes: int
+
+    def describe(self) -> str:
+        """Returns the price as one sentence."""
+        return (
+            f"Rules of {self.engine}: the best plan under them is predicted to lose {self.predicted_kl:.4g} nats per "
+            f"token in {self.memory_bytes / 2**20:.2f} MiB; without them {self.unrestricted_kl:.4g} in "
+            f"{self.unrestricted_bytes / 2**20:.2f} MiB."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Formats of all weights, and what is known about this choice.
 
@@ -120,6 +147,7 @@ class Plan:
         reference_memory_bytes: Bytes of the reference model, and of its full 16-bit cache likewise.
         evaluations: Measurements on selection text, this plan and its rivals.
         verdict: What the verification found, in one sentence.
+        rules: What the rules of the engine it was made for cost; None where it was made for none.
         provenance: Names, fingerprints and versions.
         cache: Formats of the cache, or None where the budget named no context.
     """
@@ -148,6 +176,7 @@ class Plan:
     reference_memory_bytes: int
     evaluations: Sequence[Evaluation] = field(default_factory=tuple)
     verdict: str = "Not verified by measurement."
+    rules: RulesPrice | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
     cache: CachePlan | None = None
@@ -156,6 +185,12 @@ class Plan:
     def file_bytes(self) -> int:
         """Bytes of the weight file alone."""
         return self.memory_bytes - (0 if self.cache is None else self.cache.memory_bytes)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of the weight file that are not those of the units."""
+        caches = {} if self.cache is None else self.cache.formats
+        return self.file_bytes - sum(unit.memory_bytes for unit in self.units if unit.unit not in caches)
 
     @property
     def minimises_memory(self) -> bool:
@@ -275,6 +310,7 @@ def _plan(record: dict[str, Any]) -> Plan:
             "provenance": provenance,
             "cache": CachePlan(**record["cache"]) if "cache" in record else None,
             "units": tuple(UnitPlan(**unit) for unit in record["units"]),
+            "rules": record["rules"] and RulesPrice(**record["rules"]),
             "evaluations": tuple(Evaluation(**evaluation) for evaluation in record["evaluations"]),
         }
     )

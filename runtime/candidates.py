@@ -5,15 +5,20 @@ All legality is decided here, before any solve: shapes, the embedding's own menu
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.engine_rules import Engine
 from runtime.formats import Format, find_formats
 from runtime.units import Unit
 
 EMBEDDING_LEAST_BITS = 4
+
+
+class NoLegalFormat(ValueError):
+    """An engine runs none of the measured formats in some unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,7 @@ def list_candidates(
     *,
     embedding_formats: Sequence[str] | None = None,
     pins: Mapping[str, str] | None = None,
+    engine: Engine | None = None,
 ) -> Candidates:
     """Returns the allowed formats of every unit.
 
@@ -60,6 +66,7 @@ def list_candidates(
         embedding_formats: Names among ``format_names`` that embeddings and heads may take; None for those of
             ``EMBEDDING_LEAST_BITS`` bits or more (a token's row is read alone: no sum averages its error).
         pins: Regular expression on unit names -> the one format that the matching units take.
+        engine: Engine that must be able to run every candidate; its fusions are those of the units already.
 
     Raises:
         ValueError: If a format is unknown, a pin is no regular expression, matches nothing or asks for what
@@ -85,7 +92,32 @@ def list_candidates(
             "Add a channel format or bf16, or change the pin."
         )
         raise ValueError(msg)
-    return Candidates(units=tuple(units), formats=formats, allowed=allowed, reasons=reasons)
+    candidates = Candidates(units=tuple(units), formats=formats, allowed=allowed, reasons=reasons)
+    return candidates if engine is None else refuse_by_engine(candidates, engine)
+
+
+def refuse_by_engine(candidates: Candidates, engine: Engine) -> Candidates:
+    """Returns the candidates that an engine can run, with its reasons beside those that were there.
+
+    Raises:
+        NoLegalFormat: If a unit is left without any format.
+    """
+    allowed, reasons = candidates.allowed.copy(), dict(candidates.reasons)
+    for u, f in np.ndindex(allowed.shape):
+        format_ = candidates.formats[f]
+        reason = engine.refusal(candidates.units[u], format_)
+        # What an engine would store instead, without a word, is worth more than that a row does not divide.
+        if reason is not None and (allowed[u, f] or format_.name in engine.instead):
+            allowed[u, f] = False
+            reasons[u, f] = reason
+    for u in np.flatnonzero(~allowed.any(axis=1)).tolist():
+        found = "; ".join(dict.fromkeys(reasons[u, f] for f in range(len(candidates.formats))))
+        msg = (
+            f"every unit must have a format that {engine.name} runs: unit '{candidates.units[u].name}' has none "
+            f"({found}). Measure with --engine {engine.name}, or with --formats that hold one of its own."
+        )
+        raise NoLegalFormat(msg)
+    return replace(candidates, allowed=allowed, reasons=reasons)
 
 
 def _refusal(unit: Unit, format_: Format, embedding_formats: Sequence[str] | None, pin: str | None) -> str | None:

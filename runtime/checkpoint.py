@@ -89,7 +89,7 @@ def header_reserve_bytes(model: nn.Module, *, routers: bool = False) -> int:
     for weight in weights.values():
         entries = most_tensors * (len(weight.name) + longest_suffix + _ENTRY_BYTES)
         total += entries + len(weight.name) + _FORMAT_BYTES
-    for name, tensor in _distinct_tensors(model).items():
+    for name, tensor in distinct_tensors(model).items():
         if name not in quantizable:
             total += len(name) + _ENTRY_BYTES + 12 * tensor.ndim
     return -(-total // 8) * 8
@@ -116,7 +116,7 @@ def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, str], *
     # What a format stores keeps its type, in which it was priced; only the rest is narrowed.
     tensors = {
         name: t.detach() if id(t) in packed else t.detach().to(exact_dtype(t))
-        for name, t in _distinct_tensors(model).items()
+        for name, t in distinct_tensors(model).items()
     }
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header = _header(ordered, metadata).encode()
@@ -171,13 +171,14 @@ def _exact_bytes(model: nn.Module, residency: Residency | None) -> dict[str, int
     found: dict[str, int] = {}
     for block in residency.blocks:
         with residency.resident(block):
-            for name, tensor in _distinct_tensors(model).items():
+            for name, tensor in distinct_tensors(model).items():
                 if name not in found and tensor.device.type != "meta":
                     found[name] = tensor.numel() * exact_dtype(tensor).itemsize
     return found
 
 
-def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
+def distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors of a model by name, a tied one once, under its first name."""
     seen: set[int] = set()
     distinct: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -129,20 +129,22 @@ def find_units(
     return _connect(weights, [*edges, *_expert_edges(weights, experts)])
 
 
-def merge_experts(units: Sequence[Unit], experts: str) -> tuple[Unit, ...]:
-    """Returns the units of the same weights at a coarser granularity of the experts, in the order of the units.
+def merge_units(units: Sequence[Unit], *, experts: str = "projection", fuse: Sequence[str] = ()) -> tuple[Unit, ...]:
+    """Returns the coarser units of the same weights, in the order of the units.
 
-    Units that hold more than the granularity asks for stay together: what is merged is never split.
+    Units that hold more than is asked for stay together: what is merged is never split.
 
     Args:
         units: Units of one model, such as those of a profile.
         experts: Name in ``EXPERT_GRANULARITIES``.
+        fuse: Regular expressions, as for ``find_units``.
 
     Raises:
-        ValueError: If the granularity is unknown.
+        ValueError: If the granularity is unknown, or a pattern is invalid or matches nothing.
     """
     weights = [weight for unit in units for weight in unit.weights]
-    edges = _expert_edges(weights, experts)
+    edges = [edge for pattern in fuse for edge in _fusion_edges(weights, pattern)]
+    edges.extend(_expert_edges(weights, experts))
     first = 0
     for unit in units:
         edges.extend((first, first + i) for i in range(1, len(unit.weights)))

@@ -1,4 +1,4 @@
-"""Prices coarser units from one measurement of finer ones: experts by projection, whole, or as a stack.
+"""Prices coarser units from one measurement of finer ones: experts whole or as a stack, weights that an engine fuses.
 
 The error of a unit that is made of others is theirs side by side, so in the model without cross terms losses add:
 
@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.candidates import Candidates
-from runtime.units import EXPERT_GRANULARITIES, Unit, merge_experts
+from runtime.candidates import Candidates, refuse_by_engine
+from runtime.engine_rules import Engine
+from runtime.units import EXPERT_GRANULARITIES, Unit, merge_units
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,17 +50,24 @@ class MergedUnits:
         return self.sum_table(loss), np.sqrt(self.sum_table(np.square(std_error)))
 
 
-def merge_candidates(candidates: Candidates, experts: str) -> MergedUnits:
-    """Returns the candidates at a coarser granularity of the experts.
+def merge_candidates(
+    candidates: Candidates, experts: str = "projection", *, engine: Engine | None = None
+) -> MergedUnits:
+    """Returns coarser candidates: experts at another granularity, or under the rules of an engine.
 
     Args:
         candidates: Units and formats, such as those of a profile.
         experts: Name in ``EXPERT_GRANULARITIES``.
+        engine: Engine whose fusions and granularity are added, and whose refusals are.
 
     Raises:
-        ValueError: If the granularity is unknown, or the members of a unit have no format in common.
+        ValueError: If the granularity is unknown, the members of a unit have no format in common, or the engine runs
+            none of those that they have.
     """
-    units = merge_experts(candidates.units, experts)
+    names = [weight.name for unit in candidates.units for weight in unit.weights]
+    units = merge_units(candidates.units, experts=experts, fuse=engine.fusions(names) if engine else ())
+    if engine is not None:
+        units = merge_units(units, experts=engine.experts)
     of_weight = {weight.name: m for m, unit in enumerate(units) for weight in unit.weights}
     member_of = np.array([of_weight[unit.weights[0].name] for unit in candidates.units], dtype=np.int64)
     allowed = np.ones((len(units), len(candidates.formats)), dtype=bool)
@@ -74,6 +82,8 @@ def merge_candidates(candidates: Candidates, experts: str) -> MergedUnits:
     for (u, f), reason in candidates.reasons.items():
         reasons.setdefault((int(member_of[u]), f), reason)
     merged = Candidates(units=units, formats=candidates.formats, allowed=allowed, reasons=reasons)
+    if engine is not None:
+        merged = refuse_by_engine(merged, engine)
     return MergedUnits(candidates=merged, member_of=member_of)
 
 
@@ -81,5 +91,5 @@ def list_granularities(units: Sequence[Unit]) -> tuple[str, ...]:
     """Returns the names in ``EXPERT_GRANULARITIES`` that give different units, finest first, from these units on."""
     found: dict[tuple[Unit, ...], str] = {}
     for name in EXPERT_GRANULARITIES:
-        found.setdefault(merge_experts(units, name), name)
+        found.setdefault(merge_units(units, experts=name), name)
     return tuple(found.values())

@@ -11,7 +11,7 @@ import pytest
 from allocator.artefacts import provenance
 from allocator.assignments import list_uniform
 from allocator.budget import Budget
-from allocator.pipeline import plan as make
+from allocator.plan_query import plan as make
 from allocator.planning import make_plan
 from allocator.plans import ArtefactMismatch, Plan, check_same_model, check_same_profile, load_plan, save_plan
 from allocator.problems import build_cost_tables

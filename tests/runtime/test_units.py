@@ -17,7 +17,7 @@ from runtime.units import (
     count_weights,
     find_units,
     list_weights,
-    merge_experts,
+    merge_units,
     read_weight,
 )
 from tests.mixtures import MIXTURES
@@ -283,9 +283,9 @@ def test_units_merge_without_their_model(experts: str) -> None:
     model = build_tiny_qwen_moe()
     fuse = [r"self_attn\.(q|k|v)_proj"]
     fine = find_units(model, fuse=fuse)
-    assert merge_experts(fine, experts) == find_units(model, fuse=fuse, experts=experts)
+    assert merge_units(fine, experts=experts) == find_units(model, fuse=fuse, experts=experts)
     stacks = find_units(model, experts="stack")
-    assert merge_experts(stacks, experts) == stacks
+    assert merge_units(stacks, experts=experts) == stacks
 
 
 def test_fusions_join_with_granularities() -> None:
@@ -297,4 +297,4 @@ def test_unknown_granularity_is_refused() -> None:
     with pytest.raises(ValueError, match="one of projection, expert, stack_projection, stack: got 'layer'"):
         find_units(build_tiny_mixtral(), experts="layer")
     with pytest.raises(ValueError, match="got 'layer'"):
-        merge_experts(find_units(build_tiny_mixtral()), "layer")
+        merge_units(find_units(build_tiny_mixtral()), experts="layer")

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from runtime.candidates import list_candidates
+from runtime.engine_rules import Engine, FormatRule
+from runtime.engines import GATE_UP, QKV
 from runtime.units import EXPERT_GRANULARITIES, find_units
 from sensitivity.criteria.output_error import measure_output_error
 from sensitivity.experts.granularity import list_granularities, merge_candidates
@@ -40,6 +42,29 @@ def test_merged_tables_are_those_measured_at_that_granularity(experts: str) -> N
     for m, unit in enumerate(coarse.units):
         members = [u for u, part in enumerate(fine.units) if set(part.weights) <= set(unit.weights)]
         assert merged.member_of[members].tolist() == [m] * len(members)
+
+
+def test_fused_tables_are_those_measured_on_fused_units() -> None:
+    model = build_tiny_qwen_moe().requires_grad_(False)
+    engine = Engine(
+        name="e",
+        reads="",
+        rules=(FormatRule(formats="int.*", kinds=("linear", "head", "embedding", "expert")),),
+        fuse=(QKV, GATE_UP, r"nothing_of_that_name"),
+        experts="stack",
+        menu=(),
+        exporter="",
+        command="",
+        checked="",
+    )
+    fine = list_candidates(find_units(model), FORMATS)
+    merged = merge_candidates(fine, engine=engine)
+    coarse = list_candidates(find_units(model, fuse=[QKV, GATE_UP], experts="stack"), FORMATS)
+    assert merged.candidates.units == coarse.units
+    assert {"q_proj+k_proj+v_proj", "gate_proj+up_proj"} <= {unit.role for unit in coarse.units}
+    sketch = merged.sum_table(np.stack(list(measure_fisher_sketch(model, fine, TOKENS, seed=0))))
+    expected = np.stack(list(measure_fisher_sketch(model, coarse, TOKENS, seed=0)))
+    np.testing.assert_allclose(sketch, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
 
 
 def test_a_format_is_allowed_where_all_members_allow_it() -> None:

@@ -1,0 +1,85 @@
+"""Exports: a plan written as the files that an engine loads, and the command that runs them there."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from allocator.artefacts import Model, open_model
+from allocator.plans import Plan, check_same_model
+from allocator.renderings import rendering_of_plan
+from allocator.store import Store
+from allocator.transformed import TRANSFORMS
+from runtime.engine_rules import Engine, check_legal
+from runtime.engines import find_engine
+from runtime.transforms import has_map
+from runtime.units import Unit, find_units, list_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An export on disk.
+
+    Args:
+        directory: Where it is.
+        engine: Name of the engine it is for.
+        files: File name -> bytes.
+        predicted_bytes: Bytes of its weight file that the plan predicted; None where the engine's file is not
+            known beforehand, or the plan was made for another engine.
+        command: What runs it there.
+    """
+
+    directory: Path
+    engine: str
+    files: dict[str, int]
+    predicted_bytes: int | None
+    command: str
+
+
+def export(model: str | Model, plan: Plan, engine: str, out: Path, *, store: Store | None = None) -> Exported:
+    """Writes a plan of a model as the files that an engine loads; the directory is replaced as a whole.
+
+    Args:
+        model: The model the plan was made for.
+        plan: The plan.
+        engine: Name in ``ENGINES``.
+        out: Directory of the files.
+        store: Where the plan's profile is kept, which only some quantizers need; None for the default.
+
+    Raises:
+        ArtefactMismatch: If the plan was made for another model.
+        ValueError: If the engine is unknown or cannot load the plan, something else is at ``out``, or a transform of
+            the plan's has put a matrix into the model that no engine knows.
+    """
+    from runtime.exporters import FIXED_BYTES, check_export_place
+    from runtime.exporters import export as write
+
+    target = find_engine(engine)
+    model, store = open_model(model), store or Store()
+    check_same_model(plan, model.fingerprint, str(model.path))
+    check_export_place(out)
+    reference = model.reference_of(plan, store)
+    if has_map(reference.model):
+        msg = (
+            f"an engine computes what the architecture says: got a plan under '{plan.provenance[TRANSFORMS]}', which "
+            "puts a matrix before the tied head. Measure with the transform 'untie' before the rotation."
+        )
+        raise ValueError(msg)
+    check_legal(target, units_of_engine(reference.model, target, plan), plan.weights)
+    rule = rendering_of_plan(plan, reference.model, store)
+    write(reference, plan.weights, out, exporter=target.exporter, quantizer=rule)
+    files = {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
+    known = target.exporter in FIXED_BYTES and plan.rules is not None and plan.rules.engine == engine
+    return Exported(
+        directory=out,
+        engine=engine,
+        files=files,
+        predicted_bytes=plan.memory_bytes if known else None,
+        command=target.command.format(out=out, model=model.source),
+    )
+
+
+def units_of_engine(model: Any, engine: Engine, plan: Plan) -> tuple[Unit, ...]:
+    """Returns the units of a model under an engine's fusions and granularity, those with a format in the plan."""
+    weights = list_weights(model, routers=True)
+    routers = any(weights[name].kind == "router" for name in plan.weights if name in weights)
+    return find_units(model, fuse=engine.fusions(weights), experts=engine.experts, routers=routers)

@@ -1,0 +1,80 @@
+"""The verb export: legal plans become files with a command, illegal ones are refused by name."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import allocator
+from allocator.budget import Budget
+from allocator.cli import measure, run
+from allocator.cli_options import make_request
+from allocator.store import Store
+from runtime.engines import ENGINES
+from runtime.formats import DEFAULT_FORMATS
+from sensitivity.profile import SensitivityProfile
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_profile: SensitivityProfile) -> allocator.Plan:
+    return allocator.plan(tiny_profile, Budget(bits_per_weight=10.0), verify=False, engine="vllm")
+
+
+def test_an_export_has_files_and_a_command(
+    plan: allocator.Plan, tiny_llama_dir: Path, tiny_store: Store, tmp_path: Path
+) -> None:
+    exported = allocator.export(str(tiny_llama_dir), plan, "vllm", tmp_path / "out", store=tiny_store)
+    assert exported.command == f"vllm serve {tmp_path / 'out'} --dtype float16"
+    assert exported.files == {p.name: p.stat().st_size for p in (tmp_path / "out").iterdir()}
+    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    quantized = {name.removesuffix(".weight") for name, f in plan.weights.items() if f != "bf16"}
+    assert {target for group in groups.values() for target in group["targets"]} == quantized
+
+
+def test_the_command_line_exports(
+    tiny_profile: SensitivityProfile, tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = allocator.plan(tiny_profile, Budget(bits_per_weight=16.0), verify=False, engine="transformers")
+    allocator.save_plan(plan, tmp_path / "plan.json")
+    options = ["--plan", str(tmp_path / "plan.json"), "--engine", "transformers", "--out", str(tmp_path / "out")]
+    assert run(["export", str(tiny_llama_dir), *options, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["files"]["model.safetensors"] > 0
+    loaded = AutoModelForCausalLM.from_pretrained(document["directory"], dtype=torch.float32)
+    assert not loaded.training
+    assert run(["export", str(tiny_llama_dir), *options]) == 0
+    assert document["command"] in capsys.readouterr().out
+
+
+def test_what_an_engine_cannot_load_is_refused(
+    plan: allocator.Plan, tiny_llama_dir: Path, tiny_store: Store, tmp_path: Path
+) -> None:
+    weights = dict(plan.weights)
+    weights["model.layers.0.self_attn.k_proj.weight"] = "int8_g64"
+    with pytest.raises(ValueError, match=r"1 units that vllm cannot load, first '.*q_proj.*one format, got .*int8_g64"):
+        allocator.export(str(tiny_llama_dir), replace(plan, weights=weights), "vllm", tmp_path, store=tiny_store)
+    with pytest.raises(ValueError, match="engine must be a known name: got 'onnx'"):
+        allocator.export(str(tiny_llama_dir), plan, "onnx", tmp_path, store=tiny_store)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["engines"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("llama.cpp\n  reads: GGUF")
+    assert run(["engines", "--json"]) == 0
+    assert {engine["name"] for engine in json.loads(capsys.readouterr().out)["engines"]} >= {"transformers", "vllm"}
+
+
+def test_measuring_for_an_engine_takes_its_formats() -> None:
+    names = [option.name for option in measure.params if isinstance(option, click.Option)]
+    unset = {**dict.fromkeys(map(str, names)), "fuse": (), "pins": (), "routers": False}
+    assert make_request({**unset, "engine": "llama.cpp"}).formats == ENGINES["llama.cpp"].menu
+    assert make_request({**unset, "engine": "llama.cpp", "formats": "q4_0,bf16"}).formats == ("q4_0", "bf16")
+    assert make_request(unset).formats == DEFAULT_FORMATS
+    with pytest.raises(ValueError, match="engine must be a known name: got 'onnx'"):
+        make_request({**unset, "engine": "onnx"})
