@@ -59,10 +59,11 @@ def count_traffic(shape: tuple[int, int], rows: int, format_: Format, launch: La
     """Returns the bytes of a product of ``rows`` rows of float16 with a weight of one format."""
     out_features, in_features = shape
     groups = format_.group_count(in_features)
+    # Shapes alone: nothing is packed on the meta device.
     weight = pack_fragments(
-        torch.zeros(shape, dtype=torch.uint8),
-        torch.zeros((out_features, groups), dtype=torch.float16),
-        torch.zeros((out_features, groups), dtype=torch.uint8),
+        torch.empty(shape, dtype=torch.uint8, device="meta"),
+        torch.empty((out_features, groups), dtype=torch.float16, device="meta"),
+        torch.empty((out_features, groups), dtype=torch.uint8, device="meta"),
         bits=format_.bits,
         group_size=format_.group_size,
     )
