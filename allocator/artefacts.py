@@ -4,6 +4,7 @@ import platform
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 

@@ -29,6 +29,13 @@ def packed_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tens
     """
     first = getattr(module, "gate_up_proj" if module.has_gate else "up_proj")
     last = module.down_proj
+    if dispatch.uses_triton(hidden_states.device) and _is_gated_by_silu(module, first, last):
+        # Imported where it is needed: on other machines there may be no Triton.
+        from runtime.kernels.triton.packed_experts import packed_experts
+
+        launched = packed_experts(hidden_states, top_k_index, top_k_weights, first, last)
+        if launched is not None:
+            return launched
     if not _has_kernels(module, first, last, hidden_states):
         eager: Tensor = type(module).forward.__wrapped__(module, hidden_states, top_k_index, top_k_weights)
         return eager
@@ -58,6 +65,13 @@ def _has_kernels(module: Any, first: nn.Module | Tensor, last: nn.Module | Tenso
     wants_gradient = torch.is_grad_enabled() and hidden_states.requires_grad
     plain = not (module.has_bias or module.is_transposed or wants_gradient)
     return packed and plain and hidden_states.device.type == "cpu" and dispatch.selected_kernels() is not None
+
+
+def _is_gated_by_silu(module: Any, first: nn.Module | Tensor, last: nn.Module | Tensor) -> bool:
+    packed = isinstance(first, PackedExperts) and isinstance(last, PackedExperts)
+    plain = not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
+    # transformers' silu is torch's module, or a class of its own by that name.
+    return packed and plain and module.has_gate and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
 
 
 # Where the model's code looks the name up; there is no other way to give transformers a forward.

@@ -58,15 +58,20 @@ def kernel_path(name: str) -> Iterator[None]:
 
 def selected_kernels() -> CpuKernels | None:
     """Returns the CPU kernels in use, or None where the reference is."""
-    path = _path.get(None) or _check_path(os.environ.get("BITPLAN_KERNELS", AUTOMATIC))
+    path = _selected_path()
     if path == REFERENCE:
         return None
     return load_kernels(None if path == AUTOMATIC else path)
 
 
+def uses_triton(device: torch.device) -> bool:
+    """Returns True where products on a device are the Triton kernels', as far as they know the format."""
+    return triton_kernels.serves(device.type) and _selected_path() == AUTOMATIC
+
+
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """Returns x W' + bias, [..., rows] in the type of x, for x [..., columns]."""
-    if triton_kernels.serves(x.device.type):
+    if uses_triton(x.device):
         # Imported where it is needed: on other machines there may be no Triton.
         from runtime.kernels.triton.packed_product import packed_linear
 
@@ -169,6 +174,10 @@ def _multiply(kernels: CpuKernels, x: Tensor, matrix: Matrix, bias: Tensor | Non
     rows = x.to(torch.float32).contiguous()
     added = None if bias is None else bias.detach().to(torch.float32).contiguous()
     return kernels.multiply_one(rows, matrix, added).to(x.dtype)
+
+
+def _selected_path() -> str:
+    return _path.get(None) or _check_path(os.environ.get("BITPLAN_KERNELS", AUTOMATIC))
 
 
 def _check_path(name: str) -> str:
