@@ -59,5 +59,5 @@ bench: $(STAMP) ## rerun the benchmarks (long; rewrites the tables in benchmarks
 	@for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean: ## remove the environment, build results and caches
-	@rm -rf $(VENV) dist build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) dist build demo-output runtime/kernels/cpu/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find $(PACKAGES) tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,8 +6,8 @@ group (128 columns where a row is one group), products are exact integers, sums 
 """
 
 import ctypes
-import fcntl
 import functools
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,6 +192,12 @@ def _load_library() -> ctypes.CDLL | None:
 
 def _compile_once(target: Path) -> None:
     """Compiles the library unless another process does so at this moment; then waits for that one."""
+    if sys.platform == "win32":
+        # No locks of this kind there: two processes may compile the same file, and the last one stays.
+        compile_library(target)
+        return
+    import fcntl
+
     try:
         lock = (target.parent / ".build.lock").open("w")
     except OSError as error:

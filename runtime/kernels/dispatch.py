@@ -171,9 +171,10 @@ def _fits(x: Tensor, weight: Packed, bias: Tensor | None) -> bool:
 
 
 def _multiply(kernels: CpuKernels, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
-    rows = x.to(torch.float32).contiguous()
-    added = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    return kernels.multiply_one(rows, matrix, added).to(x.dtype)
+    if x.dtype is torch.float32:
+        return kernels.multiply_one(x.contiguous(), matrix, None if bias is None else bias.contiguous())
+    added = None if bias is None else bias.to(torch.float32).contiguous()
+    return kernels.multiply_one(x.to(torch.float32).contiguous(), matrix, added).to(x.dtype)
 
 
 def _selected_path() -> str:

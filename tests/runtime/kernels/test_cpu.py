@@ -1,5 +1,8 @@
 """Compiled kernels of every instruction set at hand against float64 and against the reference."""
 
+import ctypes
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from runtime.kernels.build import find_compiler
-from runtime.kernels.cpu import LEVELS, CpuKernels, Product, StoredMatrix, describe_matrix, load_kernels
+from runtime.kernels.cpu import LEVELS, CpuKernels, Product, StoredMatrix, _Product, describe_matrix, load_kernels
 from runtime.kernels.reference import dequantize_stored
 from tests.runtime.kernels.stored_weights import Case, available_kernels, bound_error, make_weight
 
@@ -30,6 +33,15 @@ CASES = [
 ]
 
 pytestmark = pytest.mark.skipif(not KERNELS and find_compiler() is None, reason="no C++ compiler is here")
+
+
+@pytest.fixture(autouse=True)
+def outputs_full_of_nan() -> Iterator[None]:
+    """Every ``torch.empty`` is filled with NaN, so that a place nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def draw_activations(tokens: int, columns: int, seed: int = 1) -> Tensor:
@@ -181,6 +193,17 @@ def test_tensors_elsewhere_are_refused() -> None:
         describe_matrix(stored._replace(codes=stored.codes.T.contiguous().T))
     with pytest.raises(ValueError, match="must be contiguous on the CPU"):
         describe_matrix(stored._replace(scale=stored.scale.to("meta")))
+
+
+def test_activations_without_memory_are_refused() -> None:
+    stored, _ = make_weight(Case(bits=4, group_size=32, symmetric=True, rows=8, columns=64))
+    matrix, kernels = describe_matrix(stored), load_kernels()
+    assert kernels is not None
+    if kernels.level == "portable":
+        pytest.skip("the portable kernels keep activations as they are")
+    job = _Product(ctypes.addressof(matrix), 0, 0, 0, 2**48)
+    with pytest.raises(MemoryError, match="memory for the activations of 1 products"):
+        kernels._run(ctypes.byref(job), 1)
 
 
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
