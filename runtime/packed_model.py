@@ -75,7 +75,8 @@ def save_packed_(
     with atomic_directory(directory) as temporary:
         reference.tokenizer.save_pretrained(temporary)
         config = reference.model.config.to_dict()
-        config.pop("quantization_config", None)
+        # For transformers' own loader: runtime/transformers_quantizer.py.
+        config["quantization_config"] = {"quant_method": PACKED_CONFIG_KEY, "formats": dict(formats_by_weight)}
         config[PACKED_CONFIG_KEY] = {
             "schema_version": 1,
             **({MAP_KEY: True} if has_map(reference.model) else {}),
