@@ -30,7 +30,7 @@ FIRST_FACTOR = 2.0
 LEAST_FACTOR, LARGEST_FACTOR = 1.0, 4.0
 # A sequence whose slopes are larger than so many times the median sequence's counts for no more than that: where the
 # quantized model fails on one sequence, its slope says little of the others and outweighs them all.
-LARGEST_NORM = 2.0
+LARGEST_NORM = 4.0
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

@@ -42,7 +42,7 @@ ROUND_SEQUENCES = 32
 KEPT_ROUNDS = 3
 SOLVES = 2  # a round, the later ones with the model fitted to what the earlier ones proposed
 NARROW_FACTORS = (1.5, 2.0, 3.0)  # times the narrowest format's losses, for other starts
-FAILURES = 2  # rounds in a row without a better plan, after which there is no other
+FAILURES = 3  # rounds in a row without a better plan, after which there is no other
 SLOPE_VERSION = 1
 
 

@@ -97,3 +97,9 @@ def test_a_verified_plan_keeps_the_rules(
     # It can be evaluated as any other: its weights' formats are formats of the finer units.
     evaluations = allocator.evaluate(str(tiny_llama_dir), made, store=tiny_store)
     assert [e.kind for e in evaluations][:2] == ["reference", "plan"]
+
+
+def test_an_engine_and_a_context_are_refused_together(tiny_profile: SensitivityProfile) -> None:
+    budget = Budget(memory_bytes=10**6, context=64)
+    with pytest.raises(ValueError, match="an engine's rules say nothing of caches: got engine='vllm' .* context=64"):
+        allocator.plan(tiny_profile, budget, verify=False, engine="vllm")

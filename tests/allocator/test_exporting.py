@@ -17,6 +17,8 @@ from allocator.store import Store
 from runtime.engines import ENGINES
 from runtime.formats import DEFAULT_FORMATS
 from sensitivity.profile import SensitivityProfile
+from tests.tiny_measurements import make_request as make_tiny_request
+from tests.tiny_models import build_tiny_llama, save_model
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +80,12 @@ def test_measuring_for_an_engine_takes_its_formats() -> None:
     assert make_request(unset).formats == DEFAULT_FORMATS
     with pytest.raises(ValueError, match="engine must be a known name: got 'onnx'"):
         make_request({**unset, "engine": "onnx"})
+
+
+def test_a_plan_with_a_matrix_before_the_tied_head_is_refused(tiny_text: Path, tmp_path: Path) -> None:
+    directory, store = save_model(build_tiny_llama(tied=True), tmp_path / "model"), Store(tmp_path / "store")
+    request = make_tiny_request(tiny_text, transforms=("hadamard",))
+    profile = allocator.measure(str(directory), request=request, store=store)
+    plan = allocator.plan(profile, Budget(bits_per_weight=16.0), verify=False, store=store)
+    with pytest.raises(ValueError, match="an engine computes what the architecture says: got a plan under 'hadamard"):
+        allocator.export(str(directory), plan, "transformers", tmp_path / "out", store=store)

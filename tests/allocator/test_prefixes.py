@@ -13,7 +13,7 @@ from allocator import Budget, MeasureRequest, Plan, SensitivityProfile, Store
 from allocator.artefacts import Model
 from allocator.cli import run
 from allocator.generation import generate_text
-from allocator.plans import ArtefactMismatch, save_plan
+from allocator.plans import ArtefactMismatch, CachePlan, save_plan
 from allocator.prefixes import PrefixFound, check_prefix
 from runtime.apply import simulated_formats
 from runtime.transforms.prefix_tokens import PREFIX_FILE, load_prefix, save_prefix
@@ -98,10 +98,16 @@ def test_other_weights_are_refused(
     assert found.prefix is not None
     save_prefix(found.prefix, tmp_path / "prefix")
     with pytest.raises(ArtefactMismatch, match="a prefix must be used with the model and the transforms"):
-        check_prefix(tmp_path / "prefix", Model(str(tiny_llama_dir)).reference)
+        check_prefix(tmp_path / "prefix", Model(str(tiny_llama_dir)).reference, plan)
     with pytest.raises(ValueError, match="a prefix must be a file"):
         allocator.apply(str(SMALL_MOE), plan, tmp_path / "packed", prefix=tmp_path / "no", store=store)
     assert not (tmp_path / "packed").exists()
+
+
+def test_a_prefix_and_a_quantized_cache_do_not_go_together(plan: Plan, tmp_path: Path) -> None:
+    cached = replace(plan, cache=CachePlan(context=64, batch=1, memory_bytes=10, formats={}))
+    with pytest.raises(ValueError, match=r"prefix tokens ship with keys and values as they are: got '.*prefix'"):
+        check_prefix(tmp_path / "prefix", Model(str(SMALL_MOE)).reference, cached)
 
 
 def test_commands_find_ship_and_use_it(

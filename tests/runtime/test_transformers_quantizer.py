@@ -11,6 +11,7 @@ import runtime.transformers_quantizer  # noqa: F401 (registers the method)
 from runtime.loading import load_reference
 from runtime.packed import PackedWeight
 from runtime.packed_model import load_packed, save_packed_
+from runtime.transforms import apply_transforms_, parse_transform
 from runtime.units import list_weights
 from tests.tiny_models import build_tiny_llama, build_tiny_mixtral, build_tiny_qwen_moe, save_model
 
@@ -45,4 +46,13 @@ def test_packed_routers_are_refused(tmp_path: Path) -> None:
     formats = dict.fromkeys(list_weights(reference.model, routers=True), "int8_g32_sym")
     save_packed_(reference, formats, tmp_path / "packed", metadata={})
     with pytest.raises(ValueError, match=r"routers must be unquantized .*: got '.*gate\.weight' in int8_g32_sym"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_a_matrix_behind_the_last_norm_is_refused(tmp_path: Path) -> None:
+    reference = load_reference(str(save_model(build_tiny_llama(tied=True), tmp_path / "model")))
+    apply_transforms_(reference.model, [parse_transform("hadamard")], torch.arange(2, 34)[None])
+    formats = dict.fromkeys(list_weights(reference.model), "int8_g32_sym")
+    save_packed_(reference, formats, tmp_path / "packed", metadata={})
+    with pytest.raises(ValueError, match="transformers loads what the architecture says: got a packed model with a"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
