@@ -36,8 +36,10 @@ pytestmark = pytest.mark.skipif(not KERNELS and find_compiler() is None, reason=
 
 
 @pytest.fixture(autouse=True)
-def outputs_full_of_nan() -> Iterator[None]:
+def outputs_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every ``torch.empty`` is filled with NaN, so that a place nobody wrote shows."""
+    # Other libraries turn the filling off when they are imported.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
