@@ -3,7 +3,9 @@
 Tensors are written widest type first, so that every one is aligned, and the header is padded with spaces (the
 format allows it) to a reserve that depends on the model alone and not on the choice of formats. Therefore
 
-    file bytes = header reserve + sum of the stored bytes of all units + bytes of the unquantized rest.
+    file bytes = header reserve + sum of the stored bytes of all units + bytes of the unquantized rest,
+
+where the stored bytes of formats of many tensors include what their entries need beyond the reserve.
 
 The unquantized rest (norms, biases, routers) is stored in the narrowest of bfloat16, float16 and float32 that
 holds every value exactly, so that reloading gives the same float32 numbers. safetensors itself reads the file.
@@ -18,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from runtime.files import atomic_path
-from runtime.formats import FORMATS
+from runtime.formats import Format
 from runtime.packed import PackedWeight
 from runtime.residency import InMemory, Residency
-from runtime.units import list_weights
+from runtime.units import Weight, list_weights
 
 CHECKPOINT_FILE = "model.safetensors"
 _DTYPE_NAMES = {
@@ -45,6 +47,8 @@ _DTYPE_NAMES = {
 _ENTRY_BYTES = 110
 _FORMAT_BYTES = 40
 _PROVENANCE_BYTES = 8192
+# What every weight is given in the header, whatever its format: as many tensors, with names that end so.
+_RESERVED_TENSORS, _RESERVED_SUFFIX = 3, ".zero_point"
 
 
 def exact_dtype(tensor: Tensor) -> torch.dtype:
@@ -82,17 +86,28 @@ def header_reserve_bytes(model: nn.Module, *, routers: bool = False) -> int:
     """
     weights = list_weights(model, routers=routers)
     quantizable = {weight.parameter for weight in weights.values()}
-    stored = [format_.stored_tensors((1, format_.group_size or 1)) for format_ in FORMATS.values()]
-    most_tensors = max(len(tensors) for tensors in stored)
-    longest_suffix = max(len(f".{tensor.name}") for tensors in stored for tensor in tensors)
     total = _PROVENANCE_BYTES
     for weight in weights.values():
-        entries = most_tensors * (len(weight.name) + longest_suffix + _ENTRY_BYTES)
-        total += entries + len(weight.name) + _FORMAT_BYTES
+        total += _reserved_entry_bytes(weight.name) + len(weight.name) + _FORMAT_BYTES
     for name, tensor in distinct_tensors(model).items():
         if name not in quantizable:
             total += len(name) + _ENTRY_BYTES + 12 * tensor.ndim
     return -(-total // 8) * 8
+
+
+def further_header_bytes(weight: Weight, format_: Format) -> int:
+    """Returns the bytes of header that a weight in a format needs beyond those that are set aside for every weight.
+
+    They are a part of what the format costs: only formats that store many tensors need any.
+    """
+    needed = sum(
+        len(weight.name) + len(f".{tensor.name}") + _ENTRY_BYTES for tensor in format_.stored_tensors(weight.shape)
+    )
+    return -(-max(0, needed - _reserved_entry_bytes(weight.name)) // 8) * 8
+
+
+def _reserved_entry_bytes(weight_name: str) -> int:
+    return _RESERVED_TENSORS * (len(weight_name) + len(_RESERVED_SUFFIX) + _ENTRY_BYTES)
 
 
 def fixed_bytes(model: nn.Module, *, routers: bool = False, residency: Residency | None = None) -> int:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from runtime.cache_formats import CacheLoad, most_cache_bytes
 from runtime.candidates import Candidates
+from runtime.checkpoint import further_header_bytes
 from runtime.formats import Format
 from runtime.units import Unit, Weight
 
@@ -52,11 +53,11 @@ class CostTable:
 
 
 def unit_bytes(unit: Unit, format_: Format, load: CacheLoad | None = None) -> int:
-    """Returns the bytes of a unit in one format: of all its weights, or the most of a cache up to a load."""
+    """Returns the bytes of a unit in one format: of its weights in the file, or the most of a cache up to a load."""
     if unit.cache_shape is not None:
         assert load is not None
         return most_cache_bytes(format_, unit.cache_shape, load)
-    return sum(format_.storage_bytes(weight.shape) for weight in unit.weights)
+    return sum(format_.storage_bytes(weight.shape) + further_header_bytes(weight, format_) for weight in unit.weights)
 
 
 def memory_cost(candidates: Candidates, fixed_bytes: int, *, load: CacheLoad | None = None) -> CostTable:

@@ -15,12 +15,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from runtime.apply import FormatsByWeight, apply_formats_, install_empty_formats_
 from runtime.checkpoint import (
     CHECKPOINT_FILE,
+    further_header_bytes,
     header_reserve_bytes,
     load_tensors,
     read_metadata,
     save_checkpoint,
 )
 from runtime.files import atomic_directory, check_replaceable, write_text
+from runtime.formats import find_format
 from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
 from runtime.quantized_cache import QuantizedCache
 from runtime.rendering import RenderingRule
@@ -71,6 +73,7 @@ def save_packed_(
     weights = list_weights(reference.model, routers=True)
     routers = any(weight.kind == "router" and name in formats_by_weight for name, weight in weights.items())
     header_bytes = header_reserve_bytes(reference.model, routers=routers)
+    header_bytes += sum(further_header_bytes(weights[name], find_format(f)) for name, f in formats_by_weight.items())
     apply_formats_(reference.model, formats_by_weight, quantizer=quantizer, residency=reference.residency)
     with atomic_directory(directory) as temporary:
         reference.tokenizer.save_pretrained(temporary)

@@ -13,6 +13,7 @@ from runtime.apply import apply_formats_
 from runtime.checkpoint import (
     exact_dtype,
     fixed_bytes,
+    further_header_bytes,
     header_reserve_bytes,
     load_tensors,
     read_metadata,
@@ -21,7 +22,7 @@ from runtime.checkpoint import (
     save_checkpoint,
 )
 from runtime.formats import FORMATS
-from runtime.units import list_weights
+from runtime.units import Weight, list_weights
 from tests.runtime.format_mixes import MODELS, draw_formats, round_parameters_
 from tests.tiny_models import build_tiny_llama, build_tiny_mixtral
 
@@ -200,3 +201,29 @@ def test_files_that_cannot_be_read_are_refused(read: object, tmp_path: Path) -> 
 def test_metadata_of_a_file_without_any(tmp_path: Path) -> None:
     save_file({"x": torch.arange(3)}, tmp_path / "plain.safetensors")
     assert read_metadata(tmp_path / "plain.safetensors") == {}
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_the_header_of_any_format_fits_what_is_set_aside(format_name: str, tmp_path: Path) -> None:
+    format_ = FORMATS[format_name]
+    model = nn.Module()
+    model.longer_than_others = nn.Linear(768, 3, bias=False)
+    weight = Weight(parameter="longer_than_others.weight", expert_index=None, shape=(3, 768), kind="linear")
+    assert list_weights(model) == {weight.name: weight}
+    expected = fixed_bytes(model) + format_.storage_bytes(weight.shape) + further_header_bytes(weight, format_)
+    header_bytes = header_reserve_bytes(model) + further_header_bytes(weight, format_)
+    apply_formats_(model, {weight.name: format_name})
+    metadata = {"plan": "a ü", "formats": json.dumps({weight.name: format_name}), "filling": "x" * 8000}
+    assert save_checkpoint(model, tmp_path / "file", metadata, header_bytes=header_bytes) == expected
+    assert read_metadata(tmp_path / "file")["filling"] == metadata["filling"]
+    assert load_tensors(tmp_path / "file").keys() == model.state_dict().keys()
+
+
+def test_usual_formats_need_no_more_header_than_is_set_aside() -> None:
+    weight = Weight(parameter="a.weight", expert_index=None, shape=(3, 768), kind="linear")
+    for name in ("int4_g64", "int1_g64", "mxfp4", "nvfp4", "fp4_g64", "q4_k", "bf16"):
+        assert further_header_bytes(weight, FORMATS[name]) == 0
+    # Three codes and three scales, each with the name of the weight before it, where three zero points are set aside.
+    names = 3 * (len("a.weight.codes_8") + len("a.weight.scale_8")) - 3 * len("a.weight.zero_point")
+    needed = names + 3 * 110
+    assert needed <= further_header_bytes(weight, FORMATS["nested8_g64"]) < needed + 8
