@@ -36,7 +36,7 @@ from sensitivity.profile import SensitivityProfile, fingerprint_of
 from sensitivity.sketches.plan_slope import measure_plan_slope
 from solvers import AllocationProblem, SolveParams, TrustRegion, solve
 
-MOST_CHANGES = (8, 16, 32, 64)
+MOST_CHANGES = (4, 8, 16, 32, 64)
 ACCEPTANCE_SHARE = 1 / 6  # of the calibration sequences, at least two
 ROUND_SEQUENCES = 32
 KEPT_ROUNDS = 3

@@ -30,7 +30,7 @@ from sensitivity.profile import SensitivityProfile
 
 # Bits -> whether evolution runs beside refinement.
 WIDTHS = {3.0: True, 3.5: False}
-ROUNDS = 8
+ROUNDS = 12
 START = "Fisher diagonal"
 
 
