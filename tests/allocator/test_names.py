@@ -31,4 +31,4 @@ def test_verbs_stay_functions_after_every_module_was_imported() -> None:
     finished = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
     )
-    assert finished.stdout.splitlines() == ["[]", "allocator.pipeline"]
+    assert finished.stdout.splitlines() == ["[]", "allocator.plan_query"]

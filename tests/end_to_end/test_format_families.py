@@ -14,6 +14,7 @@ from allocator.cli import run
 from allocator.renderings import rendering_of_plan
 from runtime.apply import simulated_formats
 from runtime.formats import FORMATS
+from runtime.kernels.dispatch import kernel_path
 from tests.tiny_measurements import FLAGS
 
 # Of each family that fits a row of 64; the formats of blocks of 256 fit no layer of the tiny models.
@@ -62,7 +63,7 @@ def assert_same_logits(model: str, plan: allocator.Plan, packed: Path) -> None:
     reference = Model(model).reference.model
     reloaded, tokenizer = allocator.load(packed)
     tokens = tokenizer("The compiler reads a source file and writes", return_tensors="pt").input_ids
-    with torch.no_grad():
+    with torch.no_grad(), kernel_path("reference"):
         with simulated_formats(reference, plan.weights, quantizer=rendering_of_plan(plan, reference, Store())):
             expected = reference(tokens, use_cache=False).logits
         assert torch.equal(reloaded(tokens, use_cache=False).logits, expected)

@@ -7,6 +7,7 @@ import torch
 
 from runtime.apply import apply_formats_, simulated_formats
 from runtime.formats import FORMATS
+from runtime.kernels.dispatch import kernel_path
 from runtime.quantizers import STATISTICAL
 from runtime.rendering import Rendering, quantizer_name, render, render_weight, statistics_of
 from runtime.units import Weight, list_weights
@@ -61,7 +62,7 @@ def test_packed_weights_are_the_simulated_ones() -> None:
     rule = Rendering(quantizer="gptq", statistics=statistics)
     formats = dict.fromkeys(weights, "int3_g64")
     tokens = torch.arange(12).reshape(2, 6)
-    with torch.no_grad():
+    with torch.no_grad(), kernel_path("reference"):
         with simulated_formats(model, formats, quantizer=rule):
             expected = model(tokens).logits
         with simulated_formats(model, formats):
