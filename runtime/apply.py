@@ -74,13 +74,14 @@ def simulated_formats(
     absent = {name: w for name, w in weights.items() if model.get_parameter(w.parameter).device.type == "meta"}
     present = {name: weight for name, weight in weights.items() if name not in absent}
 
-    def render(group: Mapping[str, Weight], kept: KeptRenderings) -> AbstractContextManager[None]:
+    def render(group: Mapping[str, Weight], kept: KeptRenderings | None) -> AbstractContextManager[None]:
         return _rendered(model, group, formats_by_weight, quantizer, kept)
 
     with _eager_experts(model, weights), ExitStack() as stack:
-        stack.enter_context(render(present, {} if kept is None else kept))
+        stack.enter_context(render(present, kept))
         for module, group in _group_by_block(model, absent):
-            stack.enter_context(_run_under(module, partial(render, group, {})))
+            # Kept, they would be a second model in memory.
+            stack.enter_context(_run_under(module, partial(render, group, None)))
         yield
 
 
@@ -90,18 +91,19 @@ def _rendered(
     weights: Mapping[str, Weight],
     formats_by_weight: FormatsByWeight,
     quantizer: RenderingRule,
-    kept: KeptRenderings,
+    kept: KeptRenderings | None,
 ) -> Iterator[None]:
     """Gives weights that are in memory their rendered values, and their own again on exit."""
     saved: dict[str, Tensor] = {}
     try:
         for name, weight in weights.items():
             parameter, format_name = model.get_parameter(weight.parameter), formats_by_weight[name]
-            earlier_format, rendered = kept.pop(name, (None, None))
+            earlier_format, rendered = (None, None) if kept is None else kept.pop(name, (None, None))
             if rendered is None or earlier_format != format_name:
                 rendered = render_weight(weight, read_weight(model, weight), find_format(format_name), quantizer)
             if weight.expert_index is None:
-                kept[name] = (format_name, rendered)
+                if kept is not None:
+                    kept[name] = (format_name, rendered)
                 saved[weight.parameter] = parameter.data
                 parameter.data = rendered.to(parameter.dtype)
                 continue
