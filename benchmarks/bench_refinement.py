@@ -29,7 +29,7 @@ from sensitivity.measure_config import FISHER, WEIGHT_ERROR
 from sensitivity.profile import SensitivityProfile
 
 # Bits -> whether evolution runs beside refinement.
-WIDTHS = {3.0: False, 3.5: False}
+WIDTHS = {3.0: True, 3.5: False}
 ROUNDS = 12
 START = "Fisher diagonal"
 
