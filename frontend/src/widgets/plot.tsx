@@ -1,0 +1,97 @@
+import { useEffect, useRef } from "preact/hooks";
+import uPlot from "uplot";
+import type { Mark } from "../figures/chart_series";
+import { lossText } from "../figures/quantities";
+import { onThemeChange, themeColour } from "../style/theme";
+import { drawMarks } from "./chart_drawing";
+
+export interface PlotShape {
+  /** The curve: x ascending, y beside it. */
+  columns: [number[], number[]];
+  x: [number, number];
+  y: [number, number];
+  logarithmic: boolean;
+  xLabel: string;
+  yLabel: string;
+  xText: (value: number) => string;
+  /** Room between two ticks, in CSS pixels. */
+  xSpace: number;
+  stepped: boolean;
+}
+
+function axis(label: string, values: (value: number) => string, more: uPlot.Axis): uPlot.Axis {
+  return {
+    stroke: () => themeColour("--ink-soft"),
+    grid: { stroke: () => themeColour("--line"), width: 1 },
+    ticks: { show: false },
+    font: "12px system-ui, sans-serif",
+    labelFont: "12px system-ui, sans-serif",
+    label,
+    labelSize: 18,
+    values: (_plot, splits) => splits.map((value) => (value === null ? "" : values(value))),
+    ...more,
+  };
+}
+
+function makeOptions(shape: PlotShape, width: number, height: number, marks: { current: Mark[] }): uPlot.Options {
+  const points = { show: false };
+  const path = shape.stepped ? {} : { paths: uPlot.paths.linear?.() ?? null };
+  return {
+    width,
+    height,
+    legend: { show: false },
+    cursor: { show: false, drag: { x: false, y: false } },
+    scales: {
+      x: { time: false, range: () => shape.x },
+      y: shape.logarithmic ? { distr: 3, log: 10, range: () => shape.y } : { range: () => shape.y },
+    },
+    axes: [
+      axis(shape.xLabel, shape.xText, { space: shape.xSpace, size: 30 }),
+      axis(shape.yLabel, lossText, {
+        size: 52,
+        // Of a decade the ticks at 1, 2 and 5 are named.
+        ...(shape.logarithmic
+          ? { filter: (_plot, splits) => splits.map((v) => (/^[125]/.test(v.toExponential()) ? v : null)) as number[] }
+          : {}),
+      }),
+    ],
+    series: [{}, { stroke: () => themeColour("--accent"), width: 2, points, ...path }],
+    hooks: { draw: [(plot) => drawMarks(plot, marks.current)] },
+  };
+}
+
+interface PlotProps {
+  shape: PlotShape;
+  marks: Mark[];
+  width: number;
+  height: number;
+  label: string;
+  onPlot?: (plot: uPlot | null) => void;
+}
+
+/** A curve with marks on a canvas. Marks are redrawn without rebuilding the chart. */
+export function Plot({ shape, marks, width, height, label, onPlot }: PlotProps) {
+  const host = useRef<HTMLDivElement>(null);
+  const plot = useRef<uPlot | null>(null);
+  const drawn = useRef<Mark[]>(marks);
+  drawn.current = marks;
+  // biome-ignore lint/correctness/useExhaustiveDependencies: onPlot is told of a plot, not watched.
+  useEffect(() => {
+    if (host.current === null || width === 0) return;
+    const made = new uPlot(makeOptions(shape, width, height, drawn), shape.columns, host.current);
+    plot.current = made;
+    onPlot?.(made);
+    const stop = onThemeChange(() => made.redraw(false, true));
+    return () => {
+      stop();
+      plot.current = null;
+      onPlot?.(null);
+      made.destroy();
+    };
+  }, [shape, width, height]);
+  // biome-ignore lint/correctness/useExhaustiveDependencies: drawn reads the marks.
+  useEffect(() => {
+    plot.current?.redraw(false, false);
+  }, [marks]);
+  return <div ref={host} role="img" aria-label={label} style={{ height: `${height}px` }} />;
+}
