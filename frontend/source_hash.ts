@@ -17,7 +17,10 @@ function listSources(root: string): string[] {
 export function hashSources(root: string): string {
   const hash = createHash("sha256");
   for (const name of listSources(root)) {
-    hash.update(`${name}\0`).update(readFileSync(join(root, name))).update("\0");
+    hash
+      .update(`${name}\0`)
+      .update(readFileSync(join(root, name)))
+      .update("\0");
   }
   return hash.digest("hex");
 }

@@ -37,7 +37,7 @@ export default defineConfig({
         // Plain names: the server sends ETags, and a diff of the repository stays readable.
         entryFileNames: "assets/page.js",
         chunkFileNames: "assets/[name].js",
-        assetFileNames: "assets/[name][extname]",
+        assetFileNames: ({ names }) => (names[0]?.endsWith(".css") ? "assets/page.css" : "assets/[name][extname]"),
       },
     },
   },

@@ -1,5 +1,5 @@
 // What stands on the axes of the frontier: the curve, the uniform formats, what was measured.
-import type { Frontier, Plan, Profile } from "../api/contract";
+import type { EvaluationRow, Frontier, Plan, Profile } from "../api/contract";
 import type { BudgetKind } from "./budgets";
 
 export interface Mark {
@@ -26,20 +26,24 @@ export function curveColumns(kind: BudgetKind, frontier: Frontier): [number[], n
 }
 
 /** Returns the marks beside the curve, those that matter most first: their labels choose their places first. */
-export function listMarks(kind: BudgetKind, profile: Profile, verified: Plan[], pinned: Plan | null): Mark[] {
+export function listMarks(kind: BudgetKind, profile: Profile, measured: EvaluationRow[], pinned: Plan | null): Mark[] {
   const marks: Mark[] = [];
-  const at = (plan: Plan) => alongAxis(kind, plan.bytes, plan.bits_per_weight);
-  if (pinned !== null) marks.push({ x: at(pinned), y: pinned.predicted_loss, label: "pinned", kind: "pinned" });
-  for (const plan of verified) {
-    if (plan.measured_kl === null) continue;
-    const mark: Mark = { x: at(plan), y: plan.measured_kl, label: "measured", kind: "verified" };
-    if (plan.interval !== null) mark.interval = plan.interval;
-    marks.push(mark);
+  if (pinned !== null) {
+    const x = alongAxis(kind, pinned.bytes, pinned.bits_per_weight);
+    marks.push({ x, y: pinned.predicted_loss, label: "pinned", kind: "pinned" });
+  }
+  for (const row of measured) {
+    marks.push({
+      x: alongAxis(kind, row.memory_bytes, row.bits_per_weight),
+      y: row.kl,
+      label: row.kind === "plan" ? "plan, measured" : "",
+      kind: row.kind === "plan" ? "verified" : "uniform measured",
+      interval: [row.kl_low, row.kl_high],
+    });
   }
   for (const uniform of profile.uniform) {
     const x = alongAxis(kind, uniform.bytes, uniform.bits_per_weight);
     marks.push({ x, y: uniform.predicted_loss, label: uniform.format, kind: "uniform" });
-    if (uniform.measured_kl !== null) marks.push({ x, y: uniform.measured_kl, label: "", kind: "uniform measured" });
   }
   return marks.filter((mark) => mark.y > 0 && Number.isFinite(mark.x));
 }

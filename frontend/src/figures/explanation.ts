@@ -2,10 +2,10 @@
 import type { CurvePoint, UnitExplanation } from "../api/contract";
 import { bytesText, MIB, percentText, signedText, significant } from "./quantities";
 
-type PricedPoint = CurvePoint & { price: number };
+type PricedPoint = CurvePoint & { price: number; loss: number; bytes: number };
 
 function isPriced(point: CurvePoint): point is PricedPoint {
-  return point.allowed && point.price !== null;
+  return point.allowed && point.price !== null && point.loss !== null && point.bytes !== null;
 }
 
 /** Returns the sentence, or an empty text where no price is known. */

@@ -19,7 +19,11 @@ export function significant(value: number, digits = 3): string {
   if (!Number.isFinite(value)) return "–";
   if (value === 0) return "0";
   const magnitude = Math.abs(value);
-  if (magnitude < 1e-4 || magnitude >= 1e6) return value.toExponential(digits - 1).replace("e+", "e").replace("-", "−");
+  if (magnitude < 1e-4 || magnitude >= 1e6)
+    return value
+      .toExponential(digits - 1)
+      .replace("e+", "e")
+      .replace("-", "−");
   const decimals = Math.max(0, digits - 1 - Math.floor(Math.log10(magnitude)));
   return value.toFixed(decimals).replace("-", "−");
 }

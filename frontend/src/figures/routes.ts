@@ -8,7 +8,10 @@ export type Route =
 
 /** Returns the route of a hash; the list of models for one that means nothing. */
 export function parseRoute(hash: string): Route {
-  const [root, model, view, first, second] = hash.replace(/^#?\/?/, "").split("/").map(decodePart);
+  const [root, model, view, first, second] = hash
+    .replace(/^#?\/?/, "")
+    .split("/")
+    .map(decodePart);
   if (root !== "models" || !model) return { view: "models" };
   if (view === "experts") return { view, model };
   if (view === "compare" && first && second) return { view, model, first, second };

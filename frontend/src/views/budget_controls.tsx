@@ -1,6 +1,6 @@
+import type { Profile } from "../api/contract";
 import { BUDGET_KINDS, BUDGETS, type BudgetKind } from "../figures/budgets";
 import { parsePositive } from "../figures/quantities";
-import type { Profile } from "../api/contract";
 import { NumberField, Segments, Select } from "../widgets/controls";
 
 /** What is asked for: a kind of budget, how much of it, and what a cache must hold. */

@@ -1,6 +1,6 @@
 import { useMemo, useRef, useState } from "preact/hooks";
 import type uPlot from "uplot";
-import type { Frontier, Plan, Profile } from "../api/contract";
+import type { EvaluationRow, Frontier, Plan, Profile } from "../api/contract";
 import { BUDGETS, type BudgetKind, type Range, valueAt } from "../figures/budgets";
 import { alongAxis, axisRanges, curveColumns, listMarks, type Mark } from "../figures/chart_series";
 import { bitsText, bytesText, lossText, MIB, significant } from "../figures/quantities";
@@ -16,7 +16,7 @@ interface FrontierChartProps {
   profile: Profile;
   frontier: Frontier;
   plan: Plan | null;
-  verified: Plan[];
+  measured: EvaluationRow[];
   pinned: Plan | null;
   onValue: (value: number) => void;
 }
@@ -30,9 +30,10 @@ function makeShape(kind: BudgetKind, frontier: Frontier, marks: Mark[]): PlotSha
     logarithmic: true,
     xLabel: bits ? "bits per weight" : "memory, MiB",
     yLabel: "loss, nats per token",
-    xText: bits ? (value) => String(Number(value.toFixed(2))) : (value) => significant(value / MIB, 4).replace(/\.0+$/, ""),
+    xText: bits
+      ? (value) => String(Number(value.toFixed(2)))
+      : (value) => significant(value / MIB, 4).replace(/\.0+$/, ""),
     xSpace: 60,
-    stepped: false,
   };
 }
 
@@ -53,13 +54,13 @@ function placeHandle(plot: uPlot, along: "x" | "y", value: number): Place {
 
 /** The frontier, with everything else on its axes, and the budget as a line that can be dragged. */
 export function FrontierChart(props: FrontierChartProps) {
-  const { kind, value, range, profile, frontier, plan, verified, pinned, onValue } = props;
+  const { kind, value, range, profile, frontier, plan, measured, pinned, onValue } = props;
   const [measure, width] = useWidth<HTMLDivElement>();
   const [plot, setPlot] = useState<uPlot | null>(null);
   const dragging = useRef(false);
   const along = kind === "max_kl" ? "y" : "x";
   const draggable = kind !== "latency_us";
-  const others = useMemo(() => listMarks(kind, profile, verified, pinned), [kind, profile, verified, pinned]);
+  const others = useMemo(() => listMarks(kind, profile, measured, pinned), [kind, profile, measured, pinned]);
   const shape = useMemo(() => makeShape(kind, frontier, others), [kind, frontier, others]);
   const marks = useMemo<Mark[]>(() => {
     if (plan === null || plan.predicted_loss <= 0) return others;
@@ -71,7 +72,8 @@ export function FrontierChart(props: FrontierChartProps) {
   function take(event: PointerEvent): void {
     if (plot === null) return;
     const box = plot.over.getBoundingClientRect();
-    const at = along === "x" ? plot.posToVal(event.clientX - box.left, "x") : plot.posToVal(event.clientY - box.top, "y");
+    const at =
+      along === "x" ? plot.posToVal(event.clientX - box.left, "x") : plot.posToVal(event.clientY - box.top, "y");
     onValue(Math.min(range.most, Math.max(range.least, at)));
   }
   function onPointerDown(event: PointerEvent): void {
@@ -119,8 +121,8 @@ export function FrontierChart(props: FrontierChartProps) {
         )}
       </div>
       {!draggable && <Track kind={kind} value={value} range={range} onValue={onValue} />}
-      <ChartKey measured={marks.some((mark) => mark.kind === "verified" || mark.kind === "uniform measured")} />
-      <FrontierTables profile={profile} frontier={frontier} verified={verified} />
+      <ChartKey measured={measured.length > 0} />
+      <FrontierTables profile={profile} frontier={frontier} measured={measured} />
     </div>
   );
 }
@@ -167,18 +169,35 @@ function ChartKey({ measured }: { measured: boolean }) {
       <span>— best plan at each size, predicted</span>
       <span>● this plan</span>
       <span>□ one format everywhere, predicted</span>
-      {measured && <span>◆ measured on held-out text, 95 % interval</span>}
+      {measured && <span class="measured">◆ plan, ■ one format: measured on held-out text, 95 % interval</span>}
     </p>
   );
 }
 
-type TablesProps = Pick<FrontierChartProps, "profile" | "frontier" | "verified">;
+interface FrontierRow {
+  what: string;
+  bytes: number;
+  bits_per_weight: number;
+  predicted_loss?: number;
+  kl?: EvaluationRow;
+}
 
-function FrontierTables({ profile, frontier, verified }: TablesProps) {
-  const rows = () => [
-    ...frontier.points.map((point) => ({ what: "best plan", ...point, bytes: point.use, kl: null as number | null })),
-    ...profile.uniform.map((uniform) => ({ what: uniform.format, ...uniform, kl: uniform.measured_kl })),
-    ...verified.map((plan) => ({ what: `plan for ${planBudget(plan)}`, ...plan, kl: plan.measured_kl })),
+function intervalText(row: EvaluationRow): string {
+  return `${lossText(row.kl)} (${lossText(row.kl_low)} – ${lossText(row.kl_high)})`;
+}
+
+type TablesProps = Pick<FrontierChartProps, "profile" | "frontier" | "measured">;
+
+function FrontierTables({ profile, frontier, measured }: TablesProps) {
+  const rows = (): FrontierRow[] => [
+    ...frontier.points.map((point) => ({ what: "best plan", bytes: point.use, ...point })),
+    ...profile.uniform.map((uniform) => ({ what: `uniform ${uniform.format}`, ...uniform })),
+    ...measured.map((row) => ({
+      what: row.name,
+      bytes: row.memory_bytes,
+      kl: row,
+      bits_per_weight: row.bits_per_weight,
+    })),
   ];
   return (
     <AsTable
@@ -188,8 +207,12 @@ function FrontierTables({ profile, frontier, verified }: TablesProps) {
         { title: "What", cell: (row) => row.what },
         { title: "Memory", cell: (row) => bytesText(row.bytes, 4), number: true },
         { title: "Bits per weight", cell: (row) => bitsText(row.bits_per_weight), number: true },
-        { title: "Predicted loss, nats/token", cell: (row) => lossText(row.predicted_loss), number: true },
-        { title: "Measured KL, nats/token", cell: (row) => (row.kl === null ? "–" : lossText(row.kl)), number: true },
+        {
+          title: "Predicted loss, nats/token",
+          cell: (row) => (row.predicted_loss === undefined ? "–" : lossText(row.predicted_loss)),
+          number: true,
+        },
+        { title: "Measured KL, nats/token", cell: (row) => (row.kl ? intervalText(row.kl) : "–"), number: true },
       ]}
     />
   );

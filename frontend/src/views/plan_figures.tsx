@@ -1,6 +1,15 @@
 import type { Plan, Profile } from "../api/contract";
 import { uniformRival } from "../figures/chart_series";
-import { bitsText, bytesText, lossText, MIB, percentText, signedText, significant, timeText } from "../figures/quantities";
+import {
+  bitsText,
+  bytesText,
+  lossText,
+  MIB,
+  percentText,
+  signedText,
+  significant,
+  timeText,
+} from "../figures/quantities";
 
 interface PlanFiguresProps {
   plan: Plan;

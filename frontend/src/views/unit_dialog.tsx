@@ -1,8 +1,8 @@
 import { useMemo, useState } from "preact/hooks";
 import { service } from "../api/client";
 import type { CurvePoint, Plan, UnitExplanation } from "../api/contract";
-import { explainChoice } from "../figures/explanation";
 import type { Mark } from "../figures/chart_series";
+import { explainChoice } from "../figures/explanation";
 import { bytesText, lossText, MIB, significant } from "../figures/quantities";
 import { Select } from "../widgets/controls";
 import { DataTable } from "../widgets/data_table";
@@ -39,7 +39,6 @@ function drawCurve(explanation: UnitExplanation): { shape: PlotShape; marks: Mar
     yLabel: "loss, nats per token",
     xText: (value) => significant(value / 1024),
     xSpace: 60,
-    stepped: false,
   };
   const marks = points
     .map(
@@ -78,10 +77,13 @@ function Formats({ explanation }: { explanation: UnitExplanation }) {
       rows={rows}
       columns={[
         { title: "Format", cell: (row) => (row.chosen ? <strong>{row.format}, chosen</strong> : row.format) },
-        { title: "Bytes", cell: (row) => (row.allowed ? bytesText(row.bytes) : "–"), number: true },
-        { title: "Loss", cell: (row) => (row.allowed ? lossText(row.loss) : "–"), number: true },
+        { title: "Bytes", cell: (row) => (row.bytes === null ? "–" : bytesText(row.bytes)), number: true },
+        { title: "Loss", cell: (row) => (row.loss === null ? "–" : lossText(row.loss)), number: true },
         { title: "Price", cell: (row) => (row.price === null ? "–" : significant(row.price, 4)), number: true },
-        { title: "", cell: (row) => <span class="soft small">{row.reason ?? (row.on_hull ? "on the hull" : "")}</span> },
+        {
+          title: "",
+          cell: (row) => <span class="soft small">{row.reason ?? (row.on_hull ? "on the hull" : "")}</span>,
+        },
       ]}
     />
   );

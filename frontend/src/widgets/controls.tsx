@@ -62,7 +62,6 @@ interface NumberFieldProps {
 export function NumberField({ label, unit, text, parse, onValue, onEmpty }: NumberFieldProps) {
   const [draft, setDraft] = useState<string | null>(null);
   const [wrong, setWrong] = useState(false);
-  // biome-ignore lint/correctness/useExhaustiveDependencies: a new value from outside ends what was typed.
   useEffect(() => {
     setDraft(null);
     setWrong(false);

@@ -30,7 +30,6 @@ export function DataTable<R>({ columns, rows, caption }: DataTableProps<R>) {
         </thead>
         <tbody>
           {rows.map((row, index) => (
-            // biome-ignore lint/suspicious/noArrayIndexKey: rows have no identity beyond their place.
             <tr key={index}>
               {columns.map((column) => (
                 <td key={column.title} class={column.number ? "number" : ""}>

@@ -1,7 +1,7 @@
 import type { ComponentChildren } from "preact";
 import { useState } from "preact/hooks";
-import { BIT_STEPS, bitStep, type Cell, type UnitGrid } from "../figures/unit_grid";
 import { bitsText, bytesText } from "../figures/quantities";
+import { BIT_STEPS, bitStep, type Cell, type UnitGrid } from "../figures/unit_grid";
 import { AsTable } from "./data_table";
 import { useWidth } from "./hooks";
 
@@ -119,6 +119,7 @@ export function HeatMap({ grid, label, onCell, look = lookOfBits, legend = <Bits
         </div>
       )}
       <div ref={measure} class={`heat ${sideways ? "" : "upright"} ${cellWidth < LEAST_WORD_PX ? "wordless" : ""}`}>
+        {/* biome-ignore lint/a11y/noNoninteractiveElementToInteractiveRole: a table whose cells are buttons is a grid. */}
         <table role="grid" aria-label={label} onKeyDown={onKeyDown}>
           <colgroup>
             <col class="names" />

@@ -1,6 +1,6 @@
 import { useCallback, useEffect, useRef, useState } from "preact/hooks";
-import { followJob, isFinished } from "../api/job_following";
 import type { Job } from "../api/contract";
+import { followJob, isFinished } from "../api/job_following";
 
 export interface Loaded<T> {
   value: T | null;
@@ -18,7 +18,6 @@ export function useLoaded<T>(key: string, load: () => Promise<T>): Loaded<T> {
   const [round, setRound] = useState(0);
   const latest = useRef(load);
   latest.current = load;
-  // biome-ignore lint/correctness/useExhaustiveDependencies: the key stands for what is loaded, a round asks again.
   useEffect(() => {
     let current = true;
     latest
@@ -46,7 +45,6 @@ export function useJob(initial: Job | null, onEnd: (job: Job) => void): Job | nu
       setJob(changed);
       if (isFinished(changed)) end.current(changed);
     });
-    // biome-ignore lint/correctness/useExhaustiveDependencies: a job is known by its id.
   }, [initial?.id]);
   return job;
 }

@@ -16,7 +16,6 @@ export interface PlotShape {
   xText: (value: number) => string;
   /** Room between two ticks, in CSS pixels. */
   xSpace: number;
-  stepped: boolean;
 }
 
 function axis(label: string, values: (value: number) => string, more: uPlot.Axis): uPlot.Axis {
@@ -35,7 +34,6 @@ function axis(label: string, values: (value: number) => string, more: uPlot.Axis
 
 function makeOptions(shape: PlotShape, width: number, height: number, marks: { current: Mark[] }): uPlot.Options {
   const points = { show: false };
-  const path = shape.stepped ? {} : { paths: uPlot.paths.linear?.() ?? null };
   return {
     width,
     height,
@@ -55,7 +53,7 @@ function makeOptions(shape: PlotShape, width: number, height: number, marks: { c
           : {}),
       }),
     ],
-    series: [{}, { stroke: () => themeColour("--accent"), width: 2, points, ...path }],
+    series: [{}, { stroke: () => themeColour("--accent"), width: 2, points }],
     hooks: { draw: [(plot) => drawMarks(plot, marks.current)] },
   };
 }
@@ -75,7 +73,6 @@ export function Plot({ shape, marks, width, height, label, onPlot }: PlotProps) 
   const plot = useRef<uPlot | null>(null);
   const drawn = useRef<Mark[]>(marks);
   drawn.current = marks;
-  // biome-ignore lint/correctness/useExhaustiveDependencies: onPlot is told of a plot, not watched.
   useEffect(() => {
     if (host.current === null || width === 0) return;
     const made = new uPlot(makeOptions(shape, width, height, drawn), shape.columns, host.current);
@@ -89,7 +86,6 @@ export function Plot({ shape, marks, width, height, label, onPlot }: PlotProps) 
       made.destroy();
     };
   }, [shape, width, height]);
-  // biome-ignore lint/correctness/useExhaustiveDependencies: drawn reads the marks.
   useEffect(() => {
     plot.current?.redraw(false, false);
   }, [marks]);
