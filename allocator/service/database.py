@@ -1,6 +1,7 @@
 """The database: SQLite beside the store or PostgreSQL by URL, brought up to date, reached in short transactions."""
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from sqlalchemy.sql.functions import FunctionElement
 
 BUSY_S = 10.0
 _MIGRATION_LOCK = 842_001
+# SQLite's own clock has milliseconds, too few to keep the order of jobs; its processes share the machine's.
+_CLOCK = "bitplan_now_s"
 
 
 class Unavailable(Exception):
@@ -31,7 +34,7 @@ class now_s(FunctionElement[float]):  # noqa: N801 (a function of SQL)
 
 @compiles(now_s, "sqlite")
 def _now_sqlite(element: Any, compiler: Any, **_: Any) -> str:
-    return "((julianday('now') - 2440587.5) * 86400.0)"
+    return f"{_CLOCK}()"
 
 
 @compiles(now_s, "postgresql")
@@ -134,6 +137,7 @@ def _make_engine(url: str) -> Engine:
 
 
 def _set_pragmas(connection: sqlite3.Connection, _: Any) -> None:
+    connection.create_function(_CLOCK, 0, time.time)
     cursor = connection.cursor()
     # In WAL mode NORMAL survives every crash of a process; a power failure may undo the last transactions, whole.
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=10000"):

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_HASHED = ("*.safetensors", "*.gguf", "*.json", "tokenizer.model")
 
 
 def describe_model(path: Path) -> dict[str, Any]:
@@ -26,8 +25,8 @@ def describe_model(path: Path) -> dict[str, Any]:
 
 
 def content_signature(path: Path) -> list[list[Any]]:
-    """Returns names, sizes and times of a model's files: it changes when somebody changes the model in its place."""
-    files = [path] if path.is_file() else sorted({f for pattern in _HASHED for f in path.glob(pattern)})
+    """Returns names, sizes and times of the files of a model or text: they change when it is changed in its place."""
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file())
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from allocator.service.bodies import NewJob
 from allocator.service.job_kinds import NEED_PLAN
-from allocator.service.job_options import check_options
+from allocator.service.job_options import SAMPLED, TEXTS, check_options, list_texts
 from allocator.service.job_queue import JobRequest
 from allocator.service.model_facts import content_signature
 from allocator.service.problem_details import Problem, raise_not_found, refused
@@ -27,8 +27,10 @@ def make_job_request(body: NewJob, service: Service) -> JobRequest:
     with refused():
         check_options(body.kind, body.options, service.settings.model_roots)
     asked = {"kind": body.kind, "model_id": model_id, "plan_id": body.plan_id, "options": body.options}
+    texts = list_texts(body.options, (*TEXTS, "text"), service.settings.model_roots)
     try:
-        signature = content_signature(Path(row.path))
+        files = [Path(row.path), *(Path(text) for text in texts.values() if text not in (None, SAMPLED))]
+        signature = [content_signature(file) for file in files]
     except OSError as error:
         raise Problem(409, f"a model's files must be where they were: got '{row.name}', which is not.") from error
     fingerprint = fingerprint_of({**asked, "content": signature})

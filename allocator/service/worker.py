@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from allocator.failures import describe_failure
@@ -159,7 +160,8 @@ class Worker:
         except Exception as error:
             delete_place(context)
             problem = describe_problem(error)
-            log.warning("job failed", extra={"job": claim.job_id, "reason": problem["detail"]}, exc_info=True)
+            is_defect = problem["status"] == HTTPStatus.INTERNAL_SERVER_ERROR
+            log.warning("job failed", extra={"job": claim.job_id, "reason": problem["detail"]}, exc_info=is_defect)
             _insist(lambda: self.queue.fail(claim, problem))
             return
         _insist(lambda: self.queue.succeed(claim, outcome.result, outcome.record))

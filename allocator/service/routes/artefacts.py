@@ -102,33 +102,14 @@ def _file_response(request: Request, service: Service, row: Row[Any], name: str)
     return FileResponse(path, media_type=media_type, headers=headers)
 
 
-class _Pipe:
-    """Something to write to whose bytes are taken out piece by piece."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-
-    def write(self, data: bytes) -> int:
-        self.parts.append(bytes(data))
-        return len(data)
-
-    def take(self) -> bytes:
-        taken, self.parts = b"".join(self.parts), []
-        return taken
-
-
 def _archive(place: Path, names: list[str]) -> Iterator[bytes]:
-    pipe = _Pipe()
-    with tarfile.open(fileobj=pipe, mode="w|", bufsize=tarfile.BLOCKSIZE) as archive:
-        for name in names:
-            information = archive.gettarinfo(place / name, arcname=name)
-            information.uid = information.gid = 0
-            information.uname = information.gname = ""
-            archive.addfile(information)
-            with (place / name).open("rb") as stream:
-                while chunk := stream.read(_CHUNK_BYTES):
-                    archive.fileobj.write(chunk)
-                    yield pipe.take()
-            archive.fileobj.write(b"\0" * (-information.size % tarfile.BLOCKSIZE))
-            archive.offset += information.size + -information.size % tarfile.BLOCKSIZE
-    yield pipe.take()
+    """Yields a tar archive piece by piece, so that a model larger than memory passes through."""
+    for name in names:
+        entry = tarfile.TarInfo(name)
+        entry.size = (place / name).stat().st_size
+        yield entry.tobuf(format=tarfile.PAX_FORMAT)
+        with (place / name).open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                yield chunk
+        yield b"\0" * (-entry.size % tarfile.BLOCKSIZE)
+    yield b"\0" * (2 * tarfile.BLOCKSIZE)
