@@ -1,5 +1,5 @@
 // The kinds of budget: their range, their steps, and what they are in a request.
-import type { BudgetRequest, Frontier, Plan } from "../api/contract";
+import type { BudgetRequest, FrontierPoint, Plan } from "../api/contract";
 import { bitsText, bytesText, lossText, MIB, parseBytes, parsePositive, timeText } from "./quantities";
 
 export type BudgetKind = "memory" | "bits_per_weight" | "max_kl" | "latency_us";
@@ -106,9 +106,9 @@ export function valueAfterKey(kind: BudgetKind, value: number, range: Range, key
   return step === undefined ? null : valueAt(kind, share + step / STEPS, range);
 }
 
-/** Returns the range that a frontier spans in a kind of budget; null where it says nothing of it. */
-export function rangeOf(kind: BudgetKind, frontier: Frontier): Range | null {
-  const values = frontier.points
+/** Returns the range that points of a frontier span in a kind of budget; null where they say nothing of it. */
+export function rangeOf(kind: BudgetKind, points: FrontierPoint[]): Range | null {
+  const values = points
     .map((point) =>
       kind === "memory" ? point.use : kind === "bits_per_weight" ? point.bits_per_weight : point.predicted_loss,
     )

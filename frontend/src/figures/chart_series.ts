@@ -1,6 +1,7 @@
 // What stands on the axes of the frontier: the curve, the uniform formats, what was measured.
-import type { EvaluationRow, Frontier, Plan, Profile } from "../api/contract";
+import type { EvaluationRow, Frontier, FrontierPoint, Plan, Profile } from "../api/contract";
 import type { BudgetKind } from "./budgets";
+import { MIB } from "./quantities";
 
 export interface Mark {
   x: number;
@@ -11,15 +12,23 @@ export interface Mark {
   interval?: [number, number];
 }
 
-/** Returns the position on the horizontal axis: MiB would round, so bytes, or bits per weight where these are asked for. */
+/** Returns the position on the horizontal axis: MiB, or bits per weight where these are asked for. */
 export function alongAxis(kind: BudgetKind, bytes: number, bits: number): number {
-  return kind === "bits_per_weight" ? bits : bytes;
+  return kind === "bits_per_weight" ? bits : bytes / MIB;
 }
 
-/** Returns the curve as columns, only where a logarithm exists. */
-export function curveColumns(kind: BudgetKind, frontier: Frontier): [number[], number[]] {
-  const points = frontier.points
-    .filter((point) => point.predicted_loss > 0)
+/** Returns the points worth a look: beyond a tenth of what the best uniform format loses nobody sees a difference. */
+export function usefulPoints(frontier: Frontier, profile: Profile): FrontierPoint[] {
+  const losses = profile.uniform.map((uniform) => uniform.predicted_loss).filter((loss) => loss > 0);
+  const positive = frontier.points.filter((point) => point.predicted_loss > 0);
+  const floor = losses.length === 0 ? 0 : Math.min(...losses) / 10;
+  const useful = positive.filter((point) => point.predicted_loss >= floor);
+  return useful.length < 2 ? positive : useful;
+}
+
+/** Returns the curve as columns. */
+export function curveColumns(kind: BudgetKind, useful: FrontierPoint[]): [number[], number[]] {
+  const points = useful
     .map((point) => [alongAxis(kind, point.use, point.bits_per_weight), point.predicted_loss] as const)
     .sort((a, b) => a[0] - b[0]);
   return [points.map(([x]) => x), points.map(([, y]) => y)];
@@ -41,9 +50,13 @@ export function listMarks(kind: BudgetKind, profile: Profile, measured: Evaluati
       interval: [row.kl_low, row.kl_high],
     });
   }
+  const named = new Set<string>();
   for (const uniform of profile.uniform) {
     const x = alongAxis(kind, uniform.bytes, uniform.bits_per_weight);
-    marks.push({ x, y: uniform.predicted_loss, label: uniform.format, kind: "uniform" });
+    // What follows a comma (the embedding of such a format) stands in the table.
+    const name = uniform.format.split(",")[0] ?? "";
+    marks.push({ x, y: uniform.predicted_loss, label: named.has(name) ? "" : name, kind: "uniform" });
+    named.add(name);
   }
   return marks.filter((mark) => mark.y > 0 && Number.isFinite(mark.x));
 }
@@ -62,9 +75,9 @@ export function axisRanges(columns: [number[], number[]], marks: Mark[]): { x: [
   };
 }
 
-/** Returns the predicted losses of the uniform formats at most so large, the best first: what a plan must beat. */
-export function uniformRival(profile: Profile, bytes: number): { format: string; loss: number; bytes: number } | null {
-  const fitting = profile.uniform.filter((uniform) => uniform.bytes <= bytes);
-  const best = fitting.sort((a, b) => a.predicted_loss - b.predicted_loss)[0];
-  return best === undefined ? null : { format: best.format, loss: best.predicted_loss, bytes: best.bytes };
+/** Returns what a plan must beat: of the uniform formats that keep its budget of bytes the one that loses least, or null. */
+export function uniformRival(plan: Plan): Plan["baselines"][number] | null {
+  const most = Math.max(plan.bytes, plan.budget.bytes ?? 0);
+  const fitting = plan.baselines.filter((baseline) => baseline.bytes <= most);
+  return fitting.sort((a, b) => a.predicted_loss - b.predicted_loss)[0] ?? null;
 }

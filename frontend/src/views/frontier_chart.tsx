@@ -1,9 +1,9 @@
 import { useMemo, useRef, useState } from "preact/hooks";
 import type uPlot from "uplot";
-import type { EvaluationRow, Frontier, Plan, Profile } from "../api/contract";
+import type { EvaluationRow, Frontier, FrontierPoint, Plan, Profile } from "../api/contract";
 import { BUDGETS, type BudgetKind, type Range, valueAt } from "../figures/budgets";
 import { alongAxis, axisRanges, curveColumns, listMarks, type Mark } from "../figures/chart_series";
-import { bitsText, bytesText, lossText, MIB, significant } from "../figures/quantities";
+import { bitsText, bytesText, lossText, MIB } from "../figures/quantities";
 import { BudgetHandle } from "../widgets/budget_handle";
 import { AsTable } from "../widgets/data_table";
 import { useWidth } from "../widgets/hooks";
@@ -15,24 +15,23 @@ interface FrontierChartProps {
   range: Range;
   profile: Profile;
   frontier: Frontier;
+  /** Those of its points that are drawn. */
+  points: FrontierPoint[];
   plan: Plan | null;
   measured: EvaluationRow[];
   pinned: Plan | null;
   onValue: (value: number) => void;
 }
 
-function makeShape(kind: BudgetKind, frontier: Frontier, marks: Mark[]): PlotShape {
-  const columns = curveColumns(kind, frontier);
+function makeShape(kind: BudgetKind, points: FrontierPoint[], marks: Mark[]): PlotShape {
+  const columns = curveColumns(kind, points);
   const bits = kind === "bits_per_weight";
   return {
     columns,
     ...axisRanges(columns, marks),
     logarithmic: true,
     xLabel: bits ? "bits per weight" : "memory, MiB",
-    yLabel: "loss, nats per token",
-    xText: bits
-      ? (value) => String(Number(value.toFixed(2)))
-      : (value) => significant(value / MIB, 4).replace(/\.0+$/, ""),
+    xText: (value) => String(Number(value.toPrecision(6))),
     xSpace: 60,
   };
 }
@@ -54,14 +53,14 @@ function placeHandle(plot: uPlot, along: "x" | "y", value: number): Place {
 
 /** The frontier, with everything else on its axes, and the budget as a line that can be dragged. */
 export function FrontierChart(props: FrontierChartProps) {
-  const { kind, value, range, profile, frontier, plan, measured, pinned, onValue } = props;
+  const { kind, value, range, profile, frontier, points, plan, measured, pinned, onValue } = props;
   const [measure, width] = useWidth<HTMLDivElement>();
   const [plot, setPlot] = useState<uPlot | null>(null);
   const dragging = useRef(false);
   const along = kind === "max_kl" ? "y" : "x";
   const draggable = kind !== "latency_us";
   const others = useMemo(() => listMarks(kind, profile, measured, pinned), [kind, profile, measured, pinned]);
-  const shape = useMemo(() => makeShape(kind, frontier, others), [kind, frontier, others]);
+  const shape = useMemo(() => makeShape(kind, points, others), [kind, points, others]);
   const marks = useMemo<Mark[]>(() => {
     if (plan === null || plan.predicted_loss <= 0) return others;
     const x = alongAxis(kind, plan.bytes, plan.bits_per_weight);
@@ -74,7 +73,8 @@ export function FrontierChart(props: FrontierChartProps) {
     const box = plot.over.getBoundingClientRect();
     const at =
       along === "x" ? plot.posToVal(event.clientX - box.left, "x") : plot.posToVal(event.clientY - box.top, "y");
-    onValue(Math.min(range.most, Math.max(range.least, at)));
+    const value = kind === "memory" ? at * MIB : at;
+    onValue(Math.min(range.most, Math.max(range.least, value)));
   }
   function onPointerDown(event: PointerEvent): void {
     if (!draggable || plot === null || event.button !== 0 || !plot.over.contains(event.target as Node)) return;
@@ -84,9 +84,13 @@ export function FrontierChart(props: FrontierChartProps) {
     event.preventDefault();
     take(event);
   }
-  const place = plot !== null && draggable ? placeHandle(plot, along, value) : null;
+  const place = plot !== null && draggable ? placeHandle(plot, along, kind === "memory" ? value / MIB : value) : null;
   return (
     <div>
+      <h2>Least predicted loss at every size</h2>
+      <p class="caption">
+        Nats per token, logarithmic. {draggable ? "Drag the line, or move it with the arrow keys." : ""}
+      </p>
       <div
         ref={measure}
         class={`chart ${draggable ? "draggable" : ""} along-${along}`}

@@ -1,4 +1,4 @@
-import type { Plan, Profile } from "../api/contract";
+import type { Plan } from "../api/contract";
 import { uniformRival } from "../figures/chart_series";
 import {
   bitsText,
@@ -13,7 +13,6 @@ import {
 
 interface PlanFiguresProps {
   plan: Plan;
-  profile: Profile;
 }
 
 function proofText(plan: Plan): string {
@@ -24,20 +23,20 @@ function proofText(plan: Plan): string {
   return `no plan can be better by more than ${percentText(share)}`;
 }
 
-function Rival({ plan, profile }: PlanFiguresProps) {
-  const rival = uniformRival(profile, plan.bytes);
-  if (rival === null) return <>no uniform format fits into this</>;
-  const gain = 1 - plan.predicted_loss / rival.loss;
+function Rival({ plan }: PlanFiguresProps) {
+  const rival = uniformRival(plan);
+  if (rival === null) return <>no uniform format is as small</>;
+  const gain = 1 - plan.predicted_loss / rival.predicted_loss;
   return (
     <>
-      {rival.format} everywhere: {lossText(rival.loss)} at {bytesText(rival.bytes)}
+      {rival.name}: {lossText(rival.predicted_loss)} at {bytesText(rival.bytes, 4)}
       {gain >= 0 ? `, this plan ${percentText(gain)} less` : `, this plan ${percentText(-gain)} more`}
     </>
   );
 }
 
 /** The numbers of a plan, the two that decide first. */
-export function PlanFigures({ plan, profile }: PlanFiguresProps) {
+export function PlanFigures({ plan }: PlanFiguresProps) {
   const error = plan.standard_error === null ? "" : ` ± ${significant(plan.standard_error, 2)}`;
   return (
     <dl class="figures" aria-label="The plan in numbers">
@@ -47,7 +46,7 @@ export function PlanFigures({ plan, profile }: PlanFiguresProps) {
           <span data-figure="loss">{lossText(plan.predicted_loss)}</span>
           <span class="note">
             {error ? `standard error${error}; ` : ""}
-            <Rival plan={plan} profile={profile} />
+            <Rival plan={plan} />
           </span>
         </dd>
       </div>

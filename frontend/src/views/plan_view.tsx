@@ -2,6 +2,7 @@ import { useCallback, useEffect, useMemo, useState } from "preact/hooks";
 import { ServiceError, service } from "../api/client";
 import type { EvaluationRow, Frontier, Model, Plan, PlanRequest, Profile } from "../api/contract";
 import { BUDGETS, type BudgetKind, type Range, rangeOf } from "../figures/budgets";
+import { usefulPoints } from "../figures/chart_series";
 import { collectMeasured } from "../figures/measured_plans";
 import { significant } from "../figures/quantities";
 import { hashOf } from "../figures/routes";
@@ -80,7 +81,8 @@ function PlanDesk({ model, profile, reloadModel }: PlanDeskProps) {
     budget.kind === "latency_us" ? loadLatencyRange(profile.id, budget.metric) : Promise.resolve(null),
   );
   const [pinned, setPinned] = useState<Plan | null>(null);
-  const range = budget.kind === "latency_us" ? latency.value : frontier.value && rangeOf(budget.kind, frontier.value);
+  const points = useMemo(() => frontier.value && usefulPoints(frontier.value, profile), [frontier.value, profile]);
+  const range = budget.kind === "latency_us" ? latency.value : points && rangeOf(budget.kind, points);
   // A latency is asked for once its range is known; its value before that is a guess.
   const settled = budget.kind !== "latency_us" || latency.value !== null;
   useEffect(() => {
@@ -110,13 +112,17 @@ function PlanDesk({ model, profile, reloadModel }: PlanDeskProps) {
       <ErrorNote error={frontier.error ?? latency.error} />
       <div class="two-columns">
         <section class="panel" aria-label="Frontier">
-          {frontier.value !== null && range !== null && (
+          {frontier.value === null && frontier.error === null && (
+            <p class="chart-place soft">Solving {POINTS} budgets along the frontier …</p>
+          )}
+          {frontier.value !== null && points !== null && range !== null && (
             <FrontierChart
               kind={budget.kind}
               value={inside(budget.value, range)}
               range={range}
               profile={profile}
               frontier={frontier.value}
+              points={points}
               plan={plan}
               measured={measured.value ?? NONE}
               pinned={pinned}
@@ -129,7 +135,7 @@ function PlanDesk({ model, profile, reloadModel }: PlanDeskProps) {
           {plan !== null && (
             <>
               <h2>Plan for {planBudget(plan)}</h2>
-              <PlanFigures plan={plan} profile={profile} />
+              <PlanFigures plan={plan} />
               <PlanActions
                 model={model}
                 plan={plan}

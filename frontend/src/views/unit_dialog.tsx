@@ -31,19 +31,18 @@ function drawCurve(explanation: UnitExplanation): { shape: PlotShape; marks: Mar
   const logarithmic = positive.length === points.length && points.length > 1;
   const [most, least] = [Math.max(...positive), Math.min(...positive)];
   const shape: PlotShape = {
-    columns: [hull.map((point) => point.bytes), hull.map((point) => point.loss)],
-    x: padded(points.map((point) => point.bytes)),
+    columns: [hull.map((point) => point.bytes / 1024), hull.map((point) => point.loss)],
+    x: padded(points.map((point) => point.bytes / 1024)),
     y: logarithmic ? [least / 2, most * 2] : padded(points.map((point) => point.loss)),
     logarithmic,
     xLabel: "bytes of the unit, KiB",
-    yLabel: "loss, nats per token",
-    xText: (value) => significant(value / 1024),
+    xText: (value) => String(Number(value.toPrecision(6))),
     xSpace: 60,
   };
   const marks = points
     .map(
       (point): Mark => ({
-        x: point.bytes,
+        x: point.bytes / 1024,
         y: point.loss,
         label: point.format,
         kind: point.chosen ? "plan" : "uniform",
@@ -117,6 +116,7 @@ export function UnitDialog({ plan, units, onClose }: UnitDialogProps) {
             Price = loss + shadow price × bytes, in nats per token; the shadow price is{" "}
             {significant((explanation.shadow_price ?? 0) * MIB)} nats per MiB.
           </p>
+          <p class="soft small">Loss, nats per token</p>
           <Curve explanation={explanation} />
           <p class="legend">
             <span>● chosen</span>

@@ -58,6 +58,7 @@ export function drawMarks(plot: uPlot, marks: Mark[]): void {
   places.reverse();
   context.font = FONT.replace(`${FONT_PX}`, String(FONT_PX * scale));
   context.textBaseline = "top";
+  context.textAlign = "left";
   const labelled = marks.flatMap((mark, index) => (mark.label === "" ? [] : [{ mark, at: places[index] }]));
   const boxes = placeLabels(
     labelled.map(({ mark, at }) => ({

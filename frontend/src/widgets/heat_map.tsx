@@ -7,6 +7,7 @@ import { useWidth } from "./hooks";
 
 const NAMES_PX = 92;
 const LEAST_CELL_PX = 19;
+const MOST_CELL_PX = 96;
 const LEAST_WORD_PX = 15;
 
 /** What a cell shows: the word in it, its class for the colour, and all of it in words. */
@@ -119,8 +120,13 @@ export function HeatMap({ grid, label, onCell, look = lookOfBits, legend = <Bits
         </div>
       )}
       <div ref={measure} class={`heat ${sideways ? "" : "upright"} ${cellWidth < LEAST_WORD_PX ? "wordless" : ""}`}>
-        {/* biome-ignore lint/a11y/noNoninteractiveElementToInteractiveRole: a table whose cells are buttons is a grid. */}
-        <table role="grid" aria-label={label} onKeyDown={onKeyDown}>
+        <table
+          // biome-ignore lint/a11y/noNoninteractiveElementToInteractiveRole: a table whose cells are buttons is a grid.
+          role="grid"
+          aria-label={label}
+          style={{ maxWidth: `${NAMES_PX + MOST_CELL_PX * columns.length}px` }}
+          onKeyDown={onKeyDown}
+        >
           <colgroup>
             <col class="names" />
             {columns.map((column) => (

@@ -12,24 +12,27 @@ export interface PlotShape {
   y: [number, number];
   logarithmic: boolean;
   xLabel: string;
-  yLabel: string;
   xText: (value: number) => string;
   /** Room between two ticks, in CSS pixels. */
   xSpace: number;
 }
 
-function axis(label: string, values: (value: number) => string, more: uPlot.Axis): uPlot.Axis {
+function axis(values: (value: number) => string, more: uPlot.Axis): uPlot.Axis {
   return {
     stroke: () => themeColour("--ink-soft"),
-    grid: { stroke: () => themeColour("--line"), width: 1 },
+    grid: { stroke: () => themeColour("--line"), width: 1, ...(more.filter ? { filter: more.filter } : {}) },
     ticks: { show: false },
     font: "12px system-ui, sans-serif",
     labelFont: "12px system-ui, sans-serif",
-    label,
-    labelSize: 18,
     values: (_plot, splits) => splits.map((value) => (value === null ? "" : values(value))),
     ...more,
   };
+}
+
+// Of a decade the ticks at 1, 2 and 5 are named; of many decades those at 1.
+function nameDecades(splits: number[], [least, most]: [number, number]): number[] {
+  const named = Math.log10(most / least) > 2.5 ? /^1(\.0*)?e/ : /^[125](\.0*)?e/;
+  return splits.map((value) => (value !== null && named.test(value.toExponential(3)) ? value : null)) as number[];
 }
 
 function makeOptions(shape: PlotShape, width: number, height: number, marks: { current: Mark[] }): uPlot.Options {
@@ -44,13 +47,10 @@ function makeOptions(shape: PlotShape, width: number, height: number, marks: { c
       y: shape.logarithmic ? { distr: 3, log: 10, range: () => shape.y } : { range: () => shape.y },
     },
     axes: [
-      axis(shape.xLabel, shape.xText, { space: shape.xSpace, size: 30 }),
-      axis(shape.yLabel, lossText, {
-        size: 52,
-        // Of a decade the ticks at 1, 2 and 5 are named.
-        ...(shape.logarithmic
-          ? { filter: (_plot, splits) => splits.map((v) => (/^[125]/.test(v.toExponential()) ? v : null)) as number[] }
-          : {}),
+      axis(shape.xText, { space: shape.xSpace, size: 28, label: shape.xLabel, labelSize: 18 }),
+      axis(lossText, {
+        size: 56,
+        ...(shape.logarithmic ? { filter: (_plot, splits) => nameDecades(splits, shape.y) } : {}),
       }),
     ],
     series: [{}, { stroke: () => themeColour("--accent"), width: 2, points }],
