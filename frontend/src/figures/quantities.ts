@@ -56,6 +56,13 @@ export function lossText(loss: number): string {
   return significant(loss, 3);
 }
 
+/** Returns a round number of an axis: 0.001, 1e−4. */
+export function tickText(value: number): string {
+  if (value === 0) return "0";
+  const text = Math.abs(value) < 1e-3 ? value.toExponential() : String(Number(value.toPrecision(6)));
+  return text.replaceAll("-", "−");
+}
+
 /** Returns bits per weight with two decimals. */
 export function bitsText(bits: number | null): string {
   return bits === null || !Number.isFinite(bits) ? "–" : bits.toFixed(2);

@@ -1,7 +1,7 @@
 import { useEffect, useRef } from "preact/hooks";
 import uPlot from "uplot";
 import type { Mark } from "../figures/chart_series";
-import { lossText } from "../figures/quantities";
+import { tickText } from "../figures/quantities";
 import { onThemeChange, themeColour } from "../style/theme";
 import { drawMarks } from "./chart_drawing";
 
@@ -48,8 +48,8 @@ function makeOptions(shape: PlotShape, width: number, height: number, marks: { c
     },
     axes: [
       axis(shape.xText, { space: shape.xSpace, size: 28, label: shape.xLabel, labelSize: 18 }),
-      axis(lossText, {
-        size: 56,
+      axis(tickText, {
+        size: 48,
         ...(shape.logarithmic ? { filter: (_plot, splits) => nameDecades(splits, shape.y) } : {}),
       }),
     ],
