@@ -43,10 +43,8 @@ function View({ route }: { route: Route }) {
         const profile = model.profiles[0];
         if (profile === undefined) return null;
         if (route.view === "experts") return <ExpertsView profileId={profile.id} />;
-        if (route.view === "compare") {
-          return <CompareView profileId={profile.id} first={route.first} second={route.second} />;
-        }
-        return <PlanView key={profile.id} model={model} profileId={profile.id} reloadModel={reload} />;
+        if (route.view === "compare") return <CompareView first={route.first} second={route.second} />;
+        return <PlanView model={model} reloadModel={reload} />;
       }}
     </ModelFrame>
   );
@@ -65,7 +63,7 @@ export function App() {
         <a class="mark" href={hashOf({ view: "models" })}>
           bitplan
         </a>
-        <span class="soft small">storage formats for a budget, with a proof</span>
+        <span class="tagline soft small">storage formats for a budget, with a proof</span>
         <ThemeButton />
       </header>
       <main>

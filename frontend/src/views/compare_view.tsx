@@ -12,18 +12,16 @@ import { planBudget } from "./frontier_chart";
 import { UnitDialog } from "./unit_dialog";
 
 interface CompareViewProps {
-  profileId: string;
   first: string;
   second: string;
 }
 
 /** Two plans side by side, and the units on which they differ. */
-export function CompareView({ profileId, first, second }: CompareViewProps) {
-  const { value, error } = useLoaded(`${profileId}\n${first}\n${second}`, async () => ({
-    profile: await service.profile(profileId),
-    first: await service.plan(first),
-    second: await service.plan(second),
-  }));
+export function CompareView({ first, second }: CompareViewProps) {
+  const { value, error } = useLoaded(`${first}\n${second}`, async () => {
+    const plans = await Promise.all([service.plan(first), service.plan(second)]);
+    return { profile: await service.profile(plans[1].profile_id), first: plans[0], second: plans[1] };
+  });
   if (value === null) return error === null ? <p class="soft">Loading …</p> : <ErrorNote error={error} />;
   return <Comparison {...value} />;
 }

@@ -1,6 +1,6 @@
 import { useState } from "preact/hooks";
 import { currentKey, download, service } from "../api/client";
-import type { Job, Model, Plan, PlanRequest, Report } from "../api/contract";
+import type { Job, Model, Plan, PlanRequest, Profile, Report } from "../api/contract";
 import { isFinished } from "../api/job_following";
 import { bytesText } from "../figures/quantities";
 import { Dialog } from "../widgets/dialog";
@@ -11,12 +11,13 @@ import { ExportDialog } from "./export_dialog";
 interface PlanActionsProps {
   model: Model;
   plan: Plan;
+  profile: Profile;
   request: PlanRequest;
   onVerified: () => void;
 }
 
 /** What can be done with a plan: verify, export, report. */
-export function PlanActions({ model, plan, request, onVerified }: PlanActionsProps) {
+export function PlanActions({ model, plan, profile, request, onVerified }: PlanActionsProps) {
   const [open, setOpen] = useState<"export" | "report" | null>(null);
   const [verifying, setVerifying] = useState<Job | null>(null);
   const [error, setError] = useState<Error | null>(null);
@@ -41,7 +42,9 @@ export function PlanActions({ model, plan, request, onVerified }: PlanActionsPro
       </div>
       {job !== null && <JobLine job={job} />}
       <ErrorNote error={error} />
-      {open === "export" && <ExportDialog plan={plan} request={request} onClose={() => setOpen(null)} />}
+      {open === "export" && (
+        <ExportDialog plan={plan} profile={profile} request={request} onClose={() => setOpen(null)} />
+      )}
       {open === "report" && <ReportDialog plan={plan} onClose={() => setOpen(null)} />}
     </div>
   );

@@ -32,28 +32,36 @@ function afterPaint(then: () => void): void {
   });
 }
 
-/** Returns the plan of the newest question and a function that asks; answers that were overtaken are dropped. */
-export function usePlanQuery(): [PlanState, (request: PlanRequest) => void] {
+/**
+ * Returns the plan of the newest question and a function that asks; answers that were overtaken are dropped. A question
+ * carries the moment at which the person moved.
+ */
+export function usePlanQuery(): [PlanState, (request: PlanRequest, asked_ms: number) => void] {
   const [answered, setAnswered] = useState<{ key: string; plan: Plan | null; error: Error | null } | null>(null);
   const [asked, setAsked] = useState("");
   const [seen_ms, setSeen] = useState<number | null>(null);
+  const answers = useRef(0);
   const queue = useRef<LatestRequest<Question, Plan> | null>(null);
   queue.current ??= new LatestRequest<Question, Plan>({
     ask: (question, signal) => service.makePlan(question.request, signal),
     onAnswer: (plan, { key, asked_ms }) => {
       setAnswered({ key, plan, error: null });
-      afterPaint(() => {
-        setSeen(performance.measure(MEASURE, { start: asked_ms, end: performance.now() }).duration);
-      });
+      // The first answer waits for the server to load the profile; it is no move of the budget.
+      if (answers.current > 0) {
+        afterPaint(() => {
+          setSeen(performance.measure(MEASURE, { start: asked_ms, end: performance.now() }).duration);
+        });
+      }
+      answers.current += 1;
     },
     onError: (error, { key }) => setAnswered({ key, plan: null, error: error as Error }),
     patience_ms: PATIENCE_MS,
   });
   useEffect(() => () => queue.current?.stop(), []);
-  const ask = useCallback((request: PlanRequest) => {
+  const ask = useCallback((request: PlanRequest, asked_ms: number) => {
     const key = JSON.stringify(request);
     setAsked((previous) => {
-      if (previous !== key) queue.current?.ask({ key, request, asked_ms: performance.now() });
+      if (previous !== key) queue.current?.ask({ key, request, asked_ms });
       return key;
     });
   }, []);

@@ -1,4 +1,4 @@
-import { useCallback, useEffect, useMemo, useState } from "preact/hooks";
+import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { ServiceError, service } from "../api/client";
 import type { EvaluationRow, Frontier, Model, Plan, PlanRequest, Profile } from "../api/contract";
 import { BUDGETS, type BudgetKind, type Range, rangeOf } from "../figures/budgets";
@@ -7,6 +7,7 @@ import { collectMeasured } from "../figures/measured_plans";
 import { significant } from "../figures/quantities";
 import { hashOf } from "../figures/routes";
 import { type Cell, makeGrid } from "../figures/unit_grid";
+import { Select } from "../widgets/controls";
 import { HeatMap } from "../widgets/heat_map";
 import { useLoaded } from "../widgets/hooks";
 import { ErrorNote } from "../widgets/job_line";
@@ -24,7 +25,6 @@ const NONE: EvaluationRow[] = [];
 
 interface PlanViewProps {
   model: Model;
-  profileId: string;
   reloadModel: () => void;
 }
 
@@ -56,13 +56,32 @@ function loadFrontier(profile: string, budget: Budget | null): Promise<Frontier>
 }
 
 /** The page of a model: a budget that moves, and everything that follows from it. */
-export function PlanView({ model, profileId, reloadModel }: PlanViewProps) {
+export function PlanView({ model, reloadModel }: PlanViewProps) {
+  const [profileId, setProfileId] = useState(model.profiles[0]?.id ?? "");
   const loadedProfile = useLoaded(profileId, () => service.profile(profileId));
   const profile = loadedProfile.value;
   if (profile === null) {
     return loadedProfile.error === null ? <p class="soft">Loading …</p> : <ErrorNote error={loadedProfile.error} />;
   }
-  return <PlanDesk model={model} profile={profile} reloadModel={reloadModel} />;
+  return (
+    <>
+      {model.profiles.length > 1 && (
+        <div class="row profile-choice">
+          <Select
+            label="Measurement"
+            options={model.profiles.map(({ id, created_at }) => ({
+              value: id,
+              label: created_at.slice(0, 16).replace("T", " "),
+            }))}
+            value={profileId}
+            onChange={setProfileId}
+          />
+          <span class="soft small">of {profile.formats.join(", ")}</span>
+        </div>
+      )}
+      <PlanDesk key={profile.id} model={model} profile={profile} reloadModel={reloadModel} />
+    </>
+  );
 }
 
 interface PlanDeskProps {
@@ -72,7 +91,7 @@ interface PlanDeskProps {
 }
 
 function PlanDesk({ model, profile, reloadModel }: PlanDeskProps) {
-  const [budget, setBudget] = useStoredBudget(model.id, profile);
+  const [budget, setBudget, moved_ms] = useStoredBudget(model.id, profile);
   const [{ plan, error, waiting, seen_ms }, ask] = usePlanQuery();
   const axesKey = [profile.id, budget.metric, budget.context, budget.batch].join("\n");
   const frontier = useLoaded(axesKey, () => loadFrontier(profile.id, budget));
@@ -85,8 +104,9 @@ function PlanDesk({ model, profile, reloadModel }: PlanDeskProps) {
   const range = budget.kind === "latency_us" ? latency.value : points && rangeOf(budget.kind, points);
   // A latency is asked for once its range is known; its value before that is a guess.
   const settled = budget.kind !== "latency_us" || latency.value !== null;
-  useEffect(() => {
-    if (settled) ask(requestOf(profile.id, budget));
+  // Before the next picture is painted: an ordinary effect would ask a frame later.
+  useLayoutEffect(() => {
+    if (settled) ask(requestOf(profile.id, budget), moved_ms.current);
   }, [settled, profile.id, budget, ask]);
   useEffect(() => {
     if (budget.kind === "latency_us" && latency.value !== null)
@@ -139,6 +159,7 @@ function PlanDesk({ model, profile, reloadModel }: PlanDeskProps) {
               <PlanActions
                 model={model}
                 plan={plan}
+                profile={profile}
                 request={requestOf(profile.id, budget)}
                 onVerified={() => {
                   measured.reload();
@@ -162,7 +183,12 @@ function inside(value: number, range: Range): number {
   return Math.min(range.most, Math.max(range.least, value));
 }
 
-function useStoredBudget(model: string, profile: Profile): [Budget, (change: Partial<Budget>) => void] {
+/** The budget, what changes it, and when it was changed last; kept while the tab is open. */
+function useStoredBudget(
+  model: string,
+  profile: Profile,
+): [Budget, (change: Partial<Budget>) => void, { current: number }] {
+  const moved_ms = useRef(performance.now());
   const entry = `bitplan.budget.${model}`;
   const [budget, setBudget] = useState<Budget>(() => {
     const stored = sessionStorage.getItem(entry);
@@ -170,8 +196,11 @@ function useStoredBudget(model: string, profile: Profile): [Budget, (change: Par
     return profile.metric_names.includes(found.metric) ? found : startBudget(profile);
   });
   useEffect(() => sessionStorage.setItem(entry, JSON.stringify(budget)), [entry, budget]);
-  const change = useCallback((part: Partial<Budget>) => setBudget((previous) => ({ ...previous, ...part })), []);
-  return [budget, change];
+  const change = useCallback((part: Partial<Budget>) => {
+    moved_ms.current = performance.now();
+    setBudget((previous) => ({ ...previous, ...part }));
+  }, []);
+  return [budget, change, moved_ms];
 }
 
 interface InfeasibleProps {

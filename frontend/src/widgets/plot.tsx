@@ -1,4 +1,4 @@
-import { useEffect, useRef } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef } from "preact/hooks";
 import uPlot from "uplot";
 import type { Mark } from "../figures/chart_series";
 import { tickText } from "../figures/quantities";
@@ -35,7 +35,14 @@ function nameDecades(splits: number[], [least, most]: [number, number]): number[
   return splits.map((value) => (value !== null && named.test(value.toExponential(3)) ? value : null)) as number[];
 }
 
-function makeOptions(shape: PlotShape, width: number, height: number, marks: { current: Mark[] }): uPlot.Options {
+function makeOptions(
+  shape: PlotShape,
+  width: number,
+  height: number,
+  marks: { current: Mark[] },
+  // Told once positions on the chart are known, which is after its first drawing.
+  onReady: (plot: uPlot) => void,
+): uPlot.Options {
   const points = { show: false };
   return {
     width,
@@ -54,7 +61,7 @@ function makeOptions(shape: PlotShape, width: number, height: number, marks: { c
       }),
     ],
     series: [{}, { stroke: () => themeColour("--accent"), width: 2, points }],
-    hooks: { draw: [(plot) => drawMarks(plot, marks.current)] },
+    hooks: { draw: [(plot) => drawMarks(plot, marks.current)], ready: [onReady] },
   };
 }
 
@@ -75,9 +82,12 @@ export function Plot({ shape, marks, width, height, label, onPlot }: PlotProps) 
   drawn.current = marks;
   useEffect(() => {
     if (host.current === null || width === 0) return;
-    const made = new uPlot(makeOptions(shape, width, height, drawn), shape.columns, host.current);
+    const made = new uPlot(
+      makeOptions(shape, width, height, drawn, (ready) => onPlot?.(ready)),
+      shape.columns,
+      host.current,
+    );
     plot.current = made;
-    onPlot?.(made);
     const stop = onThemeChange(() => made.redraw(false, true));
     return () => {
       stop();
@@ -86,7 +96,7 @@ export function Plot({ shape, marks, width, height, label, onPlot }: PlotProps) 
       made.destroy();
     };
   }, [shape, width, height]);
-  useEffect(() => {
+  useLayoutEffect(() => {
     plot.current?.redraw(false, false);
   }, [marks]);
   return <div ref={host} role="img" aria-label={label} style={{ height: `${height}px` }} />;
