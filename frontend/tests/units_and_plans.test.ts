@@ -1,6 +1,7 @@
 import { describe, expect, it } from "vitest";
-import type { EvaluationRow, Job, UnitExplanation } from "../src/api/contract";
+import type { Engine, EvaluationRow, Job, UnitExplanation } from "../src/api/contract";
 import { axisRanges, curveColumns, listMarks, uniformRival, usefulPoints } from "../src/figures/chart_series";
+import { rankEngines } from "../src/figures/engine_ranking";
 import { expertBits, expertRows, extent } from "../src/figures/expert_fields";
 import { explainChoice } from "../src/figures/explanation";
 import { collectMeasured } from "../src/figures/measured_plans";
@@ -164,6 +165,27 @@ describe("why a unit got its format", () => {
     expect(explain([point("int4", 400, 0.1, true)])).toBe("int4 is the only format that is allowed here.");
     expect(explain([point("a", 4, 0.1, true, 0), point("b", 8, 0.2, false, 0)], 0)).toContain("a byte is free");
     expect(explain([point("a", 4, 0.1, true)], null)).toBe("");
+  });
+});
+
+describe("engines", () => {
+  const engine = (name: string, formats: string[], exporter = true): Engine => ({
+    name,
+    title: name,
+    formats,
+    rules: [],
+    exporter,
+    note: null,
+  });
+
+  it("that run most of what was measured come first; what cannot be written for is left out", () => {
+    const engines = [
+      engine("a", ["q4", "bf16"]),
+      engine("b", ["int2", "int4"]),
+      engine("c", ["int4"]),
+      engine("d", ["int4"], false),
+    ];
+    expect(rankEngines(engines, ["int2", "int4", "bf16"]).map((each) => each.name)).toEqual(["b", "c", "a"]);
   });
 });
 

@@ -1,7 +1,8 @@
 import { useState } from "preact/hooks";
-import { download, service } from "../api/client";
-import type { Engine, Export, Job, Plan, PlanRequest } from "../api/contract";
+import { download, ServiceError, service } from "../api/client";
+import type { Engine, Export, Job, Plan, PlanRequest, Profile } from "../api/contract";
 import { isFinished } from "../api/job_following";
+import { rankEngines } from "../figures/engine_ranking";
 import { bytesText, lossText, percentText, signedText } from "../figures/quantities";
 import { Select } from "../widgets/controls";
 import { DataTable } from "../widgets/data_table";
@@ -11,14 +12,15 @@ import { ErrorNote, JobLine } from "../widgets/job_line";
 
 interface ExportDialogProps {
   plan: Plan;
+  profile: Profile;
   request: PlanRequest;
   onClose: () => void;
 }
 
 /** Files for an engine: what its rules forbid, what that costs under this budget, and the files themselves. */
-export function ExportDialog({ plan, request, onClose }: ExportDialogProps) {
+export function ExportDialog({ plan, profile, request, onClose }: ExportDialogProps) {
   const engines = useLoaded("engines", service.engines);
-  const able = (engines.value ?? []).filter((engine) => engine.exporter);
+  const able = rankEngines(engines.value ?? [], profile.formats);
   const [name, setName] = useState<string | null>(null);
   const engine = able.find((candidate) => candidate.name === name) ?? able[0];
   return (
@@ -33,7 +35,7 @@ export function ExportDialog({ plan, request, onClose }: ExportDialogProps) {
             onChange={setName}
           />
           <Rules engine={engine} />
-          <Target key={engine.name} engine={engine} free={plan} request={request} />
+          <Target key={engine.name} engine={engine} free={plan} profile={profile} request={request} />
         </>
       )}
     </Dialog>
@@ -59,10 +61,11 @@ function Rules({ engine }: { engine: Engine }) {
 interface TargetProps {
   engine: Engine;
   free: Plan;
+  profile: Profile;
   request: PlanRequest;
 }
 
-function Target({ engine, free, request }: TargetProps) {
+function Target({ engine, free, profile, request }: TargetProps) {
   // An engine's rules say nothing of caches: the weights alone are exported, within the same bytes.
   const { context: _context, batch: _batch, ...weights } = request;
   const legal = useLoaded(`${engine.name}\n${free.id}`, () => service.makePlan({ ...weights, engine: engine.name }));
@@ -74,7 +77,7 @@ function Target({ engine, free, request }: TargetProps) {
     return legal.error === null ? (
       <p class="soft">Finding the best plan under its rules …</p>
     ) : (
-      <ErrorNote error={legal.error} />
+      <Unreachable engine={engine} profile={profile} error={legal.error} />
     );
   }
   const plan = legal.value;
@@ -102,6 +105,44 @@ function Target({ engine, free, request }: TargetProps) {
         </div>
       )}
     </>
+  );
+}
+
+interface UnreachableProps {
+  engine: Engine;
+  profile: Profile;
+  error: Error;
+}
+
+/** No plan under the engine's rules: how far it is, and how to measure what the engine runs. */
+function Unreachable({ engine, profile, error }: UnreachableProps) {
+  const [job, setJob] = useState<Job | null>(null);
+  const [failure, setFailure] = useState<Error | null>(null);
+  const followed = useJob(job, setJob);
+  const least = error instanceof ServiceError ? error.problem.least_reachable?.bytes : undefined;
+  if (least === undefined) return <ErrorNote error={error} />;
+  function measure(): void {
+    const body = { kind: "measure" as const, model_id: profile.model_id, options: { engine: engine.name } };
+    service.startJob(body).then(setJob).catch(setFailure);
+  }
+  return (
+    <div class="stack">
+      <p class="warning" role="alert">
+        Under the rules of {engine.name} no plan keeps this budget; the least that can be reached is{" "}
+        {bytesText(least, 4)}. Measured here: {profile.formats.join(", ")}. {engine.name} runs{" "}
+        {engine.formats.join(", ")}.
+      </p>
+      <ErrorNote error={failure} />
+      {followed === null ? (
+        <div>
+          <button type="button" onClick={measure}>
+            Measure the formats of {engine.name}
+          </button>
+        </div>
+      ) : (
+        <JobLine job={followed} />
+      )}
+    </div>
   );
 }
 

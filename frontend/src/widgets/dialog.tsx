@@ -19,7 +19,7 @@ export function Dialog({ title, onClose, children }: DialogProps) {
   return (
     <dialog ref={dialog} aria-labelledby={heading} onClose={onClose}>
       <div class="dialog-body">
-        <div class="row spread">
+        <div class="dialog-heading">
           <h2 id={heading}>{title}</h2>
           <button type="button" class="plain" aria-label="Close" onClick={onClose}>
             ✕

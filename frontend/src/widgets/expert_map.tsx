@@ -5,6 +5,7 @@ import { useWidth } from "./hooks";
 
 const SCALE = ["--bits-1", "--bits-2", "--bits-3", "--bits-4", "--bits-5", "--bits-6", "--bits-8", "--bits-16"];
 const LAYER_NAMES_PX = 34;
+const MOST_NAMES = 32;
 
 interface ExpertMapProps {
   layers: number[];
@@ -130,6 +131,14 @@ export function ExpertMap({ layers, values, text, label, fixed, onLayer }: Exper
               }}
             />
           )}
+          {experts <= MOST_NAMES && (
+            <div class="expert-names" aria-hidden="true">
+              {(values[0] ?? []).map((_, expert) => (
+                // biome-ignore lint/suspicious/noArrayIndexKey: an expert is its place.
+                <span key={expert}>{expert}</span>
+              ))}
+            </div>
+          )}
         </div>
       </div>
       <p class="legend">
@@ -141,7 +150,7 @@ export function ExpertMap({ layers, values, text, label, fixed, onLayer }: Exper
         </span>
         <span>{text(ends[1])}</span>
         <span>
-          experts 0 – {experts - 1} from left to right, layers {layers[0]} – {layers.at(-1)} from top to bottom
+          {experts} experts from left to right, {layers.length} layers from top to bottom
         </span>
       </p>
     </div>
