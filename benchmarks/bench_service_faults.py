@@ -1,8 +1,8 @@
 """The service under load while its processes are killed: 50 times on each database. Writes service_faults.md.
 
-Server or worker (7 of 10 times) is killed with SIGKILL at random moments, up to ten seconds apart, while measurements of a
-tiny model, evaluations and packed models are in the queue; the server is started again by hand, workers by the server.
-In the end everything that was acknowledged must have been done once, and every directory of files must be whole.
+Server or worker (7 of 10 times) is killed with SIGKILL at random moments, up to ten seconds apart, while measurements
+of a tiny model, evaluations and packed models are in the queue; the server is started again by hand, workers by the
+server. In the end everything that was acknowledged must have been done once, and every directory of files be whole.
 """
 
 import shutil
@@ -51,9 +51,9 @@ def main() -> None:
         "# Faults of the service",
         "",
         f"Made by `python benchmarks/bench_service_faults.py`. Machine: {describe_machine(('sqlalchemy', 'psycopg'))}.",
-        f"{KILLS} kills on each database, two workers, leases of 3 s. Checked at the end: every acknowledged job is there "
-        "and succeeded, each by exactly one attempt, no request twice; every profile loads; every directory of files is "
-        "that of a job and complete, and every packed model loads.",
+        f"{KILLS} kills on each database, two workers, leases of 3 s. Checked at the end: every acknowledged job is "
+        "there and succeeded, each by exactly one attempt, no request twice; every profile loads; every directory of "
+        "files is that of a job and complete, and every packed model loads.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
