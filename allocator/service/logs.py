@@ -12,7 +12,7 @@ _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color
 _SECRETS = (
     (re.compile(r"bp_([0-9a-f]{8,16})_[A-Za-z0-9_-]+"), r"bp_\1_[hidden]"),
     (re.compile(r"(://[^:/@\s]+):[^@\s]+@"), r"\1:[hidden]@"),
-    (re.compile(r"(?i)(bearer\s+)\S+"), r"\1[hidden]"),
+    (re.compile(r"(?i)(bearer\s+)[^\s\"']+"), r"\1[hidden]"),
 )
 
 

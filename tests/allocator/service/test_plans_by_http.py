@@ -221,7 +221,7 @@ def test_a_profile_shows_its_tables(running: RunningService, profile_id: str, ti
             assert loss == table.loss[u, document["formats"].index(name)]
     widest = next(row for row in document["uniform"] if row["format"] == "bf16")
     assert widest["bytes"] == document["fixed_bytes"] + sum(u["bytes_by_format"]["bf16"] for u in document["units"])
-    assert widest["predicted_loss"] == pytest.approx(0.0, abs=1e-12)
+    assert widest["predicted_loss"] == pytest.approx(sum(u["loss_by_format"]["bf16"] for u in document["units"]))
 
 
 def test_a_frontier_is_that_of_the_verb(
