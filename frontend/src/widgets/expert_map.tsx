@@ -134,7 +134,6 @@ export function ExpertMap({ layers, values, text, label, fixed, onLayer }: Exper
           {experts <= MOST_NAMES && (
             <div class="expert-names" aria-hidden="true">
               {(values[0] ?? []).map((_, expert) => (
-                // biome-ignore lint/suspicious/noArrayIndexKey: an expert is its place.
                 <span key={expert}>{expert}</span>
               ))}
             </div>
