@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from playwright.sync_api import Browser, Page, Playwright, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
 from sensitivity.measure_config import MeasureConfig
 from tests.service_page.service_process import serve
@@ -59,6 +59,8 @@ def chromium() -> Path:
 @pytest.fixture(scope="session")
 def playwright_driver() -> Iterator[Playwright]:
     """Playwright, which stops with the tests."""
+    # Workers of other tests share the cores; nothing here measures time.
+    expect.set_options(timeout=60_000)
     with sync_playwright() as driver:
         yield driver
 
