@@ -1,10 +1,11 @@
 """Who may do what: the key in the Authorization header, and the scope that a route asks for."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
 
 from allocator.service.api_keys import ADMIN, PLAN, READ
 from allocator.service.problem_details import Problem
@@ -14,12 +15,13 @@ _bearer = HTTPBearer(auto_error=False, description="A key of 'bitplan keys add';
 Sent = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-def _require(scope: str) -> Callable[[Request, Sent], None]:
-    def check(request: Request, sent: Sent) -> None:
+def _require(scope: str) -> Callable[[Request, Sent], Awaitable[None]]:
+    # Asynchronous, as where no keys are asked for a thread for each request would cost more than its answer.
+    async def check(request: Request, sent: Sent) -> None:
         service = service_of(request)
         if not service.settings.needs_keys:
             return
-        key = None if sent is None else service.keys.check(sent.credentials)
+        key = None if sent is None else await run_in_threadpool(service.keys.check, sent.credentials)
         if key is None:
             detail = "a request must carry a valid key: got none that opens this. Send 'Authorization: Bearer KEY'."
             raise Problem(401, detail, headers={"WWW-Authenticate": 'Bearer realm="bitplan"'})

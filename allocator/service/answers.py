@@ -30,8 +30,8 @@ def encode(document: Any) -> bytes:
 
 
 def tagged_response(request: Request, document: Any) -> Response:
-    """Returns a document with its ETag, or 304 where the asker has it."""
-    body = encode(document)
+    """Returns a document, as JSON values or encoded, with its ETag; 304 where the asker has it."""
+    body = document if isinstance(document, bytes) else encode(document)
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
     if matches(request, tag):

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, Table, insert, select
+from sqlalchemy import Connection, Row, Table, func, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from allocator.service.database import Database, now_s
@@ -56,22 +56,20 @@ class Records:
         with self.database.reading() as connection:
             return list(connection.execute(query.limit(limit)))
 
-    def last_evaluation(self, plan_id: str) -> dict[str, Any] | None:
-        """Returns the newest measured quality of a plan, or None."""
+    def last_evaluation(self, plan_id: str) -> tuple[str, list[dict[str, Any]]] | None:
+        """Returns the job that measured a plan last and the rows of its evaluation, or None."""
         query = (
-            select(jobs.c.result)
+            select(jobs.c.id, jobs.c.result)
             .where(jobs.c.plan_id == plan_id, jobs.c.kind == "evaluate", jobs.c.state == "succeeded")
             .order_by(jobs.c.finished_at.desc())
             .limit(1)
         )
         with self.database.reading() as connection:
-            result = connection.execute(query).scalar()
-        return None if result is None else json.loads(result)["evaluation"]
+            row = connection.execute(query).first()
+        return None if row is None else (row.id, json.loads(row.result)["evaluation"])
 
     def count_jobs(self) -> dict[str, int]:
         """Returns state -> number of jobs."""
-        from sqlalchemy import func
-
         with self.database.reading() as connection:
             rows = connection.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state)).all()
         return {state: count for state, count in rows}

@@ -30,6 +30,8 @@ class Service:
         queue: Jobs.
         profiles: Profiles in memory.
         plans: Answers to budgets.
+        documents: Plans as they were sent last, with the evaluation in them.
+        model_of_profile: Models of the profiles that were asked for, which never change.
         frontiers: Frontiers that were asked for.
         keys: API keys.
         metrics: What is counted.
@@ -42,6 +44,8 @@ class Service:
     queue: JobQueue
     profiles: PricedProfiles
     plans: PlanAnswers
+    documents: Recent[str, tuple[str | None, bytes]]
+    model_of_profile: Recent[str, str]
     frontiers: Recent[tuple[Any, ...], dict[str, Any]]
     keys: ApiKeys
     metrics: Metrics
@@ -64,6 +68,8 @@ def make_service(settings: ServiceSettings) -> Service:
         queue=JobQueue(database, lease_s=settings.lease_s, most_attempts=settings.most_attempts),
         profiles=profiles,
         plans=PlanAnswers(records, profiles, settings.cached_plans),
+        documents=Recent(settings.cached_plans),
+        model_of_profile=Recent(settings.cached_plans),
         frontiers=Recent(settings.cached_plans),
         keys=ApiKeys(database),
         metrics=Metrics(),
@@ -76,9 +82,14 @@ def service_of(request: Request) -> Service:
     return cast(Service, request.app.state.service)
 
 
+async def _give_service(request: Request) -> Service:
+    # Asynchronous, so that no thread is taken for it.
+    return service_of(request)
+
+
 def solver_limiter_of(request: Request) -> CapacityLimiter:
     """Returns what limits the budgets that are answered at the same time."""
     return cast(CapacityLimiter, request.app.state.solver_limiter)
 
 
-ServiceOf = Annotated[Service, Depends(service_of)]
+ServiceOf = Annotated[Service, Depends(_give_service)]

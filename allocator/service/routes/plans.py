@@ -1,13 +1,13 @@
 """Plans: a budget in, a plan out; and why each unit got its format."""
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import anyio.to_thread
 from fastapi import APIRouter, Path, Request, Response
 
 from allocator.service.access import plan_scope, read_scope
-from allocator.service.answers import IdempotentRoute, json_response, tagged_response
+from allocator.service.answers import IdempotentRoute, encode, json_response, tagged_response
 from allocator.service.bodies import NewPlan
 from allocator.service.plan_answers import Answer, Question, make_full_plan
 from allocator.service.plan_documents import plan_document, unit_document
@@ -25,7 +25,8 @@ router = APIRouter(prefix="/plans", tags=["plans"], route_class=IdempotentRoute)
 async def create_plan(body: NewPlan, request: Request, service: ServiceOf) -> Response:
     """Answers within milliseconds from a profile in memory; the same question always gives the same plan."""
     solve = partial(_answer, service, body)
-    return json_response(await anyio.to_thread.run_sync(solve, limiter=solver_limiter_of(request)))
+    encoded = await anyio.to_thread.run_sync(solve, limiter=solver_limiter_of(request))
+    return Response(encoded, media_type="application/json")
 
 
 @router.get("", dependencies=[read_scope], summary="List plans, newest first")
@@ -49,7 +50,7 @@ def list_plans(service: ServiceOf, limit: Limit = 50, cursor: Cursor = None, mod
 @router.get("/{plan_id}", dependencies=[read_scope], summary="A plan")
 def read_plan(plan_id: str, request: Request, service: ServiceOf) -> Response:
     """Returns a plan, with its measured quality once a job 'evaluate' has succeeded."""
-    return tagged_response(request, _document(service, _find(service, plan_id)))
+    return tagged_response(request, _encode(service, _find(service, plan_id)))
 
 
 @router.get("/{plan_id}/file", dependencies=[read_scope], summary="A plan as the file that the command takes")
@@ -69,19 +70,30 @@ def read_unit(
     return tagged_response(request, document)
 
 
-def _answer(service: Service, body: NewPlan) -> dict[str, Any]:
-    row = service.records.find(profiles, body.profile_id)
-    if row is None:
-        raise_not_found("a profile", body.profile_id)
+def _answer(service: Service, body: NewPlan) -> bytes:
+    model_id = service.model_of_profile.get_or_make(body.profile_id, lambda: _find_model(service, body.profile_id))
     with refused():
         budget = body.make_budget()
-        question = Question(profile_id=row.id, budget=budget, metric=body.metric, engine=body.engine)
-        answer = service.plans.answer(question, row.model_id)
-    return _document(service, answer)
+        question = Question(profile_id=body.profile_id, budget=budget, metric=body.metric, engine=body.engine)
+        answer = service.plans.answer(question, model_id)
+    return _encode(service, answer)
 
 
-def _document(service: Service, answer: Answer) -> dict[str, Any]:
-    return plan_document(answer, service.records.last_evaluation(answer.plan_id))
+def _find_model(service: Service, profile_id: str) -> str:
+    row = service.records.find(profiles, profile_id)
+    if row is None:
+        raise_not_found("a profile", profile_id)
+    return str(row.model_id)
+
+
+def _encode(service: Service, answer: Answer) -> bytes:
+    job_id, evaluation = service.records.last_evaluation(answer.plan_id) or (None, None)
+    held = service.documents.get(answer.plan_id)
+    if held is not None and held[0] == job_id:
+        return held[1]
+    encoded = encode(plan_document(answer, evaluation))
+    service.documents.put(answer.plan_id, (job_id, encoded))
+    return encoded
 
 
 def _find(service: Service, plan_id: str) -> Answer:
