@@ -174,7 +174,7 @@ def test_memory_stays_below_that_of_the_model(tiny_text: Path, tmp_path: Path) -
     model_bytes = write_large_model(tmp_path / "model")
     assert model_bytes > 380 << 20
     # In layers of float32. Measuring: weights, the file they are read from, errors of two formats, gradients of four
-    # sequences, one more while it is differentiated, hidden states: 10. Applying: weights, as read, file, one candidate,
+    # sequences, one more while it is differentiated, hidden states: 10. Applying: weights, as read, file, a candidate,
     # and the packed model, 4 of 32 bits of all layers: 7. Two fifths more for libraries that load on first use.
     for verb, layers in (("measure", 14), ("apply", 10)):
         arguments = [verb, str(tmp_path / "model"), str(tiny_text), str(tmp_path)]
