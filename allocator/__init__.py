@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from allocator.frontiers import frontier
     from allocator.measuring import MeasureRequest
     from allocator.pipeline import Applied, apply, evaluate, load, measure, report
+    from allocator.plan_files import load_plan, save_plan
     from allocator.plan_query import plan
-    from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan, load_plan, save_plan
+    from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan
     from allocator.prefixes import PrefixFound, find_prefix
     from allocator.pricing import Priced, price
     from allocator.store import Store
@@ -51,13 +52,13 @@ _HOME = {
     "frontier": "allocator.frontiers",
     "list_formats": "allocator.format_table",
     "load": "allocator.pipeline",
-    "load_plan": "allocator.plans",
+    "load_plan": "allocator.plan_files",
     "load_profile": "sensitivity.profile",
     "measure": "allocator.pipeline",
     "plan": "allocator.plan_query",
     "price": "allocator.pricing",
     "report": "allocator.pipeline",
-    "save_plan": "allocator.plans",
+    "save_plan": "allocator.plan_files",
     "save_profile": "sensitivity.profile",
 }
 __all__ = [

@@ -120,8 +120,8 @@ def plan(
     **budget: Any,
 ) -> str:
     """Find the plan for MODEL that loses least under a budget."""
+    from allocator.plan_files import save_plan
     from allocator.plan_query import plan as run
-    from allocator.plans import save_plan
 
     asked = parse(lambda: make_budget(**budget))
     if out is not None and out.is_dir():
@@ -166,7 +166,7 @@ def evaluate(model: str, low_memory: bool, plan_path: Path, text: str | None, as
     from dataclasses import asdict
 
     from allocator.pipeline import evaluate as run
-    from allocator.plans import load_plan
+    from allocator.plan_files import load_plan
 
     opened = _open(model, low_memory)
     evaluations = [asdict(e) for e in with_progress(run, opened, load_plan(plan_path), text=text)]
@@ -184,7 +184,7 @@ def evaluate(model: str, low_memory: bool, plan_path: Path, text: str | None, as
 def apply(model: str, low_memory: bool, plan_path: Path, out: Path, prefix: Path | None, as_json: bool) -> str:
     """Pack MODEL by a plan and write it to a directory."""
     from allocator.pipeline import apply as run
-    from allocator.plans import load_plan
+    from allocator.plan_files import load_plan
 
     applied = run(_open(model, low_memory), load_plan(plan_path), out, prefix=prefix)
     document = {
@@ -225,7 +225,7 @@ def generate(directory: Path, prompt: str, max_new_tokens: int, temperature: flo
 def report(model: str, low_memory: bool, plan_path: Path, text: str | None, out: Path) -> str:
     """Write the report of a plan of MODEL: one HTML page and CSV files."""
     from allocator.pipeline import report as run
-    from allocator.plans import load_plan
+    from allocator.plan_files import load_plan
 
     return str(with_progress(run, _open(model, low_memory), load_plan(plan_path), out, text=text))
 
