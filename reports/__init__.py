@@ -1,6 +1,6 @@
 """What a person is shown: one self-contained HTML page and the CSV files behind it.
 
-    Report, Headline     the artefact: a few headline numbers and five tables, checked once
+    Report, Headline     the artefact: a few headline numbers and tables, checked once
     write_html           Report -> one HTML file that opens from disk, with no network
     write_csv            Report -> plan.csv, frontier.csv, evaluations.csv, sensitivities.csv, provenance.csv
     reports.tables       what each chart shows, as pandas tables
@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reports.csv_files import write_csv
     from reports.html import write_html
-    from reports.report import Headline, Report
+    from reports.report import Calibration, Headline, Report
 
-__all__ = ["Headline", "Report", "write_csv", "write_html"]
+__all__ = ["Calibration", "Headline", "Report", "write_csv", "write_html"]
 
 _HOME = {
+    "Calibration": "reports.report",
     "Headline": "reports.report",
     "Report": "reports.report",
     "write_csv": "reports.csv_files",

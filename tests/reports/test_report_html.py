@@ -24,6 +24,7 @@ SECTIONS = [
     "comparison",
     "frontier",
     "plan",
+    "formats",
     "bytes",
     "sensitivities",
     "predictions",
@@ -134,13 +135,13 @@ def test_each_chart_has_data_a_description_and_a_table_or_numbers(page: Page) ->
     charts = json.loads(page.script(1))
     holders = [attributes for _, attributes in page.tags if "data-chart" in attributes]
     assert [holder["data-chart"] for holder in holders] == list(charts)
-    assert len(charts) == 6
+    assert len(charts) == 7
     for holder in holders:
         assert holder["role"] == "img"
         assert len(holder["aria-label"] or "") > 20
     for shapes in charts.values():
         assert all(shapes[shape]["data"] for shape in ("wide", "narrow"))
-    assert len(page.find("table")) == 6
+    assert len(page.find("table")) == 7
 
 
 def test_named_colours_of_the_charts_are_in_the_style_sheet(page: Page) -> None:
@@ -235,7 +236,7 @@ def test_sections_without_data_are_left_out(dense_report: Report) -> None:
         notes=(),
     )
     page = parse(render_html(report))
-    assert list(json.loads(page.script(1))) == ["frontier", "plan", "bytes"]
+    assert list(json.loads(page.script(1))) == ["frontier", "plan", "formats", "bytes"]
     assert "Worth knowing" not in page.words
 
 
