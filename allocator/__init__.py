@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from allocator.artefacts import Model
     from allocator.budget import Budget, InfeasibleBudget
+    from allocator.comparing import compare
     from allocator.exporting import Exported, export
     from allocator.format_table import list_formats
     from allocator.frontiers import frontier
@@ -46,6 +47,7 @@ _HOME = {
     "Store": "allocator.store",
     "UnitPlan": "allocator.plans",
     "apply": "allocator.pipeline",
+    "compare": "allocator.comparing",
     "evaluate": "allocator.pipeline",
     "export": "allocator.exporting",
     "find_prefix": "allocator.prefixes",
@@ -78,6 +80,7 @@ __all__ = [
     "Store",
     "UnitPlan",
     "apply",
+    "compare",
     "evaluate",
     "export",
     "find_prefix",

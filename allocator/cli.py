@@ -37,6 +37,7 @@ from allocator.cli_output import (
     render,
     table,
 )
+from allocator.cli_reports import REPORT_COMMANDS
 
 if TYPE_CHECKING:
     from allocator.artefacts import Model
@@ -216,21 +217,6 @@ def generate(directory: Path, prompt: str, max_new_tokens: int, temperature: flo
 
 
 @cli.command()
-@click.argument("model")
-@low_memory_option
-@plan_option
-@click.option("--text", help="Evaluation text; default: the profile's.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the report.")
-@printed
-def report(model: str, low_memory: bool, plan_path: Path, text: str | None, out: Path) -> str:
-    """Write the report of a plan of MODEL: one HTML page and CSV files."""
-    from allocator.pipeline import report as run
-    from allocator.plan_files import load_plan
-
-    return str(with_progress(run, _open(model, low_memory), load_plan(plan_path), out, text=text))
-
-
-@cli.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-output"), show_default=True)
 @click.option("--memory", default="70MiB", show_default=True, help="Budget of the demonstration.")
 def demo(out: Path, memory: str) -> None:
@@ -240,7 +226,7 @@ def demo(out: Path, memory: str) -> None:
     with_progress(run_demo, out, parse(lambda: parse_bytes(memory)))
 
 
-for _command in (*FURTHER_COMMANDS, *ENGINE_COMMANDS):
+for _command in (*REPORT_COMMANDS, *FURTHER_COMMANDS, *ENGINE_COMMANDS):
     cli.add_command(_command)
 
 

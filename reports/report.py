@@ -216,7 +216,7 @@ class Report:
 
     def __post_init__(self) -> None:
         for table_name in COLUMNS:
-            _check_table(table_name, getattr(self, table_name))
+            check_table(table_name, getattr(self, table_name), COLUMNS[table_name])
         if self.plan.empty:
             msg = "plan must have at least one unit: got an empty table. Pass one row per unit."
             raise ValueError(msg)
@@ -224,17 +224,19 @@ class Report:
         _check_rule_prices(self.rule_prices)
 
 
-def _check_table(table_name: str, table: pd.DataFrame) -> None:
-    missing = [column for column in COLUMNS[table_name] if column not in table.columns]
+def check_table(table_name: str, table: pd.DataFrame, columns: dict[str, str]) -> None:
+    """Checks that a table has certain columns of certain kinds, as in `COLUMNS`.
+
+    Raises:
+        ValueError: if a column is missing, of another kind, or lacks a value that must be known.
+    """
+    missing = [column for column in columns if column not in table.columns]
     if missing:
-        msg = (
-            f"{table_name} must have the columns {', '.join(COLUMNS[table_name])}: "
-            f"got no {', '.join(missing)}. Add them."
-        )
+        msg = f"{table_name} must have the columns {', '.join(columns)}: got no {', '.join(missing)}. Add them."
         raise ValueError(msg)
     if table.empty:
         return
-    for column, spec in COLUMNS[table_name].items():
+    for column, spec in columns.items():
         kind = spec.removesuffix("?")
         if not _IS_KIND[kind](table[column]):
             msg = (

@@ -91,6 +91,31 @@ def bytes_by_role(plan: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns="role_bytes").reset_index(drop=True)
 
 
+def role_totals(plan: pd.DataFrame, *, most_formats: int) -> pd.DataFrame:
+    """One row per role: units, memory_bytes, share of all bytes, bits_per_weight, and its formats as text.
+
+    Args:
+        plan: the plan's table.
+        most_formats: so many are named, those with the most units; the others are counted.
+    """
+    rows = []
+    for role, cells in plan.groupby("role", sort=False):
+        counts = cells["format"].value_counts()
+        named = ", ".join(f"{name} × {count}" for name, count in counts.head(most_formats).items())
+        more = len(counts) - most_formats
+        rows.append(
+            {
+                "role": role,
+                "units": len(cells),
+                "memory_bytes": float(cells["memory_bytes"].sum()),
+                "share": float(cells["memory_bytes"].sum() / plan["memory_bytes"].sum()),
+                "bits_per_weight": _weighted_mean(cells["bits_per_weight"], cells["weights"]),
+                "formats": f"{named} and {more} more" if more > 0 else named,
+            }
+        )
+    return pd.DataFrame(rows).sort_values("memory_bytes", ascending=False, kind="stable", ignore_index=True)
+
+
 def format_shares(by_role: pd.DataFrame) -> pd.DataFrame:
     """What part of each role's weights is in each format, from `bytes_by_role`.
 

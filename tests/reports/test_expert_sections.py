@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from reports import expert_charts, expert_tables
-from reports.html import chart_data
+from reports.html import figures_json
 from reports.palettes import bits_position
 from reports.report import Report
 from reports.sections import build_sections
@@ -79,6 +79,6 @@ def test_hostile_names_in_rules_and_formats_stay_text(expert_report: Report) -> 
         ),
         experts=expert_report.experts.assign(formats=HOSTILE),
     )
-    text = chart_data(build_sections(report))
+    text = figures_json([chart for section in build_sections(report) for chart in section.charts])
     assert "<script" not in text
     assert "&lt;script&gt;" in json.dumps(json.loads(text))

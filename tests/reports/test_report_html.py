@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from reports.html import chart_data, render_html, script_safe, write_html
-from reports.page_parts import make_download
+from reports.html import figures_json, render_html, script_safe, write_html
+from reports.page_parts import Chart, make_download
 from reports.report import Report
 from reports.sections import build_sections
 
@@ -67,6 +67,10 @@ class Page(HTMLParser):
         """All visible text, blanks collapsed."""
         parts = [text for tag, text in self.texts if tag not in ("script", "style")]
         return re.sub(r"\s+", " ", " ".join(parts))
+
+
+def all_charts(report: Report) -> list[Chart]:
+    return [chart for section in build_sections(report) for chart in section.charts]
 
 
 def parse(text: str) -> Page:
@@ -198,7 +202,7 @@ def test_hostile_names_stay_text(dense_report: Report) -> None:
 
 def test_figures_cannot_end_their_script(dense_report: Report) -> None:
     report = replace(dense_report, plan=dense_report.plan.assign(format="<!--<script>\u2028"))
-    text = chart_data(build_sections(report))
+    text = figures_json(all_charts(report))
     assert not set("<>&\u2028\u2029") & set(text)
     assert json.loads(text)["bytes"]["wide"]["data"][0]["name"] == "&lt;!--&lt;script&gt;\u2028"
 
@@ -210,7 +214,7 @@ def test_scripts_are_made_safe_to_inline() -> None:
 @pytest.mark.parametrize(("layers", "experts"), [(4, 16), (2, 64), (1, 1), (61, 0)])
 def test_models_of_any_shape_have_a_page(make_report: Callable[..., Report], layers: int, experts: int) -> None:
     report = make_report(layers=layers, experts=experts)
-    charts = json.loads(chart_data(build_sections(report)))
+    charts = json.loads(figures_json(all_charts(report)))
     strip, cells = charts["plan"]["wide"]["data"]
     assert len(cells["x"]) == layers
     assert len(cells["y"]) == 7
