@@ -45,7 +45,10 @@ def measure_options(command: Command) -> Command:
         ),
         click.option("--selection", help="Text that chooses between plans; default: part of the calibration text."),
         click.option("--evaluation", help="Text of the final evaluation; default: another part."),
-        click.option("--formats", help="Comma-separated formats (int2_g64,…,bf16)."),
+        click.option(
+            "--formats",
+            help="Comma-separated formats (int2_g64,…,bf16), or 'menu': the few that do nearly as well as all.",
+        ),
         click.option("--engine", help="Measure the formats that an engine is planned with ('bitplan engines')."),
         click.option(
             "--embedding-formats", help="Comma-separated formats of embeddings and head (default: >= 4 bits)."
@@ -181,10 +184,11 @@ def make_budget(
 
 def make_request(options: dict[str, Any]) -> "MeasureRequest":
     from allocator.measuring import MeasureRequest
+    from allocator.shortlist import MENU
     from runtime.cache_formats import find_cache_formats
     from runtime.device_types import choose_dtype
     from runtime.engines import find_engine
-    from runtime.formats import DEFAULT_FORMATS, find_formats
+    from runtime.formats import DEFAULT_FORMATS, FORMATS, find_formats
     from runtime.transforms import parse_transform
     from sensitivity.measure_config import MeasureConfig
 
@@ -210,8 +214,9 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     menu = DEFAULT_FORMATS if options["engine"] is None else find_engine(options["engine"]).menu
     formats = _names(options["formats"]) or menu
     embedding_formats = _names(options["embedding_formats"])
-    find_formats([*formats])
-    find_formats([*(embedding_formats or formats)])
+    known = tuple(FORMATS) if formats == (MENU,) else formats
+    find_formats([*known])
+    find_formats([*(embedding_formats or known)])
     transforms = _names(options["transforms"]) or ()
     for transform in transforms:
         parse_transform(transform)

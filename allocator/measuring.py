@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from allocator.progress import Progress
+from allocator.shortlist import MENU, find_shortlist
 from allocator.stability import PlanStability
 from allocator.store import Store
 from allocator.transformed import transform_
 from runtime.cache_units import find_cache_units, list_cache_candidates
 from runtime.candidates import Candidates, list_candidates
-from runtime.formats import DEFAULT_FORMATS
+from runtime.formats import DEFAULT_FORMATS, FORMATS
 from runtime.loading import ReferenceModel
 from runtime.units import find_units
 from sensitivity.cache_losses import cache_fingerprint, check_metrics_for_cache, measure_cache_losses
@@ -46,7 +47,7 @@ class MeasureRequest:
             ``SELF_BALANCED`` for text sampled so that it uses the experts of a mixture evenly.
         selection: Text source that chooses between plans; None to keep part of the calibration text apart for it.
         evaluation: Text source of the final evaluation; None to keep another part apart.
-        formats: Names of formats.
+        formats: Names of formats; ``menu`` alone for a shortlist of all that there are (``allocator.shortlist``).
         embedding_formats: Formats of embeddings and heads; None for those of 4 bits or more.
         fuse: Regular expressions of weights that must share a format.
         experts: What of a mixture of experts is one unit, a name in ``EXPERT_GRANULARITIES``.
@@ -96,7 +97,17 @@ def run_measurement(
     if request.transforms:
         reference = transform_(reference, request.transforms, text.fisher.tokens, store)
     candidates, cache = find_candidates(reference, request), find_cache_candidates(reference, request)
-    profile = _measure_weights(reference, candidates, text, request.config, store, progress)
+    notes = {}
+    if request.formats == (MENU,):
+        shortlist = find_shortlist(
+            reference,
+            candidates,
+            quantizer=request.config.quantizer,
+            kept=store.root / "shortlists",
+            progress=partial(progress, "shortlist"),
+        )
+        candidates, notes = shortlist.candidates, {"menu": shortlist.describe()}
+    profile = _measure_weights(reference, candidates, text, request.config, store, progress, notes=notes)
     if cache is not None:
         profile = _add_cache(reference, profile, cache, text, store, progress)
     store.make_latest(profile)
@@ -110,6 +121,8 @@ def _measure_weights(
     config: MeasureConfig,
     store: Store,
     progress: Progress,
+    *,
+    notes: Mapping[str, str],
 ) -> SensitivityProfile:
     fingerprint = measurement_fingerprint(reference.weights_fingerprint, candidates, text, config)
     profile = store.find_profile(fingerprint)
@@ -124,6 +137,7 @@ def _measure_weights(
             rendering=store.rendering(fingerprint),
             is_stable=PlanStability(candidates).is_stable,
         )
+        profile = replace(profile, provenance={**profile.provenance, **notes})
         store.save_profile(profile)
     return profile
 
@@ -163,9 +177,10 @@ def _make_blockwise(request: MeasureRequest) -> MeasureRequest:
 
 
 def find_candidates(reference: ReferenceModel, request: MeasureRequest) -> Candidates:
-    """Returns the units and allowed formats of a request."""
+    """Returns the units and allowed formats of a request; all formats where it asks for the menu."""
     units = find_units(reference.model, fuse=request.fuse, experts=request.experts, routers=request.routers)
-    return list_candidates(units, request.formats, embedding_formats=request.embedding_formats, pins=request.pins)
+    formats = tuple(FORMATS) if request.formats == (MENU,) else request.formats
+    return list_candidates(units, formats, embedding_formats=request.embedding_formats, pins=request.pins)
 
 
 def find_cache_candidates(reference: ReferenceModel, request: MeasureRequest) -> Candidates | None:
