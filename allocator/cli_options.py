@@ -58,6 +58,11 @@ def measure_options(command: Command) -> Command:
             help="Comma-separated formats of the KV cache (int8_channel,int4_g32,…,bf16; int4_t32: along blocks of 32 "
             "tokens), measured for the keys and the values of each layer; default: the cache is left out.",
         ),
+        click.option(
+            "--activation-formats",
+            help="Comma-separated formats of what linear layers read (int8_token,int8_tensor_static,fp8_token,…,bf16), "
+            "measured for every layer; default: activations are left out.",
+        ),
         click.option("--fuse", multiple=True, help="Regular expression of weights that share a format; repeatable."),
         click.option(
             "--experts",
@@ -127,7 +132,12 @@ def budget_options(command: Command) -> Command:
         click.option("--bits-per-weight", type=float, help="Most stored bits per weight, scales included."),
         click.option("--max-kl", type=float, help="Most KL in nats per token; the smallest plan that keeps it."),
         click.option(
-            "--limit", "limits", multiple=True, metavar="RESOURCE=VALUE", help="Further limit: latency_us, read_bytes."
+            "--limit",
+            "limits",
+            multiple=True,
+            metavar="RESOURCE=VALUE",
+            help="Further limit: latency_us, read_bytes, bit_operations (which "
+            "lets activations take formats; needs a profile measured with --activation-formats).",
         ),
     ]
     for option in reversed(options):
@@ -185,6 +195,7 @@ def make_budget(
 def make_request(options: dict[str, Any]) -> "MeasureRequest":
     from allocator.measuring import MeasureRequest
     from allocator.shortlist import MENU
+    from runtime.activation_formats import find_activation_formats
     from runtime.cache_formats import find_cache_formats
     from runtime.device_types import choose_dtype
     from runtime.engines import find_engine
@@ -223,6 +234,9 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     cache_formats = _names(options["cache_formats"]) or ()
     if cache_formats:
         find_cache_formats(cache_formats)
+    activation_formats = _names(options["activation_formats"]) or ()
+    if activation_formats:
+        find_activation_formats(activation_formats)
     return MeasureRequest(
         **{name: options[name] for name in ("calibration", "selection", "evaluation", "fuse")},
         formats=formats,
@@ -232,6 +246,7 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         pins=_make_pins(options["pins"]),
         transforms=transforms,
         cache_formats=cache_formats,
+        activation_formats=activation_formats,
         config=MeasureConfig(**set_amounts),
     )
 

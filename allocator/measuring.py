@@ -12,12 +12,14 @@ from allocator.shortlist import MENU, find_shortlist
 from allocator.stability import PlanStability
 from allocator.store import Store
 from allocator.transformed import transform_
+from runtime.activation_units import list_activation_candidates
 from runtime.cache_units import find_cache_units, list_cache_candidates
 from runtime.candidates import Candidates, list_candidates
 from runtime.formats import DEFAULT_FORMATS, FORMATS
 from runtime.loading import ReferenceModel
 from runtime.units import find_units
-from sensitivity.cache_losses import cache_fingerprint, check_metrics_for_cache, measure_cache_losses
+from sensitivity.activation_losses import activation_fingerprint, measure_activation_losses
+from sensitivity.cache_losses import cache_fingerprint, check_metrics_beside_weights, measure_cache_losses
 from sensitivity.calibration import (
     TokenSequences,
     read_documents,
@@ -56,6 +58,7 @@ class MeasureRequest:
         transforms: Transforms of the reference model with their options, in order, such as ``smoothquant:alpha=0.7``.
         cache_formats: Names of formats that the keys and values of each layer's cache may take; none to leave caches
             out of the profile.
+        activation_formats: Names of formats that the inputs of linear layers may take; none to leave activations out.
         config: Amounts and seed.
     """
 
@@ -70,6 +73,7 @@ class MeasureRequest:
     pins: Mapping[str, str] = field(default_factory=dict)
     transforms: tuple[str, ...] = ()
     cache_formats: tuple[str, ...] = ()
+    activation_formats: tuple[str, ...] = ()
     config: MeasureConfig = field(default_factory=MeasureConfig)
 
 
@@ -110,6 +114,8 @@ def run_measurement(
     profile = _measure_weights(reference, candidates, text, request.config, store, progress, notes=notes)
     if cache is not None:
         profile = _add_cache(reference, profile, cache, text, store, progress)
+    if request.activation_formats:
+        profile = _add_activations(reference, profile, request, text, store, progress)
     store.make_latest(profile)
     return profile
 
@@ -166,6 +172,44 @@ def _add_cache(
     return profile
 
 
+def _add_activations(
+    reference: ReferenceModel,
+    measured: SensitivityProfile,
+    request: MeasureRequest,
+    text: MeasurementText,
+    store: Store,
+    progress: Progress,
+) -> SensitivityProfile:
+    """Returns the profile with the activations beside what it has, under a fingerprint of its own.
+
+    Raises:
+        ValueError: If a format is unknown, the model has no linear layers or is read block by block, or no metric is in
+            the unit that the losses of activations have.
+    """
+    if reference.stored_weights is not None:
+        msg = (
+            "activations of a model that is read block by block cannot be measured: a pass needs all of it. Leave the "
+            f"activation formats out: got {', '.join(request.activation_formats)}."
+        )
+        raise ValueError(msg)
+    check_metrics_beside_weights(request.config.metrics, "activations")
+    candidates = list_activation_candidates(measured.candidates.units, request.activation_formats)
+    fingerprint = activation_fingerprint(measured.fingerprint, candidates)
+    profile = store.find_profile(fingerprint)
+    if profile is None:
+        losses = measure_activation_losses(
+            reference.model,
+            candidates,
+            text.fisher.tokens,
+            seed=request.config.seed,
+            pieces=store.pieces(fingerprint),
+            progress=partial(progress, "activations"),
+        )
+        profile = replace(measured, activations=losses, provenance={**measured.provenance, "profile": fingerprint})
+        store.save_profile(profile)
+    return profile
+
+
 def _make_blockwise(request: MeasureRequest) -> MeasureRequest:
     if request.calibration in (None, SELF_BALANCED):
         msg = (
@@ -198,7 +242,7 @@ def find_cache_candidates(reference: ReferenceModel, request: MeasureRequest) ->
             f"read the model once. Leave the cache formats out: got {', '.join(request.cache_formats)}."
         )
         raise ValueError(msg)
-    check_metrics_for_cache(request.config.metrics)
+    check_metrics_beside_weights(request.config.metrics, "caches")
     return list_cache_candidates(find_cache_units(reference.model), request.cache_formats)
 
 

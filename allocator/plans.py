@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime.activation_names import module_of
 from runtime.files import write_text
 
 SCHEMA_VERSION = 3
@@ -16,6 +18,8 @@ _HEADER_BYTES = 6 * 1024
 _SHORTENED_CHARACTERS = (1000, 300, 100, 30, 10)
 # What null stands for.
 _UNKNOWN = {"relative_gap": math.inf, "lower_bound": -math.inf, "predicted_kl": math.nan}
+# Parts that only some plans have.
+_PARTS = {"cache", "activations"}
 # What later steps look up.
 _PROVENANCE = ("model", "model_fingerprint", "profile", "quantizer")
 
@@ -89,6 +93,39 @@ class CachePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActivationPlan:
+    """The activations' part of a plan.
+
+    Args:
+        formats: Input of a linear layer -> format name.
+        scales: Input -> scale of its format where that is static: one number, or one for each channel.
+        bit_operations: Bit operations of one token, weights that read unquantized inputs included.
+        predicted_loss: What the activations add to the predicted KL, nats per token.
+    """
+
+    formats: Mapping[str, str]
+    scales: Mapping[str, Sequence[float]]
+    bit_operations: float
+    predicted_loss: float
+
+    def describe(self) -> str:
+        """Returns the formats, the operations and the loss as one sentence."""
+        counts = Counter(self.formats.values()).most_common()
+        return (
+            f"activations: {', '.join(f'{name} x {count}' for name, count in counts)}; {self.bit_operations:.4g} bit "
+            f"operations a token; {self.predicted_loss:.4g} nats per token of the prediction"
+        )
+
+    @property
+    def scheme(self) -> dict[str, tuple[str, list[float] | None]]:
+        """Linear layer -> format of its input, and its scale where that is static."""
+        return {
+            module_of(name): (format_, [float(x) for x in self.scales[name]] if name in self.scales else None)
+            for name, format_ in self.formats.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class RulesPrice:
     """What the rules of an engine cost under a plan's budget: the optimum under them beside the one without.
 
@@ -150,6 +187,7 @@ class Plan:
         rules: What the rules of the engine it was made for cost; None where it was made for none.
         provenance: Names, fingerprints and versions.
         cache: Formats of the cache, or None where the budget named no context.
+        activations: Formats of the activations, or None where the budget named no bit operations.
     """
 
     name: str
@@ -180,6 +218,7 @@ class Plan:
     provenance: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
     cache: CachePlan | None = None
+    activations: ActivationPlan | None = None
 
     @property
     def file_bytes(self) -> int:
@@ -203,10 +242,10 @@ class Plan:
         return next((e for e in self.evaluations if e.shipped), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the plan as JSON values; infinite and unknown numbers become null. A plan without cache says none."""
+        """Returns the plan as JSON values; infinite and unknown numbers become null. Parts it lacks are not named."""
         cleaned = jsonable(dataclasses.asdict(self))
         assert isinstance(cleaned, dict)
-        return {name: value for name, value in cleaned.items() if name != "cache" or value is not None}
+        return {name: value for name, value in cleaned.items() if name not in _PARTS or value is not None}
 
     def header_metadata(self) -> dict[str, str]:
         """Returns the part of the plan that the packed file's header carries, besides the formats.
@@ -214,7 +253,7 @@ class Plan:
         Long texts (paths of calibration files, for one) are shortened as far as the header's reserve demands.
         """
         record = self.to_dict()
-        kept = {k: v for k, v in record.items() if k not in ("weights", "units", "evaluations", "cache")}
+        kept = {k: v for k, v in record.items() if k not in ("weights", "units", "evaluations", *_PARTS)}
         text = _compact(kept)
         for most in _SHORTENED_CHARACTERS:
             # The header is JSON itself, so the text is escaped once more.
@@ -245,7 +284,7 @@ def load_plan(path: Path) -> Plan:
         msg = f"a plan must have schema_version={SCHEMA_VERSION}: got {found} in '{path}'. Make the plan again."
         raise ValueError(msg)
     known = {f.name for f in dataclasses.fields(Plan)}
-    missing, unknown = sorted(known - set(record) - {"cache"}), sorted(set(record) - known)
+    missing, unknown = sorted(known - set(record) - _PARTS), sorted(set(record) - known)
     if missing or unknown:
         msg = f"a plan must have the fields of its schema: '{path}' lacks {missing} and has unknown {unknown}."
         raise ValueError(msg)
@@ -309,6 +348,7 @@ def _plan(record: dict[str, Any]) -> Plan:
             "weights": weights,
             "provenance": provenance,
             "cache": CachePlan(**record["cache"]) if "cache" in record else None,
+            "activations": ActivationPlan(**record["activations"]) if "activations" in record else None,
             "units": tuple(UnitPlan(**unit) for unit in record["units"]),
             "rules": record["rules"] and RulesPrice(**record["rules"]),
             "evaluations": tuple(Evaluation(**evaluation) for evaluation in record["evaluations"]),
