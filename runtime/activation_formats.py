@@ -8,7 +8,7 @@ Elements are integers of 4 or 8 bits, symmetric, or FP8 E4M3. A scale s belongs 
     tensor     all tokens of a sequence: computed when they are there (dynamic), or set beforehand (static)
     channel    one input channel: set beforehand (static), as it may then be folded into the weights
 
-A dynamic scale maps the largest magnitude to the largest element, so that nothing is clipped and
+A dynamic scale maps the largest magnitude to the end of the range, 127.5 steps of 8 bits, as compressed-tensors does:
 
     |x - x^| <= s / 2                       integers,
     |x - x^| <= max(|x| / 16, s / 1024)     E4M3, which has 3 bits of mantissa and steps of 2^-9 at the least.
@@ -50,9 +50,9 @@ class ActivationFormat(Format):
     static: bool
 
     @property
-    def largest(self) -> float:
-        """The largest element."""
-        return _E4M3_LARGEST if self.element else float((1 << (self.bits - 1)) - 1)
+    def reach(self) -> float:
+        """The magnitude, in scales, that a scale is set by: half of the range of the codes, or the largest float."""
+        return _E4M3_LARGEST if self.element else ((1 << self.bits) - 1) / 2
 
 
 def _make_format(name: str, bits: int, element: str, scope: str, static: bool) -> ActivationFormat:
@@ -118,12 +118,13 @@ def round_to_scale(x: Tensor, format_: ActivationFormat, scale: Tensor) -> Tenso
     s = scale.clamp(min=_LEAST_SCALE)
     if format_.element:
         return (x / s).clamp_(-_E4M3_LARGEST, _E4M3_LARGEST).to(torch.float8_e4m3fn).to(torch.float32).mul_(s)
-    return (x / s).round_().clamp_(-format_.largest - 1, format_.largest).mul_(s)
+    half = 1 << (format_.bits - 1)
+    return (x / s).round_().clamp_(-half, half - 1).mul_(s)
 
 
 def spanning_scale(x: Tensor, format_: ActivationFormat, dims: tuple[int, ...]) -> Tensor:
-    """Returns the scale that maps the largest magnitude over some axes, which are kept, to the largest element."""
-    return x.abs().amax(dim=dims, keepdim=True) / format_.largest
+    """Returns the scale that maps the largest magnitude over some axes, which are kept, to the end of the range."""
+    return x.abs().amax(dim=dims, keepdim=True) / format_.reach
 
 
 def _dynamic_scale(x: Tensor, format_: ActivationFormat) -> Tensor:

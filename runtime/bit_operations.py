@@ -34,10 +34,13 @@ class PairedCost(CostTable):
     Args:
         partner: [U] index of the activation unit of each unit, -1 for none.
         activation_bits: [F] of each format as one of activations.
+        unquantized: [F] bool. Weights that are take activations that are, where there are such: no product of others
+            is taken in fewer than 16 bits.
     """
 
     partner: NDArray[np.int64]
     activation_bits: NDArray[np.float64]
+    unquantized: NDArray[np.bool_]
 
     def use(self, choice: NDArray[np.int64]) -> float:
         """Returns the use of a choice [U] of formats for weights and activations."""
@@ -77,6 +80,7 @@ def bit_operations_cost(
         source="exact",
         partner=partner,
         activation_bits=np.array([float(f.bits) for f in candidates.formats]),
+        unquantized=np.array([f.unquantized for f in candidates.formats]),
     )
 
 

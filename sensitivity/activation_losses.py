@@ -232,8 +232,8 @@ def _observed_inputs(
 
 
 def _spanning(largest: Tensor, format_: ActivationFormat) -> Tensor:
-    """Returns the scale [1] or [channels] that maps the largest magnitudes [channels] to the largest element."""
-    return largest / format_.largest if format_.scope == "channel" else spanning_scale(largest, format_, (0,))
+    """Returns the scale [1] or [channels] that maps the largest magnitudes [channels] to the end of the range."""
+    return largest / format_.reach if format_.scope == "channel" else spanning_scale(largest, format_, (0,))
 
 
 def _write_scales(scales: Scales) -> Piece:

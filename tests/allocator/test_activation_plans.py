@@ -122,6 +122,7 @@ def test_pairs_are_solved_exactly(seed: int, share: float, memory_share: float) 
         source="exact",
         partner=partner,
         activation_bits=bits,
+        unquantized=np.zeros(F, dtype=bool),
     )
     choices = np.array(list(itertools.product(*[np.flatnonzero(row) for row in allowed])))
 
@@ -151,6 +152,17 @@ def test_pairs_are_solved_exactly(seed: int, share: float, memory_share: float) 
     assert losses[fits].min() == pytest.approx(result.objective, rel=1e-9)
     assert loss[np.arange(U), choice].sum() == pytest.approx(result.objective, rel=1e-9)
     assert allowed[np.arange(U), choice].all() and operations(choice) <= limits[1] * (1 + 1e-12)
+
+
+def test_unquantized_weights_read_unquantized_activations(measured: SensitivityProfile) -> None:
+    joined = join_activations(measured)
+    posed = pose_problem(joined, joined.table("fisher").loss, {BIT_OPERATIONS: 1e12}, build_cost_tables(joined))
+    assert posed.paired is not None
+    names = [f.name for f in joined.candidates.formats]
+    for u, k in zip(*np.nonzero(posed.problem.allowed), strict=True):
+        if posed.paired.partner[u] >= 0:
+            weights, activations = divmod(int(k), len(posed.paired.seconds))
+            assert names[weights] != "bf16" or names[posed.paired.seconds[activations]] == "bf16"
 
 
 def test_a_tighter_limit_costs_loss_and_none_costs_nothing(measured: SensitivityProfile, limit: float) -> None:

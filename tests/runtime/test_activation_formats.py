@@ -23,7 +23,7 @@ DYNAMIC = [f for f in QUANTIZED if not f.static]
 def scale_of(x: torch.Tensor, format_: ActivationFormat) -> torch.Tensor:
     """The scale that spans, by the definition: over a token, all of a sequence, or a channel."""
     dims = {"token": (-1,), "tensor": (-2, -1), "channel": tuple(range(x.ndim - 1))}[format_.scope]
-    return x.abs().amax(dim=dims, keepdim=True) / format_.largest
+    return x.abs().amax(dim=dims, keepdim=True) / format_.reach
 
 
 @settings(deadline=None, max_examples=60)
@@ -44,7 +44,7 @@ def test_an_error_is_within_half_a_step(
     rendered = render_activations(x, format_, own)
     s = (scale if own is None else own).double()
     # float32 rounds x / s and the product once each: 2^-23 of values up to the largest.
-    slack = 2.0**-22 * s * format_.largest
+    slack = 2.0**-22 * s * format_.reach
     bound = torch.maximum(x.double().abs() / 16, s / 1024) if format_.element else s / 2
     assert bool(((rendered.double() - x.double()).abs() <= bound + slack).all())
 
@@ -60,8 +60,9 @@ def test_every_value_is_an_element_times_the_scale(format_: ActivationFormat) ->
         # The quotient rounds a product back: one unit in the last place.
         assert bool((distance <= 2.0**-23 * values.abs()).all())
     else:
-        assert bool(((values - values.round()).abs() <= 2.0**-22 * format_.largest).all())
-        assert float(values.min()) >= -format_.largest - 1.001 and float(values.max()) <= format_.largest + 0.001
+        assert bool(((values - values.round()).abs() <= 2.0**-22 * format_.reach).all())
+        half = 2 ** (format_.bits - 1)
+        assert float(values.min()) >= -half - 0.001 and float(values.max()) <= half - 0.999
 
 
 @pytest.mark.parametrize("format_", DYNAMIC, ids=lambda f: f.name)

@@ -115,7 +115,7 @@ def test_static_scales_leave_the_least_error_of_the_list(llama: LlamaForCausalLM
             squares = (render_activations(x, format_, s) - x).double().square().sum(dim=0)
             return squares if format_.scope == "channel" else squares.sum().view(1)
 
-        tried = torch.stack([error(factor * top / format_.largest) for factor in STATIC_FACTORS]).amin(dim=0)
+        tried = torch.stack([error(factor * top / format_.reach) for factor in STATIC_FACTORS]).amin(dim=0)
         # Sums of squares in float32 over 54 tokens, in another order.
         torch.testing.assert_close(error(scales[module][name]), tried, rtol=1e-4, atol=1e-12)
 
