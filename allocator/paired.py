@@ -7,8 +7,8 @@ pairs (f, a),
     loss[u, (f, a)] = loss[u, f] + loss[s(u), a],      cost[r, u, (f, a)] = cost[r, u, f] + cost[r, s(u), a],
     bit operations[u, (f, a)] = n_u b_w(f) b_a(a),
 
-where unquantized weights go with unquantized activations alone, so that the problem is a multiple-choice knapsack again,
-solved exactly and with the same proof. A choice of pairs is read back as a format for each unit.
+where unquantized weights go with unquantized activations alone, so that the problem is a multiple-choice knapsack
+again, solved exactly and with the same proof. A choice of pairs is read back as a format for each unit.
 
 Limits: F A columns for F formats of weights and A of activations.
 """

@@ -118,7 +118,7 @@ def small_mixture() -> Case:
 def smollm2(store: Store) -> Case:
     """Returns the demonstration's model and texts.
 
-    The 180 pairs of cache and format take as many passes of two sequences of 512 tokens: minutes.
+    The 180 pairs of cache and format take as many passes of two sequences of 256 tokens: minutes.
     """
     request = demo_request(store)
     config = replace(
@@ -126,12 +126,12 @@ def smollm2(store: Store) -> Case:
         metrics=(FISHER,),
         fisher_sequences=32,
         logit_sequences=2,
-        logit_sequence_tokens=512,
+        logit_sequence_tokens=256,
         fit_plans=None,
         fit_sequences=2,
         selection_sequences=2,
         evaluation_sequences=4,
-        evaluation_sequence_tokens=512,
+        evaluation_sequence_tokens=256,
     )
     formats = ("int3_t32", "int4_t32", "int8_channel")
     return Case(

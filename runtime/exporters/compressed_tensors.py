@@ -93,7 +93,7 @@ def quantization_config(
     formats_by_weight: FormatsByWeight,
     activations: ActivationScheme = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Returns the ``quantization_config`` of a plan: a group for formats that go together, explicit disjoint targets."""
+    """Returns the ``quantization_config`` of a plan: a group for formats that go together, disjoint targets."""
     targets: dict[tuple[str, str], list[str]] = {}
     ignored = []
     for name, weight in list_weights(reference.model).items():
