@@ -100,8 +100,8 @@ def render(model: Model, profile: SensitivityProfile, rows: list[Row], store: St
         "",
         "Bit operations of one token: multiplications × bits of the weights' codes × bits of the activations, the tied "
         "head with 16-bit activations. Metric: Fisher diagonal of 32 × 128 tokens, of weights and of activations; "
-        f"static scales of 8 of these sequences. KL in nats per token on {sequences} × {tokens} tokens of other text, weights "
-        "and activations quantized together, with half the 95 % interval.",
+        f"static scales of 8 of these sequences. KL in nats per token on {sequences} × {tokens} tokens of other text, "
+        "weights and activations quantized together, with half the 95 % interval.",
         "",
         "| plan | MiB | 10⁹ bit operations | predicted KL | measured KL |",
         "|---|---|---|---|---|",
