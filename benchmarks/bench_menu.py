@@ -1,6 +1,6 @@
 """All formats at the bytes of one: plans made of the whole menu beside the best single format. Writes menu.md.
 
-SmolLM2-135M, every weight allocated, the embedding too. What is compared takes equal bytes and is rendered by one
+A small trained mixture (minutes) and SmolLM2-135M (an hour). What is compared takes equal bytes and is rendered by one
 quantizer. The menu is narrowed to a shortlist first (``allocator.shortlist``); what that costs is measured on a few
 units at every format.
 """
@@ -31,18 +31,18 @@ from allocator.store import Store
 from allocator.verification import score_cached
 from runtime.candidates import Candidates
 from runtime.costs import memory_cost
-from runtime.formats import FORMATS
+from runtime.formats import DEFAULT_FORMATS, FORMATS
 from runtime.units import list_weights
 from sensitivity.evaluation import mean_interval
-from sensitivity.measure_config import FISHER
+from sensitivity.measure_config import FISHER, MeasureConfig
 from sensitivity.pieces import Piece, read_or_measure
 from sensitivity.profile import SensitivityProfile
 from sensitivity.sketches.fisher_sketch import fisher_loss, measure_streamed_fisher_sketch
 
 # int4_g128 has a float16 scale and a zero point for each 128 weights; rows of 576 hold no whole number of such groups.
 INT4_G128_BITS = 4 + (16 + 4) / 128
-SINGLES = 8
-CHECKED = ("model.layers.15.self_attn.q_proj", "model.layers.15.mlp.up_proj", "model.layers.15.mlp.down_proj")
+SINGLES = 6
+MIXTURE = Path(__file__).parents[1] / "tests" / "data" / "small_moe"
 CHECK_SEQUENCES = 16
 CHECKED_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
 WHOLE, INTEGERS = "whole menu", "integers alone"
@@ -66,48 +66,108 @@ class Row:
     predicted: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, what is measured of it, and at which bytes plans are compared.
+
+    Args:
+        title: Of its section.
+        source: The model.
+        request: What is measured, but for formats and quantizer.
+        limits: Format -> stored bits per weight of all weights in it; None for what they are in this model.
+        checked: Units whose every format is measured, to see what the shortlist loses.
+    """
+
+    title: str
+    source: str
+    request: MeasureRequest
+    limits: Mapping[str, float | None]
+    checked: tuple[str, ...]
+
+    def request_of(self, formats: tuple[str, ...] | None, quantizer: str) -> MeasureRequest:
+        """Returns the request for some formats, None for the default ones, rendered by a quantizer."""
+        request = replace(self.request, config=replace(self.request.config, quantizer=quantizer))
+        return request if formats is None else replace(request, formats=formats)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quantizer", nargs="+", default=["clipping"], help="one table for each")
-    parser.add_argument("--check", action="store_true", help="measure the loss of the shortlist as well")
+    parser.add_argument("--models", nargs="+", default=["mixture", "smollm2"], choices=["mixture", "smollm2"])
+    parser.add_argument("--quantizer", nargs="+", default=["clipping", "gptq"], help="one table for each")
     arguments = parser.parse_args()
     store = Store()
-    model = Model(str(prepare_demo_model(store.root)))
+    makers = {"mixture": small_mixture, "smollm2": smollm2}
+    sections = [introduction(" ".join(sys.argv[1:]))]
     with shown_progress() as progress:
-        everything = find_candidates(model.reference, make_request(store, (MENU,), "clipping"))
-        errors = find_menu_errors(
-            model.reference,
-            everything,
-            quantizer="clipping",
-            kept=store.root / "shortlists",
-            progress=partial(progress, "shortlist"),
-        )
-        sections = [introduction(" ".join(sys.argv[1:])), describe_shortlist(everything, errors)]
-        if arguments.check:
-            sections.append(check_shortlist(model, everything, errors, store, progress))
-        for quantizer in arguments.quantizer:
-            sections.append(run(model, everything, errors, quantizer, store, progress))
-            # What is there is shown: the next takes many minutes.
-            (Path(__file__).parent / "menu.md").write_text("\n".join(sections), encoding="utf-8")
+        for name in arguments.models:
+            case = makers[name](store)
+            model = Model(case.source)
+            everything = find_candidates(model.reference, case.request_of((MENU,), "clipping"))
+            errors = find_menu_errors(
+                model.reference,
+                everything,
+                quantizer="clipping",
+                kept=store.root / "shortlists",
+                progress=partial(progress, "shortlist"),
+            )
+            sections += [f"## {case.title}\n", describe_shortlist(everything, errors)]
+            sections.append(check_shortlist(case, model, everything, errors, store, progress))
+            for quantizer in arguments.quantizer:
+                sections.append(run(case, model, everything, errors, quantizer, store, progress))
+                # What is there is shown: the next may take long.
+                (Path(__file__).parent / "menu.md").write_text("\n".join(sections), encoding="utf-8")
     sys.stdout.write("\n".join(sections))
 
 
-def make_request(store: Store, formats: tuple[str, ...] | None, quantizer: str) -> MeasureRequest:
-    """Returns the demonstration's request with half its sequences, for some formats; None for the default ones."""
-    request = demo_request(store)
-    config = replace(
-        request.config, metrics=(FISHER,), fisher_sequences=48, fit_plans=None, fit_sequences=2, quantizer=quantizer
+def small_mixture(_store: Store) -> Case:
+    """Returns the small trained mixture of the tests."""
+    config = MeasureConfig(
+        metrics=(FISHER,),
+        fisher_sequences=48,
+        fit_plans=None,
+        fit_sequences=2,
+        selection_sequences=2,
+        evaluation_sequences=10,
+        evaluation_sequence_tokens=256,
     )
-    return replace(request, config=config, **({} if formats is None else {"formats": formats}))
+    request = MeasureRequest(
+        calibration=str(MIXTURE / "calibration.jsonl"), evaluation=str(MIXTURE / "evaluation.jsonl"), config=config
+    )
+    return Case(
+        title="A small trained mixture of experts (`tests/data/small_moe`, 3.5 million parameters)",
+        source=str(MIXTURE),
+        request=request,
+        limits={"int4_g128": None, "int3_g64": None},
+        checked=("model.layers.1.self_attn.q_proj", "model.layers.2.mlp.experts.gate_up_proj[3]"),
+    )
+
+
+def smollm2(store: Store) -> Case:
+    """Returns the demonstration's model and texts, with a third of the sequences."""
+    request = demo_request(store)
+    config = replace(request.config, metrics=(FISHER,), fisher_sequences=32, fit_plans=None, fit_sequences=2)
+    return Case(
+        title="SmolLM2-135M",
+        source=str(prepare_demo_model(store.root)),
+        request=replace(request, config=config),
+        limits={"int4_g128": INT4_G128_BITS, "int4_g64": None},
+        checked=("model.layers.15.self_attn.q_proj", "model.layers.15.mlp.down_proj"),
+    )
 
 
 def run(
-    model: Model, everything: Candidates, errors: MenuErrors, quantizer: str, store: Store, progress: Progress
+    case: Case,
+    model: Model,
+    everything: Candidates,
+    errors: MenuErrors,
+    quantizer: str,
+    store: Store,
+    progress: Progress,
 ) -> str:
     """Returns the section of one quantizer."""
-    menu = measure(model, request=make_request(store, (MENU,), quantizer), store=store, progress=progress)
-    integers = measure(model, request=make_request(store, None, quantizer), store=store, progress=progress)
-    limits = {"int4_g128": INT4_G128_BITS, "int4_g64": bits_of(model, "int4_g64")}
+    menu = measure(model, request=case.request_of((MENU,), quantizer), store=store, progress=progress)
+    integers = measure(model, request=case.request_of(None, quantizer), store=store, progress=progress)
+    limits = {name: bits or bits_of(model, name) for name, bits in case.limits.items()}
     rows: dict[str, list[Row]] = {}
     plans: dict[str, Assignment] = {}
     for name, limit in limits.items():
@@ -127,9 +187,9 @@ def run(
             progress=progress,
         ).items()
     }
-    lines = [f"## Rendered by {quantizer}", "", f"Shortlist: {menu.provenance['menu']}."]
+    lines = [f"### Rendered by {quantizer}", "", f"Shortlist: {menu.provenance['menu']}."]
     for name, limit in limits.items():
-        lines += ["", f"### At the bytes of {name}, {limit:.3f} stored bits per weight", ""]
+        lines += ["", f"#### At the bytes of {name}, {limit:.3f} stored bits per weight", ""]
         lines += render_rows(name, rows[name], scores)
         lines += ["", *render_choice(menu.candidates, plans[name])]
     return "\n".join([*lines, ""])
@@ -174,15 +234,15 @@ def list_singles(model: Model, everything: Candidates, errors: MenuErrors, limit
 def introduction(flags: str) -> str:
     """Returns what the page is about."""
     lines = [
-        "# The whole menu at the bytes of one format, SmolLM2-135M",
+        "# The whole menu at the bytes of one format",
         "",
         f"Made by `python benchmarks/bench_menu.py {flags}`. Machine: {describe_machine()}.",
         "",
-        "KL to the reference in nats per token, with half its 95 % interval, on the demonstration's evaluation text "
-        "(2,560 tokens that nothing else saw). Plans: Fisher diagonal of 48 × 128 tokens of other text. All weights "
-        "are allocated, the tied embedding too. Single formats: of those that fit all rows at no more bytes, the "
-        f"{SINGLES} of least error on the sampled weights. Rows of 576 hold no whole number of groups of 128, so "
-        "`int4_g128` itself is not among them; its bytes are those that it would take.",
+        "KL to the reference in nats per token, with half its 95 % interval, on 10 × 256 tokens that nothing else saw. "
+        f"Plans: Fisher diagonal, all weights allocated, embeddings too; *{INTEGERS}*: of {', '.join(DEFAULT_FORMATS)} "
+        f"alone. Single formats: of those that fit all rows at no more bytes, the {SINGLES} of least error on the "
+        "sampled weights. SmolLM2's rows of 576 hold no whole number of groups of 128: `int4_g128` itself is not among "
+        "its single formats, and its bytes are those that it would take.",
         "",
     ]
     return "\n".join(lines)
@@ -191,7 +251,7 @@ def introduction(flags: str) -> str:
 def describe_shortlist(everything: Candidates, errors: MenuErrors) -> str:
     """Returns which formats the shortlist holds, at several tolerances."""
     lines = [
-        "## The shortlist",
+        "### The shortlist",
         "",
         f"{len(everything.formats)} formats on a few rows of {len(errors.units)} weights, integers by `clipping`: the "
         "formats that are left, and the factor by which their hulls of squared error over bits exceed those of all "
@@ -207,17 +267,19 @@ def describe_shortlist(everything: Candidates, errors: MenuErrors) -> str:
     return "\n".join([*lines, ""])
 
 
-def check_shortlist(model: Model, everything: Candidates, errors: MenuErrors, store: Store, progress: Progress) -> str:
+def check_shortlist(
+    case: Case, model: Model, everything: Candidates, errors: MenuErrors, store: Store, progress: Progress
+) -> str:
     """Returns how far the hulls of estimated losses, not of errors, exceed those of all formats on a few units."""
-    rows = [u for u, unit in enumerate(everything.units) if unit.name in CHECKED]
+    rows = [u for u, unit in enumerate(everything.units) if unit.name in case.checked]
     few = Candidates(
         units=tuple(everything.units[u] for u in rows),
         formats=everything.formats,
         allowed=everything.allowed[rows],
         reasons={},
     )
-    tokens = prepare_text(model.reference, make_request(store, (MENU,), "clipping")).fisher.tokens[:CHECK_SEQUENCES]
-    place = store.root / "bench_menu"
+    tokens = prepare_text(model.reference, case.request_of((MENU,), "clipping")).fisher.tokens[:CHECK_SEQUENCES]
+    place = store.root / "bench_menu" / model.fingerprint
 
     def sketch() -> Piece:
         found = measure_streamed_fisher_sketch(

@@ -10,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 import allocator
+import runtime.transformers_quantizer  # noqa: F401  registers the method of packed models
 from allocator.artefacts import assignment_of_plan
 from allocator.assignments import keep_best_activations, list_uniform
 from allocator.budget import BIT_OPERATIONS, Budget, InfeasibleBudget, parse_limits
@@ -234,6 +236,8 @@ def test_a_packed_model_reads_as_it_was_measured(
     # The kernels' products differ in the fourth digit, enough to round an activation otherwise.
     with torch.no_grad(), kernel_path("reference"):
         assert torch.equal(packed(TOKENS, use_cache=False).logits, expected)
+        loaded = AutoModelForCausalLM.from_pretrained(applied.directory)
+        assert torch.equal(loaded(TOKENS, use_cache=False).logits, expected)
     assert not torch.equal(without, expected)
 
 
