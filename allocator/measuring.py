@@ -18,8 +18,13 @@ from runtime.candidates import Candidates, list_candidates
 from runtime.formats import DEFAULT_FORMATS, FORMATS
 from runtime.loading import ReferenceModel
 from runtime.units import find_units
-from sensitivity.activation_losses import activation_fingerprint, measure_activation_losses
-from sensitivity.cache_losses import cache_fingerprint, check_metrics_beside_weights, measure_cache_losses
+from sensitivity.activation_losses import ACTIVATION_SEQUENCES, activation_fingerprint, measure_activation_losses
+from sensitivity.cache_losses import (
+    CACHE_SEQUENCES,
+    cache_fingerprint,
+    check_metrics_beside_weights,
+    measure_cache_losses,
+)
 from sensitivity.calibration import (
     TokenSequences,
     read_documents,
@@ -163,7 +168,8 @@ def _add_cache(
         losses = measure_cache_losses(
             reference.model,
             cache,
-            text.logit.tokens,
+            # Those of the single-unit KL are too short to have a past.
+            text.fisher.tokens[:CACHE_SEQUENCES],
             pieces=store.pieces(fingerprint),
             progress=partial(progress, "cache"),
         )
@@ -200,7 +206,7 @@ def _add_activations(
         losses = measure_activation_losses(
             reference.model,
             candidates,
-            text.fisher.tokens,
+            text.fisher.tokens[:ACTIVATION_SEQUENCES],
             seed=request.config.seed,
             pieces=store.pieces(fingerprint),
             progress=partial(progress, "activations"),

@@ -34,6 +34,7 @@ UNIFORM = (
     *(("int8_g64", name) for name in ("bf16", "int8_token", "int8_tensor", "int8_tensor_static", "fp8_token")),
     *(("int4_g64", name) for name in ("bf16", "int8_token", "int4_token")),
 )
+EVALUATED = 4
 LIMITED = (("int8_g64", "int8_token"), ("int4_g64", "int8_token"), ("int4_g64", "int4_token"))
 
 
@@ -84,23 +85,24 @@ def make_uniform(profile: SensitivityProfile, weights: str, activations: str) ->
 
 def render(model: Model, profile: SensitivityProfile, rows: list[Row], store: Store, progress: Progress) -> str:
     """Returns the page."""
+    tokens = profile.evaluation_tokens[:EVALUATED]
     scores = score_cached(
         profile,
         {row.name: row.plan.formats_by_name(profile.candidates) for row in rows},
-        profile.evaluation_tokens,
+        tokens,
         load_model=lambda: model.reference.model,
         store=store,
         progress=progress,
     )
-    sequences, tokens = profile.evaluation_tokens.shape
     lines = [
         "# Activations under a limit on bit operations, SmolLM2-135M",
         "",
         f"Made by `python benchmarks/bench_activations.py`. Machine: {describe_machine()}.",
         "",
         "Bit operations of one token: multiplications × bits of the weights' codes × bits of the activations, the tied "
-        "head with 16-bit activations. Metric: Fisher diagonal of 32 × 128 tokens, of weights and of activations; "
-        f"static scales of 8 of these sequences. KL in nats per token on {sequences} × {tokens} tokens of other text, "
+        "head with 16-bit activations. Metric: that of the demonstration for weights, Fisher diagonal of 32 × 128 tokens "
+        "for activations; static scales of 8 of these sequences. KL in nats per token on "
+        f"{len(tokens)} × {tokens.shape[1]} tokens of other text, "
         "weights and activations quantized together, with half the 95 % interval.",
         "",
         "| plan | MiB | 10⁹ bit operations | predicted KL | measured KL |",

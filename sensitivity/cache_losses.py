@@ -3,7 +3,7 @@
 The keys, or the values, of one layer are quantized at a time, with the tokens of the text past to each other as in
 decoding (``runtime.cached_attention``), and the model is run from that layer on. Every pair costs one suffix pass.
 
-Limits: the text is as long as the logit sketch's sequences. Longer contexts average the errors of values over more
+Limits: the text is as long as the Fisher sketch's sequences. Longer contexts average the errors of values over more
 tokens and offer those of keys more tokens to mislead; only the bytes of a budget know its context.
 """
 
@@ -30,7 +30,9 @@ from sensitivity.sketches.joint_kl import kl_by_position
 from sensitivity.streaming.suffix import SuffixRunner
 
 # Raised whenever a change makes the same inputs give other numbers.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
+# Of the Fisher sketch's text.
+CACHE_SEQUENCES = 4
 _KL_METRICS = (FISHER, SINGLE_UNIT_KL)
 _REFERENCE_BYTES = 2  # of a number in an unquantized cache
 
