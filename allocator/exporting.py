@@ -66,7 +66,8 @@ def export(model: str | Model, plan: Plan, engine: str, out: Path, *, store: Sto
         raise ValueError(msg)
     check_legal(target, units_of_engine(reference.model, target, plan), plan.weights)
     rule = rendering_of_plan(plan, reference.model, store)
-    write(reference, plan.weights, out, exporter=target.exporter, quantizer=rule)
+    scheme = None if plan.activations is None else plan.activations.scheme
+    write(reference, plan.weights, out, exporter=target.exporter, quantizer=rule, activations=scheme)
     files = {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
     known = target.exporter in FIXED_BYTES and plan.rules is not None and plan.rules.engine == engine
     return Exported(

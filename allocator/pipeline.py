@@ -13,8 +13,8 @@ from allocator.artefacts import (
     open_model,
     profile_of_plan,
 )
-from allocator.assignments import keep_widest_caches, list_uniform, use_of
-from allocator.budget import MEMORY
+from allocator.assignments import keep_best_activations, keep_widest_caches, list_uniform, use_of
+from allocator.budget import BIT_OPERATIONS, MEMORY
 from allocator.frontiers import frontier
 from allocator.measuring import MeasureRequest, run_measurement
 from allocator.plans import Evaluation, Plan, check_same_model
@@ -99,7 +99,12 @@ def evaluate(
         for a in list_uniform(profile.candidates, planned.metric)
         if use_of(a.choice, tables)[MEMORY] <= plan.memory_bytes and a.choice.tobytes() != planned.choice.tobytes()
     ]
-    assignments = [planned, *keep_widest_caches(fitting, profile.candidates, tables[MEMORY])]
+    fitting = keep_widest_caches(fitting, profile.candidates, tables[MEMORY])
+    if plan.activations is not None:
+        operations = plan.activations.bit_operations
+        fitting = [a for a in fitting if tables[BIT_OPERATIONS].use(a.choice) <= operations]
+        fitting = keep_best_activations(fitting, profile, planned.metric)
+    assignments = [planned, *fitting]
     formats: dict[str, Mapping[str, str]] = {REFERENCE: {}}
     formats |= {a.name: a.formats_by_name(profile.candidates) for a in assignments}
     load_model = partial(model_to_measure, model, plan, store)
@@ -158,6 +163,7 @@ def apply(
         metadata=plan.header_metadata(),
         quantizer=rendering_of_plan(plan, reference.model, store),
         formats_by_cache={} if plan.cache is None else plan.cache.formats,
+        activations={} if plan.activations is None else plan.activations.scheme,
     )
     if ships is not None:
         save_prefix(ships, out / PREFIX_FILE)
@@ -214,7 +220,9 @@ def report(
     store = store or Store()
     model = open_model(model)
     evaluations = evaluate(model, plan, text=text, store=store, progress=progress)
-    profile = replace(profile_of_plan(plan, model, store, progress, own=False), fixed_bytes=plan.fixed_bytes)
+    # Its charts are of what takes bytes.
+    stored = replace(plan, activations=None)
+    profile = replace(profile_of_plan(stored, model, store, progress, own=False), fixed_bytes=plan.fixed_bytes)
     content = make_report(profile, plan, evaluations, frontier(profile, store=store))
     out.mkdir(parents=True, exist_ok=True)
     write_csv(content, out)
