@@ -36,12 +36,21 @@ ENGINES: dict[str, Engine] = {
             name="llama.cpp",
             reads="GGUF, every tensor in a type of its own",
             rules=(
-                FormatRule(formats=r"q[458]_0|q[45]_1|mxfp4|int(4|5|8)_g32_sym", kinds=_GGUF_KINDS, in_multiple=32),
-                FormatRule(formats=r"q[23456]_k", kinds=_GGUF_KINDS, in_multiple=256),
+                FormatRule(
+                    formats=r"q[458]_0|q[45]_1|iq4_nl|mxfp4|int(4|5|8)_g32_sym", kinds=_GGUF_KINDS, in_multiple=32
+                ),
+                FormatRule(formats=r"q[23456]_k|iq4_xs", kinds=_GGUF_KINDS, in_multiple=256),
             ),
             experts="stack_projection",
-            menu=("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "bf16"),
-            instead={"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"},
+            menu=("q2_k", "q3_k", "iq4_xs", "iq4_nl", "q4_k", "q5_k", "q6_k", "q4_1", "q5_0", "q5_1", "q8_0", "bf16"),
+            instead={
+                "q2_k": "q4_0",
+                "q3_k": "q4_0",
+                "iq4_xs": "iq4_nl",
+                "q4_k": "q5_0",
+                "q5_k": "q5_1",
+                "q6_k": "q8_0",
+            },
             exporter="llama.cpp",
             command="llama-cli -m {out}/model.gguf -p 'The'",
             checked="loaded by llama.cpp on a CPU; tensors' types and bytes equal, logits compared",
