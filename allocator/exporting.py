@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from allocator.artefacts import Model, open_model
+from allocator.artefacts import Model, open_model, plans_routers
 from allocator.plans import Plan, check_same_model
 from allocator.renderings import rendering_of_plan
 from allocator.store import Store
@@ -114,5 +114,5 @@ def _write_imatrix(reference: ReferenceModel, plan: Plan, out: Path, store: Stor
 def units_of_engine(model: Any, engine: Engine, plan: Plan) -> tuple[Unit, ...]:
     """Returns the units of a model under an engine's fusions and granularity, those with a format in the plan."""
     weights = list_weights(model, routers=True)
-    routers = any(weights[name].kind == "router" for name in plan.weights if name in weights)
+    routers = plans_routers(model, plan)
     return find_units(model, fuse=engine.fusions(weights), experts=engine.experts, routers=routers)

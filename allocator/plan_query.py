@@ -88,7 +88,8 @@ def plan(
         whole = join_cache(whole, context=budget.context, batch=budget.batch)
     if target is not None and isinstance(model, Model):
         # Bytes are those of the file that the engine loads, where they are known.
-        fixed = engine_fixed_bytes(target, model.reference_of(whole, store))
+        routers = any(unit.kind == "router" for unit in whole.candidates.units)
+        fixed = engine_fixed_bytes(target, model.reference_of(whole, store), routers=routers)
         whole = whole if fixed is None else replace(whole, fixed_bytes=fixed)
     chosen = metric or default_metric(whole)
 

@@ -75,8 +75,8 @@ def main() -> None:
         for weighted, quantizer in QUANTIZERS.items():
             profile = measure(model, quantizer, store, progress)
             imatrix = write_imatrix(model, profile, place, store) if weighted else None
-            for mix in MIXES:
-                rows.append(compare(mix, imatrix, model, profile, tools, base, options.refine, store, progress))
+            shared = (imatrix, model, profile, tools, base, options.refine, store, progress)
+            rows += [compare(mix, *shared) for mix in MIXES]
     text = render(rows, options.refine, options.chunks)
     (Path(__file__).parent / "llama_cpp.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
@@ -175,8 +175,9 @@ def render(rows: list[Row], refine: int, chunks: int) -> str:
         f"{describe_machine()}.",
         "",
         "Mean KL to the unquantized model, nats per token ± its standard error, measured by llama-perplexity on "
-        f"{chunks} pieces of {CONTEXT_TOKENS} tokens of the Python reference, which nothing else saw. llama.cpp's files are "
-        "llama-quantize's. No plan is larger than its rival, and each file is as long as its plan predicted, to the byte. "
+        f"{chunks} pieces of {CONTEXT_TOKENS} tokens of the Python reference, which nothing else saw. "
+        "llama.cpp's files are llama-quantize's. No plan is larger than its rival, and each file is as long as its "
+        "plan predicted, to the byte. "
         "With an importance matrix, both sides have the same one, which bitplan wrote from the calibration text.",
     ]
     for weighted in QUANTIZERS:
