@@ -95,7 +95,7 @@ def write_base(model: Model, tools: Tools, place: Path, chunks: int) -> Path:
 
 def measure(model: Model, quantizer: str, store: Store, progress: Progress) -> SensitivityProfile:
     """Returns the profile of the formats that llama.cpp runs."""
-    config = MeasureConfig(quantizer=quantizer)
+    config = MeasureConfig(quantizer=quantizer, fisher_sequences=48, logit_passes=320, fit_plans=None)
     request = replace(demo_request(store), formats=ENGINE.menu, embedding_formats=ENGINE.menu, config=config)
     return allocator.measure(model, request=request, store=store, progress=progress)
 

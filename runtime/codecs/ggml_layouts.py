@@ -11,6 +11,7 @@ Source of the layouts: ``gguf.quants`` of the package gguf 0.19, ``ggml-common.h
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -81,10 +82,18 @@ class BlockLayout:
         """The least and the largest level."""
         return (self.table[0], self.table[-1]) if self.table else (-self.zero, self.top - self.zero)
 
+    @cached_property
+    def _nearest_by_half(self) -> Tensor:
+        """The level nearest to the numbers between h/2 and (h + 1)/2, h from twice the least level on."""
+        table = torch.tensor(self.table, dtype=torch.float32)
+        middles = (torch.arange(2 * self.table[0], 2 * self.table[-1] + 1) + 0.5) / 2
+        return table[torch.bucketize(middles, (table[1:] + table[:-1]) / 2)]
+
     def levels(self, codes: Tensor) -> Tensor:
         """Returns the float32 levels of codes."""
         if self.table:
-            return torch.tensor(self.table, dtype=torch.float32)[codes.int()]
+            table = torch.tensor(self.table, dtype=torch.float32)
+            return torch.index_select(table, 0, codes.int().flatten()).view(codes.shape)
         return codes.to(torch.float32) - self.zero
 
     def codes(self, levels: Tensor) -> Tensor:
@@ -97,8 +106,9 @@ class BlockLayout:
         """Returns the level whose multiple of the step is nearest; that nearest to zero where the step is zero."""
         scaled = torch.where(step == 0, 0.0, x / step)
         if self.table:
-            table = torch.tensor(self.table, dtype=torch.float32)
-            return table[torch.bucketize(scaled, (table[1:] + table[:-1]) / 2)]
+            # Levels are integers: between two multiples of one half, one level is the nearest.
+            halves = scaled.mul_(2).floor_().clamp_(*(2 * end for end in self.ends)).sub_(2 * self.table[0])
+            return torch.index_select(self._nearest_by_half, 0, halves.to(torch.int32).flatten()).view(halves.shape)
         return scaled.round_().clamp_(*self.ends)
 
     def split(self, blocks: Tensor) -> dict[str, Tensor]:

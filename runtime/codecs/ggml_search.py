@@ -102,8 +102,8 @@ def _list_ends(layout: BlockLayout) -> list[float]:
     if not layout.table:
         return [layout.ends[0] - overshoot for overshoot in _OVERSHOOTS]
     (low, next_low), (next_high, high) = layout.table[:2], layout.table[-2:]
-    below = [low - overshoot * (next_low - low) for overshoot in _OVERSHOOTS]
-    return below + [high + overshoot * (high - next_high) for overshoot in _OVERSHOOTS]
+    below = [low - overshoot * (next_low - low) for overshoot in _OVERSHOOTS[::2]]
+    return below + [high + overshoot * (high - next_high) for overshoot in _OVERSHOOTS[1::2]]
 
 
 def _start_affine(x: Tensor, h: Tensor, layout: BlockLayout) -> list[tuple[Tensor, Tensor | None]]:
