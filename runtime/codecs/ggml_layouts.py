@@ -89,6 +89,12 @@ class BlockLayout:
         middles = (torch.arange(2 * self.table[0], 2 * self.table[-1] + 1) + 0.5) / 2
         return table[torch.bucketize(middles, (table[1:] + table[:-1]) / 2)]
 
+    @cached_property
+    def _code_by_level(self) -> Tensor:
+        """The code of each level that there is, counted from the least on."""
+        numbers = torch.arange(self.table[0], self.table[-1] + 1)
+        return torch.searchsorted(torch.tensor(self.table), numbers).to(torch.uint8)
+
     def levels(self, codes: Tensor) -> Tensor:
         """Returns the float32 levels of codes."""
         if self.table:
@@ -99,7 +105,8 @@ class BlockLayout:
     def codes(self, levels: Tensor) -> Tensor:
         """Returns the uint8 codes of levels."""
         if self.table:
-            return torch.searchsorted(torch.tensor(self.table, dtype=torch.float32), levels).to(torch.uint8)
+            above = (levels - self.table[0]).to(torch.int32)
+            return torch.index_select(self._code_by_level, 0, above.flatten()).view(levels.shape)
         return (levels + self.zero).to(torch.uint8)
 
     def nearest(self, x: Tensor, step: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def divergence(ours: Tensor, theirs: Tensor) -> float:
 
 
 def test_llama_cpp(reference: ReferenceModel, tmp_path: Path) -> None:
-    menu = ("int4_g32_sym", "int8_g32_sym", "int5_g32_sym", "fp16", "q8_0")
+    menu = ("int4_g32_sym", "int8_g32_sym", "iq4_nl", "int5_g32_sym", "fp16", "q8_0", "q4_1")
     formats = mix(reference, menu, "int8_g32_sym", "q6_k")
     export(reference, formats, tmp_path / "out", exporter="llama.cpp")
     path, weights = tmp_path / "out" / "model.gguf", list_weights(reference.model)
