@@ -4,10 +4,11 @@
 
 The rivals are made by llama-quantize from the unquantized file that bitplan exports, once without an importance matrix
 and once with one, which is bitplan's own: both sides then know the same of the inputs. The size of each rival's file is
-the budget of a plan, so that a plan is never a byte larger. All KL is llama-perplexity's. How to build the two programs
-is in ``llama_cpp_tools.py``.
+the budget of a plan, so that a plan is never a byte larger. A plan's formats are the same in both tables; with the
+matrix its scales are searched for the least weighted error (``weighted_clipping``). All KL is llama-perplexity's;
+``llama_cpp_tools.py`` says how to build the two programs.
 
-All of it is kept in the store and found again: profiles, measured plans, files.
+All of it is kept in the store and found again: the profile, measured plans, files, their KL.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from llama_cpp_tools import CONTEXT_TOKENS, Tools
 from machine import describe_machine
 
@@ -28,35 +30,40 @@ from allocator.progress import Progress, shown_progress
 from allocator.store import Store
 from runtime.engines import find_engine
 from runtime.exporters import export
+from runtime.exporters.gguf_imatrix import write_importance_matrix
+from runtime.quantizers import InputStatistics
+from runtime.rendering import Rendering
 from runtime.units import list_weights
 from sensitivity.measure_config import MeasureConfig
 from sensitivity.profile import SensitivityProfile
+from sensitivity.weight_inputs import find_statistics
 
 ENGINE = find_engine("llama.cpp")
 MIXES = ("Q3_K_S", "Q4_0", "Q3_K_M", "Q4_K_M", "Q5_K_M")
-# Whether an importance matrix is used -> the rule that renders our candidates.
-QUANTIZERS = {False: "rtn", True: "weighted_clipping"}
+# What renders a plan's codes -> what the table calls it. GPTQ knows more than an importance matrix holds.
+RENDERINGS = {"rtn": "plan", "weighted_clipping": "plan", "gptq": "plan, GPTQ's codes"}
+Kl = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A rival and the plan of its size.
+    """The rivals of one mix and the plan of their size.
 
     Args:
-        mix: llama.cpp's name of the rival.
-        weighted: Whether both sides used the importance matrix.
-        bytes: Bytes of the rival's file, of the plan's.
-        kl: Mean KL of the rival, of the plan, nats per token.
-        std_error: Standard errors of these.
+        mix: llama.cpp's name of the mix.
+        rival_bytes: Bytes of its file.
+        plan_bytes: Bytes of the plan's file.
         predicted: KL that the plan predicted.
+        rivals: Whether an importance matrix was used -> mean KL, nats per token, and its standard error.
+        plans: Name in ``RENDERINGS`` -> the same of the plan.
     """
 
     mix: str
-    weighted: bool
-    bytes: tuple[int, int]
-    kl: tuple[float, float]
-    std_error: tuple[float, float]
+    rival_bytes: int
+    plan_bytes: int
     predicted: float
+    rivals: dict[bool, Kl]
+    plans: dict[str, Kl]
 
 
 def main() -> None:
@@ -65,105 +72,108 @@ def main() -> None:
     parser.add_argument("--refine", type=int, default=4, help="rounds of refinement")
     parser.add_argument("--chunks", type=int, default=12, help=f"pieces of {CONTEXT_TOKENS} tokens of the text")
     options = parser.parse_args()
-    tools, store = Tools.find(options.tools), Store()
-    place = store.root / "llama.cpp"
-    place.mkdir(parents=True, exist_ok=True)
-    model = Model(str(prepare_demo_model(store.root)))
+    store = Store()
+    bench = Bench(Tools.find(options.tools), store, options.refine, options.chunks)
     with shown_progress() as progress:
-        base = write_base(model, tools, place, options.chunks)
-        rows = []
-        for weighted, quantizer in QUANTIZERS.items():
-            profile = measure(model, quantizer, store, progress)
-            imatrix = write_imatrix(model, profile, place, store) if weighted else None
-            shared = (imatrix, model, profile, tools, base, options.refine, store, progress)
-            rows += [compare(mix, *shared) for mix in MIXES]
+        rows = [bench.compare(mix, progress) for mix in MIXES]
     text = render(rows, options.refine, options.chunks)
     (Path(__file__).parent / "llama_cpp.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
 
-def write_base(model: Model, tools: Tools, place: Path, chunks: int) -> Path:
-    """Returns the file of the unquantized model's logits on the text that nothing else saw."""
-    text, base = place / "python-reference.txt", place / f"base-{chunks}.dat"
-    if not base.exists():
-        formats = dict.fromkeys(list_weights(model.reference.model), "fp16")
-        export(model.reference, formats, place / "F16", exporter=ENGINE.exporter)
-        text.write_text("\n\n".join(python_reference_text()), encoding="utf-8")
-        tools.write_base(place / "F16" / "model.gguf", text, base, chunks)
-    return base
-
-
-def measure(model: Model, quantizer: str, store: Store, progress: Progress) -> SensitivityProfile:
+def measure(model: Model, store: Store, progress: Progress) -> SensitivityProfile:
     """Returns the profile of the formats that llama.cpp runs."""
-    config = MeasureConfig(quantizer=quantizer, fisher_sequences=48, logit_passes=320, fit_plans=None)
+    config = MeasureConfig(fisher_sequences=48, logit_passes=320, fit_plans=None)
     request = replace(demo_request(store), formats=ENGINE.menu, embedding_formats=ENGINE.menu, config=config)
     return allocator.measure(model, request=request, store=store, progress=progress)
 
 
-def write_imatrix(model: Model, profile: SensitivityProfile, place: Path, store: Store) -> Path:
-    """Returns our importance matrix, written beside a plan of a profile."""
-    plan = allocator.plan(
-        model, allocator.Budget(bits_per_weight=16), verify=False, profile=profile, engine=ENGINE.name, store=store
-    )
-    allocator.export(model, plan, ENGINE.name, place / "weighted", imatrix=True, store=store)
-    return place / "weighted" / "imatrix.gguf"
+class Bench:
+    """Makes and measures the files; what is there already is not made again.
 
+    Args:
+        tools: llama.cpp's programs.
+        store: Where everything is kept.
+        refine: Rounds of refinement.
+        chunks: Pieces of text that a KL is measured on.
+    """
 
-def compare(
-    mix: str,
-    imatrix: Path | None,
-    model: Model,
-    profile: SensitivityProfile,
-    tools: Tools,
-    base: Path,
-    refine: int,
-    store: Store,
-    progress: Progress,
-) -> Row:
-    """Returns a rival beside the plan of its size."""
-    name = mix if imatrix is None else f"{mix} with importance matrix"
-    rival = base.parent / f"{name}.gguf"
-    if not rival.exists():
-        tools.make_mix(base.parent / "F16" / "model.gguf", rival, mix, imatrix)
-    size = rival.stat().st_size
-    plan = allocator.plan(
-        model,
-        allocator.Budget(memory_bytes=size),
-        profile=profile,
-        engine=ENGINE.name,
-        refine=refine,
-        store=store,
-        progress=progress,
-    )
-    allocator.save_plan(plan, base.parent / f"{name}, plan.json")
-    out = base.parent / f"{name}, plan"
-    allocator.export(model, plan, ENGINE.name, out, store=store)
-    ours = out / "model.gguf"
-    assert ours.stat().st_size == plan.memory_bytes <= size, (
-        "the file is as long as predicted, and no longer than the rival"
-    )
-    measured = [measured_kl(path, base, tools) for path in (rival, ours)]
-    return Row(
-        mix=mix,
-        weighted=imatrix is not None,
-        bytes=(size, plan.memory_bytes),
-        kl=(measured[0][0], measured[1][0]),
-        std_error=(measured[0][1], measured[1][1]),
-        predicted=plan.predicted_kl,
-    )
+    def __init__(self, tools: Tools, store: Store, refine: int, chunks: int) -> None:
+        self._tools, self._store, self._refine = tools, store, refine
+        self._model = Model(str(prepare_demo_model(store.root)))
+        self._place = store.root / "llama.cpp"
+        self._place.mkdir(parents=True, exist_ok=True)
+        self._base = self._write_base(chunks)
 
+    def compare(self, mix: str, progress: Progress) -> Row:
+        """Returns the rivals of a mix beside the plan of their size."""
+        profile = measure(self._model, self._store, progress)
+        tokens = torch.from_numpy(profile.calibration_tokens)
+        directory = self._store.rendering(profile.fingerprint)
+        statistics = find_statistics(self._model.reference.model, tokens, directory=directory)
+        imatrix = self._place / "imatrix.gguf"
+        if not imatrix.exists():
+            shape = (tokens.shape[0], tokens.shape[1])
+            source = profile.provenance["calibration"]
+            write_importance_matrix(self._model.reference, statistics, imatrix, source=source, tokens_shape=shape)
+        rivals = {weighted: self._make_rival(mix, imatrix if weighted else None) for weighted in (False, True)}
+        size = min(path.stat().st_size for path in rivals.values())
+        plan = allocator.plan(
+            self._model,
+            allocator.Budget(memory_bytes=size),
+            profile=profile,
+            engine=ENGINE.name,
+            refine=self._refine,
+            store=self._store,
+            progress=progress,
+        )
+        allocator.save_plan(plan, self._place / f"{mix}-plan.json")
+        plans = {quantizer: self._measure_plan(plan, mix, quantizer, statistics) for quantizer in RENDERINGS}
+        return Row(
+            mix=mix,
+            rival_bytes=size,
+            plan_bytes=plan.memory_bytes,
+            predicted=plan.predicted_kl,
+            rivals={weighted: self._measure_kl(path) for weighted, path in rivals.items()},
+            plans=plans,
+        )
 
-def measured_kl(path: Path, base: Path, tools: Tools) -> tuple[float, float]:
-    """Returns the mean KL of a file and its standard error, measured once for each content of the file."""
-    kept = path.with_suffix(f".{base.stem}.json")
-    stamp = [path.stat().st_size, path.stat().st_mtime_ns]
-    if kept.exists():
-        document = json.loads(kept.read_text(encoding="utf-8"))
-        if document["stamp"] == stamp:
-            return document["kl"], document["std_error"]
-    kl, std_error = tools.measure_kl(path, base)
-    kept.write_text(json.dumps({"stamp": stamp, "kl": kl, "std_error": std_error}), encoding="utf-8")
-    return kl, std_error
+    def _write_base(self, chunks: int) -> Path:
+        """Returns the file of the unquantized model's logits on the text that nothing else saw."""
+        text, base = self._place / "python-reference.txt", self._place / f"base-{chunks}.dat"
+        if not base.exists():
+            formats = dict.fromkeys(list_weights(self._model.reference.model), "fp16")
+            export(self._model.reference, formats, self._place / "F16", exporter=ENGINE.exporter)
+            text.write_text("\n\n".join(python_reference_text()), encoding="utf-8")
+            self._tools.write_base(self._place / "F16" / "model.gguf", text, base, chunks)
+        return base
+
+    def _make_rival(self, mix: str, imatrix: Path | None) -> Path:
+        path = self._place / f"{mix}{'' if imatrix is None else '-weighted'}.gguf"
+        if not path.exists():
+            self._tools.make_mix(self._place / "F16" / "model.gguf", path, mix, imatrix)
+        return path
+
+    def _measure_plan(
+        self, plan: allocator.Plan, mix: str, quantizer: str, statistics: dict[str, InputStatistics]
+    ) -> Kl:
+        """Returns the KL of a plan's file with codes of one rule; it is as long as predicted."""
+        out = self._place / f"{mix}-plan-{quantizer}"
+        rule = Rendering(quantizer=quantizer, statistics=statistics)
+        manifest = out / "bitplan-export.json"
+        if not manifest.exists() or json.loads(manifest.read_text())["formats"] != dict(plan.weights):
+            export(self._model.reference, plan.weights, out, exporter=ENGINE.exporter, quantizer=rule)
+        assert (out / "model.gguf").stat().st_size == plan.memory_bytes
+        return self._measure_kl(out / "model.gguf")
+
+    def _measure_kl(self, path: Path) -> Kl:
+        """Returns the mean KL of a file and its standard error, measured once for each content of the file."""
+        kept, stamp = path.with_suffix(f".{self._base.stem}.json"), path.stat().st_mtime_ns
+        if not kept.exists() or json.loads(kept.read_text())["stamp"] != stamp:
+            kl, std_error = self._tools.measure_kl(path, self._base)
+            kept.write_text(json.dumps({"stamp": stamp, "kl": kl, "std_error": std_error}), encoding="utf-8")
+        document = json.loads(kept.read_text())
+        return document["kl"], document["std_error"]
 
 
 def render(rows: list[Row], refine: int, chunks: int) -> str:
@@ -175,26 +185,40 @@ def render(rows: list[Row], refine: int, chunks: int) -> str:
         f"{describe_machine()}.",
         "",
         "Mean KL to the unquantized model, nats per token ± its standard error, measured by llama-perplexity on "
-        f"{chunks} pieces of {CONTEXT_TOKENS} tokens of the Python reference, which nothing else saw. "
-        "llama.cpp's files are llama-quantize's. No plan is larger than its rival, and each file is as long as its "
-        "plan predicted, to the byte. "
-        "With an importance matrix, both sides have the same one, which bitplan wrote from the calibration text.",
+        f"{chunks} pieces of {CONTEXT_TOKENS} tokens of the Python reference, which nothing else saw. The files of "
+        "llama.cpp are llama-quantize's. No plan is larger than its rival, and each file is as long as its plan "
+        "predicted, to the byte.",
+        "",
+        "## Without an importance matrix",
+        "",
+        *_table(rows, weighted=False, quantizers=("rtn",)),
+        "",
+        "## With an importance matrix",
+        "",
+        "Both sides have the same matrix, which bitplan wrote from the calibration text. The last columns are the same "
+        "plan with codes of GPTQ, which knows how inputs vary together and not only how much each varies.",
+        "",
+        *_table(rows, weighted=True, quantizers=("weighted_clipping", "gptq")),
     ]
-    for weighted in QUANTIZERS:
-        title = "With an importance matrix" if weighted else "Without an importance matrix"
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            "| size of | bytes | llama.cpp | plan, bytes | plan | predicted | plan / llama.cpp |",
-        ]
-        lines.append("|---|---|---|---|---|---|---|")
-        for row in sorted((row for row in rows if row.weighted == weighted), key=lambda row: row.bytes[0]):
-            theirs, ours = (f"{kl:.4f} ± {error:.4f}" for kl, error in zip(row.kl, row.std_error, strict=True))
-            ratio = row.kl[1] / row.kl[0]
-            cells = [row.mix, row.bytes[0], theirs, row.bytes[1], ours, f"{row.predicted:.4f}", f"**{ratio:.2f}**"]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def _table(rows: list[Row], *, weighted: bool, quantizers: tuple[str, ...]) -> list[str]:
+    named = [f"{RENDERINGS[q]} | × llama.cpp" for q in quantizers]
+    lines = [f"| size of | bytes | llama.cpp | plan's bytes | predicted | {' | '.join(named)} |"]
+    lines.append("|---|---|---|---|---|" + "---|---|" * len(quantizers))
+    for row in sorted(rows, key=lambda row: row.rival_bytes):
+        theirs = row.rivals[weighted]
+        cells = [row.mix, f"{row.rival_bytes:,}", _cell(theirs), f"{row.plan_bytes:,}", f"{row.predicted:.4f}"]
+        for quantizer in quantizers:
+            ours = row.plans[quantizer]
+            cells += [_cell(ours), f"**{ours[0] / theirs[0]:.2f}**"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(kl: Kl) -> str:
+    return f"{kl[0]:.4f} ± {kl[1]:.4f}"
 
 
 if __name__ == "__main__":
