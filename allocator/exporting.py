@@ -108,7 +108,9 @@ def _write_imatrix(reference: ReferenceModel, plan: Plan, out: Path, store: Stor
     statistics = find_statistics(reference.model, tokens, directory=store.rendering(fingerprint))
     source = profile.provenance["calibration"]
     with atomic_path(out / IMATRIX_FILE) as path:
-        write_importance_matrix(reference, statistics, path, source=source, tokens_shape=tuple(tokens.shape))
+        write_importance_matrix(
+            reference, statistics, path, source=source, tokens_shape=(tokens.shape[0], tokens.shape[1])
+        )
 
 
 def units_of_engine(model: Any, engine: Engine, plan: Plan) -> tuple[Unit, ...]:

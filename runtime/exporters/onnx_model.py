@@ -125,7 +125,7 @@ class _Decoder:
             helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", length])
             for name, length in (("input_ids", "tokens"), ("attention_mask", "all_tokens"))
         ]
-        outputs = []
+        outputs: list[Any] = []
         for layer in range(layers):
             x, states = self._add_layer(f"model.layers.{layer}", x, layer)
             for name, into, length in (
@@ -168,7 +168,9 @@ class _Decoder:
         return graph.add("Add", [x, self._linear(f"{stem}.mlp.down_proj", product)]), [*past, *present]
 
     def _head_dim(self) -> int:
-        return getattr(self._config, "head_dim", None) or self._config.hidden_size // self._config.num_attention_heads
+        return int(
+            getattr(self._config, "head_dim", None) or self._config.hidden_size // self._config.num_attention_heads
+        )
 
     def _reader(self, parameter: str) -> WeightReader:
         """Returns the operators of a weight, those of a tied one under either name."""
