@@ -69,7 +69,7 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tools", type=Path, help="directory of llama-quantize and llama-perplexity")
-    parser.add_argument("--refine", type=int, default=4, help="rounds of refinement")
+    parser.add_argument("--refine", type=int, default=0, help="rounds of refinement; none: one solve")
     parser.add_argument("--chunks", type=int, default=12, help=f"pieces of {CONTEXT_TOKENS} tokens of the text")
     options = parser.parse_args()
     store = Store()
@@ -123,6 +123,7 @@ class Bench:
             allocator.Budget(memory_bytes=size),
             profile=profile,
             engine=ENGINE.name,
+            verify=self._refine > 0,
             refine=self._refine,
             store=self._store,
             progress=progress,

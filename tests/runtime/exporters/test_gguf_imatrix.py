@@ -1,8 +1,5 @@
-"""Importance matrices: sums over the inputs that hooks see, under llama.cpp's names, read by llama-quantize itself."""
+"""Importance matrices: sums over the inputs that hooks see, under llama.cpp's names."""
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +7,6 @@ import pytest
 import torch
 from gguf import GGUFReader
 
-from runtime.exporters import export
 from runtime.exporters.gguf_imatrix import write_importance_matrix
 from runtime.loading import ReferenceModel, load_reference
 from runtime.units import list_weights
@@ -19,7 +15,6 @@ from tests.sensitivity.captured_inputs import capture_inputs
 from tests.tiny_models import VOCABULARY_SIZE, build_tiny_llama, build_tiny_mixtral, save_model
 
 TOKENS = torch.randint(0, VOCABULARY_SIZE, (3, 12), generator=torch.Generator().manual_seed(0))
-QUANTIZE = shutil.which("llama-quantize", path=f"{os.environ.get('LLAMA_CPP_BIN', '')}{os.pathsep}{os.environ['PATH']}")
 
 
 def write(reference: ReferenceModel, path: Path, tokens: torch.Tensor = TOKENS) -> dict[str, np.ndarray]:
@@ -63,26 +58,3 @@ def test_of_a_known_kind_only(tmp_path: Path) -> None:
     reference.model.config.model_type = "gpt_neox"
     with pytest.raises(ValueError, match=r"one of llama, .*: got 'gpt_neox'"):
         write(reference, tmp_path / "imatrix.gguf")
-
-
-@pytest.mark.skipif(QUANTIZE is None, reason="needs llama-quantize: LLAMA_CPP_BIN, see benchmarks/llama_cpp_tools.py")
-@pytest.mark.parametrize("build", [build_tiny_llama, build_tiny_mixtral], ids=["llama", "mixtral"])
-def test_llama_quantize_uses_it(build: type, tmp_path: Path) -> None:
-    reference = load_reference(str(save_model(build(), tmp_path / "model")))
-    export(reference, dict.fromkeys(list_weights(reference.model), "fp16"), tmp_path / "f16", exporter="llama.cpp")
-    found = write(reference, tmp_path / "imatrix.gguf")
-    assert QUANTIZE is not None
-    command = [QUANTIZE, "--imatrix", str(tmp_path / "imatrix.gguf"), str(tmp_path / "f16" / "model.gguf")]
-    done = subprocess.run(
-        [*command, str(tmp_path / "out.gguf"), "Q4_0", "1"], capture_output=True, text=True, check=True
-    )
-    text = done.stdout + done.stderr
-    assert f"have {len(found) // 2} importance matrix entries" in text
-    assert "did not find weights for blk" not in text
-    subprocess.run([QUANTIZE, command[3], str(tmp_path / "plain.gguf"), "Q4_0", "1"], capture_output=True, check=True)
-    weighted, plain = (
-        {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / name).tensors}
-        for name in ("out.gguf", "plain.gguf")
-    )
-    down = next(name for name in plain if "ffn_down" in name)
-    assert not np.array_equal(weighted[down], plain[down])
