@@ -11,6 +11,7 @@ from allocator.artefacts import (
     assignment_of_plan,
     model_to_measure,
     open_model,
+    plans_routers,
     profile_of_plan,
 )
 from allocator.assignments import keep_best_activations, keep_widest_caches, list_uniform, use_of
@@ -155,7 +156,10 @@ def apply(
     predicted_bytes = plan.file_bytes
     if plan.rules is not None:
         # The plan counts the engine's file; this one has a header of its own.
-        predicted_bytes += fixed_bytes(reference.model) - plan.fixed_bytes
+        routers = plans_routers(reference.model, plan)
+        predicted_bytes += (
+            fixed_bytes(reference.model, routers=routers, residency=reference.residency) - plan.fixed_bytes
+        )
     file_bytes = save_packed_(
         reference,
         plan.weights,

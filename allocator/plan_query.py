@@ -113,6 +113,7 @@ def _check_request(target: Engine | None, budget: Budget, *, verify: bool, refin
         )
         raise ValueError(msg)
     if BIT_OPERATIONS in budget.limits and (refine or evolve or target is not None):
+        engine = None if target is None else target.name
         msg = (
             f"a limit on bit operations is kept by the solve alone: got it with engine={engine}, refine={refine}, "
             f"evolve={evolve}. Leave these out."
@@ -144,6 +145,7 @@ def _profile_to_plan(
         whole = join_activations(whole)
     if target is not None and isinstance(model, Model):
         # Bytes are those of the file that the engine loads, where they are known.
-        fixed = engine_fixed_bytes(target, model.reference_of(whole, store))
+        routers = any(unit.kind == "router" for unit in whole.candidates.units)
+        fixed = engine_fixed_bytes(target, model.reference_of(whole, store), routers=routers)
         whole = whole if fixed is None else replace(whole, fixed_bytes=fixed)
     return whole
