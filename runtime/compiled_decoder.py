@@ -135,12 +135,13 @@ class _DecodesCompiled:
         **kwargs: Any,
     ) -> Any:
         """Returns what the model's own forward does."""
+        wanted = logits_to_keep if isinstance(logits_to_keep, int) else None
         plain = inputs_embeds is None and labels is None and not any(v for k, v in kwargs.items() if k != "return_dict")
         cache = None
-        if plain and input_ids is not None and past_key_values is not None and isinstance(logits_to_keep, int):
+        if plain and input_ids is not None and past_key_values is not None and wanted is not None:
             cache = _find_cache(self, input_ids, attention_mask, position_ids, past_key_values)
-        if cache is None:
-            return super().forward(
+        if cache is None or input_ids is None or wanted is None:
+            return super().forward(  # type: ignore[misc]
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -151,8 +152,8 @@ class _DecodesCompiled:
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-        logits = run_tokens(self, cache, input_ids, wanted=logits_to_keep or input_ids.shape[1])  # type: ignore[union-attr,arg-type]
-        output = CausalLMOutputWithPast(logits=logits[None], past_key_values=cache)  # type: ignore[arg-type]
+        logits = run_tokens(self, cache, input_ids, wanted=min(wanted, input_ids.shape[1]) or input_ids.shape[1])
+        output = CausalLMOutputWithPast(logits=logits[None], past_key_values=cache)
         return output if kwargs.get("return_dict", True) else output.to_tuple()
 
 
