@@ -38,6 +38,7 @@ from allocator.cli_output import (
     table,
 )
 from allocator.cli_reports import REPORT_COMMANDS
+from allocator.cli_service import SERVICE_COMMANDS
 
 if TYPE_CHECKING:
     from allocator.artefacts import Model
@@ -226,7 +227,7 @@ def demo(out: Path, memory: str) -> None:
     with_progress(run_demo, out, parse(lambda: parse_bytes(memory)))
 
 
-for _command in (*REPORT_COMMANDS, *FURTHER_COMMANDS, *ENGINE_COMMANDS):
+for _command in (*REPORT_COMMANDS, *FURTHER_COMMANDS, *ENGINE_COMMANDS, *SERVICE_COMMANDS):
     cli.add_command(_command)
 
 
