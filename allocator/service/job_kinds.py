@@ -137,8 +137,14 @@ def report(context: JobContext) -> Outcome:
     """Writes the report of a plan."""
     from allocator.pipeline import report as run
 
-    options = {"text": context.text(), "store": context.store, "progress": context.progress}
-    run(context.model_path(), context.plan(), context.place, **options)
+    run(
+        context.model_path(),
+        context.plan(),
+        context.place,
+        text=context.text(),
+        store=context.store,
+        progress=context.progress,
+    )
     return _written(context, "report", {})
 
 
