@@ -39,7 +39,7 @@ def test_map_is_read_by_keys(experts_page: Page) -> None:
         experts_page.keyboard.press(key)
     expect(experts_page.get_by_text("Layer 1, expert 1:")).to_contain_text(".")
     # The graph follows the layer.
-    expect(experts_page.get_by_label("Layer", exact=True)).to_have_value("1")
+    expect(experts_page.get_by_role("combobox", name="Layer")).to_have_value("1")
 
 
 def test_graph_has_every_expert(experts_page: Page) -> None:
