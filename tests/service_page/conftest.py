@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwrig
 
 from sensitivity.measure_config import MeasureConfig
 from tests.service_page.service_process import serve
-from tests.tiny_measurements import CONFIG, FORMATS
+from tests.tiny_measurements import CACHE_FORMATS, CONFIG, FORMATS
 
 ROOT = Path(__file__).parents[2]
 # A name that would run, were it ever taken for HTML.
@@ -25,7 +25,8 @@ def measure_options() -> str:
     """The options of a tiny measurement, as they are typed into the page."""
     amounts = {f.name: getattr(CONFIG, f.name) for f in fields(MeasureConfig)}
     changed = {name: value for name, value in amounts.items() if value != getattr(MeasureConfig(), name)}
-    return json.dumps({"calibration": "calibration.txt", "formats": FORMATS, **changed})
+    text = {"calibration": "calibration.txt", "formats": FORMATS, "cache_formats": CACHE_FORMATS}
+    return json.dumps({**text, **changed})
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,9 @@ function parseCount(text: string): number | null {
 /** The budget as fields, for those who know what they want. */
 export function BudgetControls({ budget, profile, hasCache, onChange, onKind }: BudgetControlsProps) {
   const form = BUDGETS[budget.kind];
+  // Losses in another unit would not stand on the same axis.
+  const unit = profile.metric_units[profile.default_metric];
+  const comparable = profile.metric_names.filter((name) => profile.metric_units[name] === unit);
   const withCache = budget.context !== null;
   const options = BUDGET_KINDS.map((kind) => {
     const barred = withCache && (kind === "bits_per_weight" || kind === "latency_us");
@@ -67,7 +70,7 @@ export function BudgetControls({ budget, profile, hasCache, onChange, onKind }: 
         )}
         <Select
           label="Metric"
-          options={profile.metric_names.map((name) => ({ value: name, label: name }))}
+          options={comparable.map((name) => ({ value: name, label: name }))}
           value={budget.metric}
           onChange={(metric) => onChange({ metric })}
         />

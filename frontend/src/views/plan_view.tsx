@@ -2,11 +2,11 @@ import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } fr
 import { ServiceError, service } from "../api/client";
 import type { EvaluationRow, Frontier, Model, Plan, PlanRequest, Profile } from "../api/contract";
 import { BUDGETS, type BudgetKind, type Range, rangeOf } from "../figures/budgets";
-import { usefulPoints } from "../figures/chart_series";
+import { placeUniforms, usefulPoints } from "../figures/chart_series";
 import { collectMeasured } from "../figures/measured_plans";
 import { significant } from "../figures/quantities";
 import { hashOf } from "../figures/routes";
-import { type Cell, makeGrid } from "../figures/unit_grid";
+import { type Cell, listCaches, makeGrid } from "../figures/unit_grid";
 import { Select } from "../widgets/controls";
 import { HeatMap } from "../widgets/heat_map";
 import { useLoaded } from "../widgets/hooks";
@@ -101,6 +101,12 @@ function PlanDesk({ model, profile, reloadModel }: PlanDeskProps) {
   );
   const [pinned, setPinned] = useState<Plan | null>(null);
   const points = useMemo(() => frontier.value && usefulPoints(frontier.value, profile), [frontier.value, profile]);
+  // The same for every budget on the same axes, and so one value while the budget moves.
+  const baselines = JSON.stringify(plan?.baselines ?? []);
+  const uniforms = useMemo(
+    () => placeUniforms(profile, JSON.parse(baselines) as Plan["baselines"]),
+    [profile, baselines],
+  );
   const range = budget.kind === "latency_us" ? latency.value : points && rangeOf(budget.kind, points);
   // A latency is asked for once its range is known; its value before that is a guess.
   const settled = budget.kind !== "latency_us" || latency.value !== null;
@@ -140,7 +146,7 @@ function PlanDesk({ model, profile, reloadModel }: PlanDeskProps) {
               kind={budget.kind}
               value={inside(budget.value, range)}
               range={range}
-              profile={profile}
+              uniforms={uniforms}
               frontier={frontier.value}
               points={points}
               plan={plan}
@@ -251,6 +257,7 @@ function Pin({ model, plan, pinned, onPin }: PinProps) {
 
 function PlanMaps({ plan, profile, waiting }: { plan: Plan; profile: Profile; waiting: boolean }) {
   const grid = useMemo(() => makeGrid(profile, plan.choice), [profile, plan]);
+  const caches = useMemo(() => listCaches(profile, plan.choice), [profile, plan]);
   const [open, setOpen] = useState<Cell | null>(null);
   return (
     <div class={`two-columns ${waiting ? "stale" : ""}`}>
@@ -258,6 +265,11 @@ function PlanMaps({ plan, profile, waiting }: { plan: Plan; profile: Profile; wa
         <h2>Bits by layer and role</h2>
         <p class="caption">Choose a cell to see why its unit is stored so.</p>
         <HeatMap grid={grid} label="Bits per weight by layer and role" onCell={setOpen} />
+        {caches.length > 0 && (
+          <p class="small">
+            Cache: {caches.map(({ role, format, count }) => `${role} ${format} in ${count} layers`).join(", ")}
+          </p>
+        )}
       </section>
       <section class="panel" aria-label="Bytes by role">
         <h2>Bytes by role</h2>
