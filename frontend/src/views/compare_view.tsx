@@ -38,8 +38,8 @@ const FIGURES: FigureRow[] = [
   { what: "Memory", value: (plan) => plan.bytes, text: (value) => bytesText(value, 4) },
   { what: "Bits per weight", value: (plan) => plan.bits_per_weight, text: bitsText },
   {
-    what: "One more MiB buys, nats",
-    value: (plan) => (plan.shadow_price === null ? null : -plan.shadow_price * MIB),
+    what: "Shadow price, nats per MiB",
+    value: (plan) => (plan.shadow_price === null ? null : plan.shadow_price * MIB),
     text: (value) => significant(value),
   },
 ];
