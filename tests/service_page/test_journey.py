@@ -160,6 +160,7 @@ def test_verified_plans_are_drawn(plan_page: Page) -> None:
     expect(plan_page.get_by_text("Verification finished").first).to_be_visible(timeout=120_000)
     plan_page.get_by_text("The frontier as a table").click()
     table = plan_page.get_by_role("region", name="The frontier", exact=True)
+    expect(plan_page.locator("dl.figures")).to_contain_text("95 % between")
     # Measured with an interval: the plan, and uniform formats beside it.
     expect(table.get_by_role("row").filter(has_text=" – ")).not_to_have_count(0)
 

@@ -16,7 +16,6 @@ export interface Budget {
 interface BudgetControlsProps {
   budget: Budget;
   profile: Profile;
-  hasCache: boolean;
   onChange: (change: Partial<Budget>) => void;
   onKind: (kind: BudgetKind) => void;
 }
@@ -27,7 +26,7 @@ function parseCount(text: string): number | null {
 }
 
 /** The budget as fields, for those who know what they want. */
-export function BudgetControls({ budget, profile, hasCache, onChange, onKind }: BudgetControlsProps) {
+export function BudgetControls({ budget, profile, onChange, onKind }: BudgetControlsProps) {
   const form = BUDGETS[budget.kind];
   // Losses in another unit would not stand on the same axis.
   const unit = profile.metric_units[profile.default_metric];
@@ -49,7 +48,7 @@ export function BudgetControls({ budget, profile, hasCache, onChange, onKind }: 
           parse={form.parse}
           onValue={(value) => onChange({ value })}
         />
-        {hasCache && (
+        {profile.has_cache && (
           <>
             <NumberField
               label="Context for the cache"
