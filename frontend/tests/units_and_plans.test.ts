@@ -219,7 +219,7 @@ describe("engines", () => {
       engine("c", ["int4"]),
       engine("d", ["int4"], false),
     ];
-    expect(rankEngines(engines, ["int2", "int4", "bf16"]).map((each) => each.name)).toEqual(["b", "c", "a"]);
+    expect(rankEngines(engines, ["int2", "int4", "bf16"]).map((each) => each.name)).toEqual(["b", "c", "a", "bitplan"]);
   });
 });
 
