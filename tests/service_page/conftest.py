@@ -61,7 +61,7 @@ def chromium() -> Path:
 def playwright_driver() -> Iterator[Playwright]:
     """Playwright, which stops with the tests."""
     # Workers of other tests share the cores; nothing here measures time.
-    expect.set_options(timeout=60_000)
+    expect.set_options(timeout=120_000)
     with sync_playwright() as driver:
         yield driver
 
@@ -83,7 +83,7 @@ def measured_models(service_url: str, measure_options: str) -> None:
             model = client.post("/models", json={"path": path, "name": name}).json()
             body = {"kind": "measure", "model_id": model["id"], "options": json.loads(measure_options)}
             job = client.post("/jobs", json=body).json()
-            with client.stream("GET", f"/jobs/{job['id']}/events", timeout=300.0) as events:
+            with client.stream("GET", f"/jobs/{job['id']}/events", timeout=600.0) as events:
                 assert "event: end" in list(events.iter_lines())
             assert client.get(f"/jobs/{job['id']}").json()["state"] == "succeeded"
 
@@ -93,7 +93,7 @@ def page(browser: Browser, service_url: str) -> Iterator[Page]:
     """A tab with an empty session at the service; what goes wrong in it fails the test."""
     context = browser.new_context(base_url=service_url, viewport={"width": 1600, "height": 1000})
     tab = context.new_page()
-    tab.set_default_timeout(60_000)
+    tab.set_default_timeout(120_000)
     errors: list[str] = []
     tab.on("pageerror", lambda error: errors.append(str(error)))
     # Answers such as 422 are told by the browser as errors of loading; the page shows them itself.

@@ -11,7 +11,8 @@ from tests.service_page.accessibility import list_faint, list_nameless, list_unf
 from tests.service_page.conftest import MIXTURE, WILD_NAME
 from tests.service_page.journeys import open_plan, slider, wait_for_plan
 
-pytestmark = pytest.mark.slow
+# The first test of a session waits for processes that import torch and measure.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # Not below pytest's directory: they are there to be looked at.
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "page-screenshots"
 WIDTHS = (400, 1600)

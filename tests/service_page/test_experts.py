@@ -7,7 +7,8 @@ from playwright.sync_api import Page, expect
 from tests.service_page.conftest import MIXTURE
 from tests.service_page.journeys import open_plan
 
-pytestmark = pytest.mark.slow
+# The first test of a session waits for processes that import torch and measure.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture

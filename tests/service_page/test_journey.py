@@ -18,7 +18,8 @@ from tests.service_page.journeys import (
     wait_until_measured,
 )
 
-pytestmark = pytest.mark.slow
+# The first test of a session waits for processes that import torch and measure.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from playwright.sync_api import Browser, Page, expect
 from tests.service_page.journeys import add_model, wait_until_measured
 from tests.service_page.service_process import environment_of, serve
 
-pytestmark = pytest.mark.slow
+# The first test of a session waits for processes that import torch and measure.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
