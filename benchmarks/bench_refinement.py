@@ -113,7 +113,8 @@ def render(rows: list[Row]) -> str:
         "KL in nats per token on text that nothing else saw, with half its 95 % interval. The linear layers are "
         f"allocated, the tied embedding stays {EMBEDDING_FORMAT}. Refined: so many rounds from the Fisher plan "
         "(`--refine`). Evolved: EvoPress (`--evolve`) from the same plan, with as many passes of one sequence as the "
-        "first refinement (a backward pass counts two). Gain: Fisher plan minus improved, 95 % interval of the paired difference.",
+        "first refinement (a backward pass counts two). Gain: Fisher plan minus improved, 95 % interval "
+        "of the paired difference.",
         "",
         "| bits | plan | KL | gain | × uniform | × weight error | passes | units changed |",
         "|---|---|---|---|---|---|---|---|",
