@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from allocator.artefacts import Model
     from allocator.budget import Budget, InfeasibleBudget
+    from allocator.client import AsyncClient, Client
+    from allocator.client_verbs import ServiceError
     from allocator.comparing import compare
     from allocator.exporting import Exported, export
     from allocator.format_table import list_formats
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 _HOME = {
     "Applied": "allocator.pipeline",
     "ArtefactMismatch": "allocator.plans",
+    "AsyncClient": "allocator.client",
     "Budget": "allocator.budget",
+    "Client": "allocator.client",
     "Evaluation": "allocator.plans",
     "Exported": "allocator.exporting",
     "InfeasibleBudget": "allocator.budget",
@@ -44,6 +48,7 @@ _HOME = {
     "PrefixFound": "allocator.prefixes",
     "Priced": "allocator.pricing",
     "SensitivityProfile": "sensitivity.profile",
+    "ServiceError": "allocator.client_verbs",
     "Store": "allocator.store",
     "UnitPlan": "allocator.plans",
     "apply": "allocator.pipeline",
@@ -66,7 +71,9 @@ _HOME = {
 __all__ = [
     "Applied",
     "ArtefactMismatch",
+    "AsyncClient",
     "Budget",
+    "Client",
     "Evaluation",
     "Exported",
     "InfeasibleBudget",
@@ -77,6 +84,7 @@ __all__ = [
     "PrefixFound",
     "Priced",
     "SensitivityProfile",
+    "ServiceError",
     "Store",
     "UnitPlan",
     "apply",

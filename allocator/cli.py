@@ -37,7 +37,9 @@ from allocator.cli_output import (
     render,
     table,
 )
+from allocator.cli_remote import LocalOrRemote
 from allocator.cli_reports import REPORT_COMMANDS
+from allocator.cli_service import SERVICE_COMMANDS
 
 if TYPE_CHECKING:
     from allocator.artefacts import Model
@@ -46,9 +48,11 @@ if TYPE_CHECKING:
 FAILURE, USAGE, INFEASIBLE = 1, 2, 3
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=LocalOrRemote, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="bitplan")
-def cli() -> None:
+@click.option("--server", metavar="URL", help="Let a service do it, such as http://127.0.0.1:8420.")
+@click.option("--key", envvar="BITPLAN_KEY", help="API key of the service; better in BITPLAN_KEY.")
+def cli(server: str | None, key: str | None) -> None:
     """Choose the storage format of every part of a language model for a memory, latency or quality budget.
 
     The plan loses least under the budget, with a proof of how near to optimal it is, and is verified on held-out
@@ -226,7 +230,7 @@ def demo(out: Path, memory: str) -> None:
     with_progress(run_demo, out, parse(lambda: parse_bytes(memory)))
 
 
-for _command in (*REPORT_COMMANDS, *FURTHER_COMMANDS, *ENGINE_COMMANDS):
+for _command in (*REPORT_COMMANDS, *FURTHER_COMMANDS, *ENGINE_COMMANDS, *SERVICE_COMMANDS):
     cli.add_command(_command)
 
 

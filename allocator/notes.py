@@ -31,6 +31,7 @@ def list_notes(profile: SensitivityProfile, plan: Plan, evaluations: Sequence[Ev
         [
             *_transform_notes(plan),
             *_cache_notes(plan),
+            *([f"{plan.activations.describe().capitalize()}."] if plan.activations else []),
             *_prediction_notes(profile, plan, shipped),
             *_stability_notes(profile),
             *_expert_notes(profile),

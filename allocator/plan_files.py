@@ -6,7 +6,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-from allocator.plans import SCHEMA_VERSION, CachePlan, Evaluation, Plan, RulesPrice, UnitPlan
+from allocator.plans import (
+    OPTIONAL_PARTS,
+    SCHEMA_VERSION,
+    ActivationPlan,
+    CachePlan,
+    Evaluation,
+    Plan,
+    RulesPrice,
+    UnitPlan,
+)
 from runtime.files import write_text
 
 # What null stands for.
@@ -36,7 +45,7 @@ def load_plan(path: Path) -> Plan:
         msg = f"a plan must have schema_version={SCHEMA_VERSION}: got {found} in '{path}'. Make the plan again."
         raise ValueError(msg)
     known = {f.name for f in dataclasses.fields(Plan)}
-    missing, unknown = sorted(known - set(record) - {"cache"}), sorted(set(record) - known)
+    missing, unknown = sorted(known - set(record) - OPTIONAL_PARTS), sorted(set(record) - known)
     if missing or unknown:
         msg = f"a plan must have the fields of its schema: '{path}' lacks {missing} and has unknown {unknown}."
         raise ValueError(msg)
@@ -65,6 +74,7 @@ def _plan(record: dict[str, Any]) -> Plan:
             "weights": weights,
             "provenance": provenance,
             "cache": CachePlan(**record["cache"]) if "cache" in record else None,
+            "activations": ActivationPlan(**record["activations"]) if "activations" in record else None,
             "units": tuple(UnitPlan(**unit) for unit in record["units"]),
             "rules": record["rules"] and RulesPrice(**record["rules"]),
             "evaluations": tuple(Evaluation(**evaluation) for evaluation in record["evaluations"]),

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from allocator.artefacts import Model, find_profile, model_to_measure, open_model, provenance
-from allocator.budget import LATENCY, Budget
+from allocator.budget import BIT_OPERATIONS, LATENCY, Budget
 from allocator.competition import Competition, list_rivals
 from allocator.engine_rules import Optimum, engine_fixed_bytes, price_rules, restrict_profile
 from allocator.evolution import Evolution
@@ -19,6 +19,7 @@ from allocator.store import Store
 from allocator.timings import find_latency
 from runtime.engine_rules import Engine
 from runtime.engines import find_engine
+from sensitivity.activation_losses import join_activations
 from sensitivity.cache_losses import join_cache
 from sensitivity.profile import SensitivityProfile
 
@@ -111,6 +112,13 @@ def _check_request(target: Engine | None, budget: Budget, *, verify: bool, refin
             f"context={budget.context}. Leave one of them out."
         )
         raise ValueError(msg)
+    if BIT_OPERATIONS in budget.limits and (refine or evolve or target is not None):
+        engine = None if target is None else target.name
+        msg = (
+            f"a limit on bit operations is kept by the solve alone: got it with engine={engine}, refine={refine}, "
+            f"evolve={evolve}. Leave these out."
+        )
+        raise ValueError(msg)
     if (refine or evolve) and not verify:
         msg = (
             f"refinement and evolution measure: got refine={refine}, evolve={evolve} without verification. Verify, or "
@@ -133,8 +141,11 @@ def _profile_to_plan(
     whole = profile or find_profile(model, store=store, progress=progress)
     if budget.context is not None:
         whole = join_cache(whole, context=budget.context, batch=budget.batch)
+    if BIT_OPERATIONS in budget.limits:
+        whole = join_activations(whole)
     if target is not None and isinstance(model, Model):
         # Bytes are those of the file that the engine loads, where they are known.
-        fixed = engine_fixed_bytes(target, model.reference_of(whole, store))
+        routers = any(unit.kind == "router" for unit in whole.candidates.units)
+        fixed = engine_fixed_bytes(target, model.reference_of(whole, store), routers=routers)
         whole = whole if fixed is None else replace(whole, fixed_bytes=fixed)
     return whole

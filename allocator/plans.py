@@ -3,16 +3,20 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from allocator.notebook import plan_html
+from runtime.activation_names import module_of
 
 SCHEMA_VERSION = 3
 # Of the 8 KiB that runtime/checkpoint.py sets aside for all metadata besides the formats.
 _HEADER_BYTES = 6 * 1024
 _SHORTENED_CHARACTERS = (1000, 300, 100, 30, 10)
+# Parts that only some plans have.
+OPTIONAL_PARTS = {"cache", "activations"}
 
 
 class ArtefactMismatch(Exception):
@@ -84,6 +88,39 @@ class CachePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActivationPlan:
+    """The activations' part of a plan.
+
+    Args:
+        formats: Input of a linear layer -> format name.
+        scales: Input -> scale of its format where that is static: one number, or one for each channel.
+        bit_operations: Bit operations of one token, weights that read unquantized inputs included.
+        predicted_loss: What the activations add to the predicted KL, nats per token.
+    """
+
+    formats: Mapping[str, str]
+    scales: Mapping[str, Sequence[float]]
+    bit_operations: float
+    predicted_loss: float
+
+    def describe(self) -> str:
+        """Returns the formats, the operations and the loss as one sentence."""
+        counts = Counter(self.formats.values()).most_common()
+        return (
+            f"activations: {', '.join(f'{name} x {count}' for name, count in counts)}; {self.bit_operations:.4g} bit "
+            f"operations a token; {self.predicted_loss:.4g} nats per token of the prediction"
+        )
+
+    @property
+    def scheme(self) -> dict[str, tuple[str, list[float] | None]]:
+        """Linear layer -> format of its input, and its scale where that is static."""
+        return {
+            module_of(name): (format_, [float(x) for x in self.scales[name]] if name in self.scales else None)
+            for name, format_ in self.formats.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class RulesPrice:
     """What the rules of an engine cost under a plan's budget: the optimum under them beside the one without.
 
@@ -145,6 +182,7 @@ class Plan:
         rules: What the rules of the engine it was made for cost; None where it was made for none.
         provenance: Names, fingerprints and versions.
         cache: Formats of the cache, or None where the budget named no context.
+        activations: Formats of the activations, or None where the budget named no bit operations.
     """
 
     name: str
@@ -175,6 +213,7 @@ class Plan:
     provenance: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
     cache: CachePlan | None = None
+    activations: ActivationPlan | None = None
 
     @property
     def file_bytes(self) -> int:
@@ -210,10 +249,10 @@ class Plan:
         return plan_html(f"Plan '{self.name}' for {self.budget}", lines, self.units)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the plan as JSON values; infinite and unknown numbers become null. A plan without cache says none."""
+        """Returns the plan as JSON values; infinite and unknown numbers become null. Parts it lacks are not named."""
         cleaned = jsonable(dataclasses.asdict(self))
         assert isinstance(cleaned, dict)
-        return {name: value for name, value in cleaned.items() if name != "cache" or value is not None}
+        return {name: value for name, value in cleaned.items() if name not in OPTIONAL_PARTS or value is not None}
 
     def header_metadata(self) -> dict[str, str]:
         """Returns the part of the plan that the packed file's header carries, besides the formats.
@@ -221,7 +260,7 @@ class Plan:
         Long texts (paths of calibration files, for one) are shortened as far as the header's reserve demands.
         """
         record = self.to_dict()
-        kept = {k: v for k, v in record.items() if k not in ("weights", "units", "evaluations", "cache")}
+        kept = {k: v for k, v in record.items() if k not in ("weights", "units", "evaluations", *OPTIONAL_PARTS)}
         text = _compact(kept)
         for most in _SHORTENED_CHARACTERS:
             # The header is JSON itself, so the text is escaped once more.

@@ -67,7 +67,7 @@ def test_plans_of_two_models_are_refused(plans: tuple[Plan, Plan], tiny_store: S
 
 def test_plans_with_a_cache_are_refused(plans: tuple[Plan, Plan], tiny_store: Store, tmp_path: Path) -> None:
     cache = CachePlan(context=8, batch=1, memory_bytes=1, formats={})
-    with pytest.raises(ValueError, match="must be of weights alone: got one with a cache"):
+    with pytest.raises(ValueError, match="must be of weights alone: got one with formats of a cache or of activations"):
         compare(plans[0], replace(plans[1], cache=cache), tmp_path, store=tiny_store)
 
 
