@@ -36,6 +36,7 @@ SHOWN = (
 )
 WITH_STATISTICS = (
     *("ternary_g64", "bcq2_g64", "int2_mix25int4_g64_outliers", "bitmod3_g64", "bcq3_g64", "bitmod4_g64"),
+    *("int1_top20int4_channel", "dual_binary_g64", "bitstack2_r4", "intfp4_g32", "int4_top12int8_g64", "nested8_g64"),
     *("int1_g64", "int2_g64", "q2_k", "fp3_g64", "int3_g64", "q3_k", "int4_g64", "fp4_g64", "mxfp4", "nvfp4", "nvint4"),
     *("q4_0", "q4_k", "q5_k", "fp6_g64", "mxint8"),
 )
