@@ -100,7 +100,7 @@ def render(model: Model, profile: SensitivityProfile, rows: list[Row], store: St
         f"Made by `python benchmarks/bench_activations.py`. Machine: {describe_machine()}.",
         "",
         "Bit operations of one token: multiplications × bits of the weights' codes × bits of the activations, the tied "
-        "head with 16-bit activations. Metric: that of the demonstration for weights, Fisher diagonal of 32 × 128 "
+        "head with 16-bit activations. Metric: that of the demonstration for weights, Fisher diagonal of 16 × 128 "
         "tokens for activations; static scales of 8 of these sequences. KL in nats per token on "
         f"{len(tokens)} × {tokens.shape[1]} tokens of other text, "
         "weights and activations quantized together, with half the 95 % interval.",
