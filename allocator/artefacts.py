@@ -18,6 +18,7 @@ from allocator.transformed import TRANSFORMS, TRANSFORMS_CONTENT, is_transformed
 from runtime.activation_names import activation_name
 from runtime.loading import ReferenceModel, find_model, fingerprint_model, load_reference
 from runtime.stored_weights import load_stored_reference
+from runtime.units import list_weights
 from sensitivity.activation_losses import join_activations
 from sensitivity.cache_losses import join_cache
 from sensitivity.profile import SensitivityProfile
@@ -143,6 +144,12 @@ def assignment_of_plan(profile: SensitivityProfile, plan: Plan) -> Assignment:
     choice = [profile.candidates.format_index(formats[own[0]]) for own in names]
     kind = "uniform" if plan.termination == UNIFORM_RULE else "plan"
     return Assignment(name=plan.name, kind=kind, metric=plan.metric, choice=np.array(choice, dtype=np.int64))
+
+
+def plans_routers(model: Any, plan: Plan) -> bool:
+    """Returns whether a plan has formats for a model's routers."""
+    weights = list_weights(model, routers=True)
+    return any(weights[name].kind == "router" for name in plan.weights if name in weights)
 
 
 def provenance() -> dict[str, str]:

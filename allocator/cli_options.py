@@ -74,8 +74,8 @@ def measure_options(command: Command) -> Command:
         click.option("--pin", "pins", multiple=True, metavar="REGEX=FORMAT", help="Fix units to a format; repeatable."),
         click.option(
             "--quantizer",
-            help="Rule that renders the candidates: rtn (default), clipping, hqq; gptq, coordinate_descent, "
-            "learned_rounding and auto (the best of several), which read the calibration text and take longer.",
+            help="Rule that renders the candidates: rtn (default), clipping, hqq; weighted_clipping, gptq, "
+            "coordinate_descent, learned_rounding and auto (the best of several), which read the calibration text.",
         ),
         click.option(
             "--transform",

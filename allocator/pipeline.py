@@ -11,6 +11,7 @@ from allocator.artefacts import (
     assignment_of_plan,
     model_to_measure,
     open_model,
+    plans_routers,
     profile_of_plan,
 )
 from allocator.assignments import keep_best_activations, keep_widest_caches, list_uniform, use_of
@@ -155,7 +156,10 @@ def apply(
     predicted_bytes = plan.file_bytes
     if plan.rules is not None:
         # The plan counts the engine's file; this one has a header of its own.
-        predicted_bytes += fixed_bytes(reference.model) - plan.fixed_bytes
+        routers = plans_routers(reference.model, plan)
+        predicted_bytes += (
+            fixed_bytes(reference.model, routers=routers, residency=reference.residency) - plan.fixed_bytes
+        )
     file_bytes = save_packed_(
         reference,
         plan.weights,
@@ -186,22 +190,37 @@ def report(
     out: Path,
     *,
     text: str | None = None,
+    parquet: bool = False,
+    pdf: bool = False,
     store: Store | None = None,
     progress: Progress = silent,
 ) -> Path:
-    """Writes the report of a plan, ``report.html`` and CSV files, and returns the page's path.
+    """Writes the report of a plan, ``report.html``, CSV files and a summary, and returns the page's path.
 
     Args:
         model: The model the plan was made for.
         plan: The plan.
         out: Directory of the files.
         text: Evaluation text; None for the profile's own.
+        parquet: Whether to write the tables as Parquet files too.
+        pdf: Whether to write ``report.pdf`` too, one page that an installed Chromium prints.
         store: Where profiles and scores are kept.
         progress: Called with (stage, done, total).
+
+    Raises:
+        ModuleNotFoundError: If pyarrow or a Chromium is needed and not installed.
+        PrintingFailed: If the Chromium does not print.
     """
     from allocator.tables import make_report
-    from reports import write_csv, write_html
+    from reports import write_csv, write_html, write_parquet, write_pdf, write_summary
+    from reports.browser import find_browser
+    from reports.parquet_files import import_pyarrow
 
+    # Before minutes of work, not after.
+    if parquet:
+        import_pyarrow()
+    if pdf:
+        find_browser()
     store = store or Store()
     model = open_model(model)
     evaluations = evaluate(model, plan, text=text, store=store, progress=progress)
@@ -211,5 +230,10 @@ def report(
     content = make_report(profile, plan, evaluations, frontier(profile, store=store))
     out.mkdir(parents=True, exist_ok=True)
     write_csv(content, out)
+    if parquet:
+        write_parquet(content, out)
+    if pdf:
+        write_pdf(content, out / "report.pdf")
+    write_summary(content, out)
     write_html(content, out / "report.html")
     return out / "report.html"

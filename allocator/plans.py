@@ -1,4 +1,4 @@
-"""The plan: a named outcome of a solve, with its proof, its measurements and where it came from. Versioned JSON."""
+"""The plan: a named outcome of a solve, with its proof, its measurements and where it came from."""
 
 import dataclasses
 import json
@@ -6,22 +6,16 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from runtime.activation_names import module_of
-from runtime.files import write_text
 
 SCHEMA_VERSION = 3
 # Of the 8 KiB that runtime/checkpoint.py sets aside for all metadata besides the formats.
 _HEADER_BYTES = 6 * 1024
 _SHORTENED_CHARACTERS = (1000, 300, 100, 30, 10)
-# What null stands for.
-_UNKNOWN = {"relative_gap": math.inf, "lower_bound": -math.inf, "predicted_kl": math.nan}
 # Parts that only some plans have.
-_PARTS = {"cache", "activations"}
-# What later steps look up.
-_PROVENANCE = ("model", "model_fingerprint", "profile", "quantizer")
+OPTIONAL_PARTS = {"cache", "activations"}
 
 
 class ArtefactMismatch(Exception):
@@ -245,7 +239,7 @@ class Plan:
         """Returns the plan as JSON values; infinite and unknown numbers become null. Parts it lacks are not named."""
         cleaned = jsonable(dataclasses.asdict(self))
         assert isinstance(cleaned, dict)
-        return {name: value for name, value in cleaned.items() if name not in _PARTS or value is not None}
+        return {name: value for name, value in cleaned.items() if name not in OPTIONAL_PARTS or value is not None}
 
     def header_metadata(self) -> dict[str, str]:
         """Returns the part of the plan that the packed file's header carries, besides the formats.
@@ -253,7 +247,7 @@ class Plan:
         Long texts (paths of calibration files, for one) are shortened as far as the header's reserve demands.
         """
         record = self.to_dict()
-        kept = {k: v for k, v in record.items() if k not in ("weights", "units", "evaluations", *_PARTS)}
+        kept = {k: v for k, v in record.items() if k not in ("weights", "units", "evaluations", *OPTIONAL_PARTS)}
         text = _compact(kept)
         for most in _SHORTENED_CHARACTERS:
             # The header is JSON itself, so the text is escaped once more.
@@ -261,41 +255,6 @@ class Plan:
                 break
             text = _compact(_shorten(kept, most))
         return {"bitplan.plan": text}
-
-
-def save_plan(plan: Plan, path: Path) -> None:
-    """Writes a plan to a JSON file, whole or not at all."""
-    write_text(path, json.dumps(plan.to_dict(), indent=1) + "\n")
-
-
-def load_plan(path: Path) -> Plan:
-    """Returns the plan in a JSON file.
-
-    Raises:
-        ValueError: If the file is missing, no JSON, of another schema version, or damaged.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        msg = f"a plan must be a JSON file that 'bitplan plan' wrote: got '{path}' ({error}). Make the plan again."
-        raise ValueError(msg) from error
-    found = record.get("schema_version") if isinstance(record, dict) else None
-    if found != SCHEMA_VERSION:
-        msg = f"a plan must have schema_version={SCHEMA_VERSION}: got {found} in '{path}'. Make the plan again."
-        raise ValueError(msg)
-    known = {f.name for f in dataclasses.fields(Plan)}
-    missing, unknown = sorted(known - set(record) - _PARTS), sorted(set(record) - known)
-    if missing or unknown:
-        msg = f"a plan must have the fields of its schema: '{path}' lacks {missing} and has unknown {unknown}."
-        raise ValueError(msg)
-    try:
-        return _plan(record)
-    except (AttributeError, KeyError, TypeError) as error:
-        msg = (
-            f"a plan must be complete: got '{path}', which is damaged ({type(error).__name__}: {error}). "
-            "Make the plan again."
-        )
-        raise ValueError(msg) from error
 
 
 def check_same_model(plan: Plan, model_fingerprint: str, model_name: str) -> None:
@@ -331,29 +290,6 @@ def check_same_profile(profile_model: str, model_fingerprint: str, model_name: s
             f"'{model_name}' ({model_fingerprint[:12]}). Measure this model, or name the other one."
         )
         raise ArtefactMismatch(msg)
-
-
-def _plan(record: dict[str, Any]) -> Plan:
-    numbers = {name: value if record[name] is None else record[name] for name, value in _UNKNOWN.items()}
-    weights = {str(name): str(format_) for name, format_ in record["weights"].items()}
-    provenance = {str(name): str(value) for name, value in record["provenance"].items()}
-    lacking = [name for name in _PROVENANCE if name not in provenance]
-    if lacking:
-        msg = f"its provenance lacks {lacking}"
-        raise KeyError(msg)
-    return Plan(
-        **{
-            **record,
-            **numbers,
-            "weights": weights,
-            "provenance": provenance,
-            "cache": CachePlan(**record["cache"]) if "cache" in record else None,
-            "activations": ActivationPlan(**record["activations"]) if "activations" in record else None,
-            "units": tuple(UnitPlan(**unit) for unit in record["units"]),
-            "rules": record["rules"] and RulesPrice(**record["rules"]),
-            "evaluations": tuple(Evaluation(**evaluation) for evaluation in record["evaluations"]),
-        }
-    )
 
 
 def _compact(record: Mapping[str, Any]) -> str:

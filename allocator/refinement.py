@@ -3,8 +3,10 @@
 The additive model is a model of single changes to the reference. Where plans lose much (4 bits and below) the changes
 interact, and around the plan another model is truer (`allocator.local_model`). Each round takes the slope of the
 measured KL at the plan, solves for the best plans with at most k changed units (a trust region, several k), measures
-them on calibration text that the slope was not taken from, fits the model to what was measured, solves and measures
-once more, and goes on from the best, if it is better at all. The slopes of earlier rounds count on, less and less.
+them on calibration text that the slope was not taken from, corrects the model by what was measured
+(`allocator.local_posterior`), solves and measures once more, and goes on from the best, if it is better at all. Slopes
+at earlier plans count on, less and less; where a plan is not left, further text makes its slope more certain, and what
+was measured before is not proposed again.
 
 The narrowest format is worth less in the company of others than alone, so the first step is from the best measured of
 the start and of the plans that count the losses of that format more. Whether the refined plan ships is decided on
@@ -25,7 +27,16 @@ import torch
 from allocator.assignments import Assignment
 from allocator.budget import Budget
 from allocator.improvement import PassCount, check_lowers_loss, make_improved
-from allocator.local_model import FIRST_FACTOR, FloatArray, IntArray, LocalModel, build_local_model, limit_norms
+from allocator.local_model import (
+    FIRST_FACTOR,
+    FloatArray,
+    IntArray,
+    LocalModel,
+    MeasuredSlope,
+    build_local_model,
+    limit_norms,
+)
+from allocator.local_posterior import LocalPosterior, Observations, observe
 from allocator.problems import build_problem, resolve_limits
 from allocator.progress import Progress
 from allocator.renderings import rendering_of
@@ -39,8 +50,8 @@ from solvers import AllocationProblem, SolveParams, TrustRegion, solve
 MOST_CHANGES = (4, 8, 16, 32, 64)
 ACCEPTANCE_SHARE = 1 / 6  # of the calibration sequences, at least two
 ROUND_SEQUENCES = 32
-KEPT_ROUNDS = 3
-SOLVES = 2  # a round, the later ones with the model fitted to what the earlier ones proposed
+OLDEST = 2  # plans before the present one whose slopes still count
+SOLVES = 2  # a round, the later ones with what the proposals of the earlier ones have lost
 NARROW_FACTORS = (1.5, 2.0, 3.0)  # times the narrowest format's losses, for other starts
 FAILURES = 3  # rounds in a row without a better plan, after which there is no other
 SLOPE_VERSION = 1
@@ -90,17 +101,17 @@ class Refinement:
         assert self.profile.fisher_sketch is not None
         tokens = self.profile.calibration_tokens
         kept_apart = max(2, round(ACCEPTANCE_SHARE * len(tokens)))
-        acceptance, slope_tokens = tokens[:kept_apart], tokens[kept_apart:]
-        measured = _Measured.of(self._starts(start), lambda choices: self._measure(choices, acceptance))
-        rounds: list[FloatArray] = []
+        measured = _Measured(measure=lambda choices: self._measure(choices, tokens[:kept_apart]))
+        measured.add(self._starts(start))
+        slopes = _Slopes(sequences=np.arange(kept_apart, len(tokens)))
         factor, failures = FIRST_FACTOR, 0
         for r in range(self.rounds):
-            own = np.arange(r * ROUND_SEQUENCES, (r + 1) * ROUND_SEQUENCES) % len(slope_tokens)
-            slope = self._slope(measured.best, slope_tokens[np.unique(own)], r)
-            rounds = [*rounds, limit_norms(slope)][-KEPT_ROUNDS:]
-            model = build_local_model(measured.best, rounds, self.profile.fisher_sketch, factor)
+            own = slopes.next_sequences(measured.best)
+            if len(own):
+                slopes.add(limit_norms(self._slope(measured.best, tokens[own], r)))
+            model = build_local_model(measured.best, slopes.measured, self.profile.fisher_sketch, factor)
             before = measured.least
-            factor = self._improve(model, measured).factor
+            factor = self._improve(model, measured, np.random.default_rng(r)).factor
             failures = 0 if measured.least < before else failures + 1
             if failures == FAILURES:
                 break
@@ -119,17 +130,19 @@ class Refinement:
             starts += [] if found is None else [found]
         return starts
 
-    def _improve(self, model: LocalModel, measured: "_Measured") -> LocalModel:
-        """Measures what the model proposes, again with the model fitted to that, and returns the fitted model."""
-        before = measured.least
-        tried: list[IntArray] = []
-        losses: list[float] = []
+    def _improve(self, model: LocalModel, measured: "_Measured", rng: np.random.Generator) -> LocalModel:
+        """Measures what the model proposes, again with what that says, and returns the fitted model."""
         for _ in range(SOLVES):
-            proposed = [c for c in self._propose(model) if not any(np.array_equal(c, other) for other in tried)]
+            observed = measured.observe(model.choice)
+            model = model.fit(list(observed.choices), observed.change.tolist())
+            posterior = LocalPosterior(model, observed)
+            proposed = measured.list_new(self._propose(model.choice, posterior.cautious))
+            if len(proposed) < len(MOST_CHANGES):
+                drawn = measured.list_new(self._propose(model.choice, posterior.draw(rng)))
+                proposed = [*proposed, *drawn][: len(MOST_CHANGES)]
             if not proposed:
                 break
-            tried, losses = [*tried, *proposed], [*losses, *measured.add(proposed)]
-            model = model.fit(tried, [loss - before for loss in losses])
+            measured.add(proposed)
         return model
 
     def _slope(self, choice: IntArray, tokens: IntArray, round_index: int) -> FloatArray:
@@ -161,22 +174,22 @@ class Refinement:
             shutil.rmtree(self.store.pieces(key), ignore_errors=True)
         return found["slope"]
 
-    def _propose(self, model: LocalModel) -> list[IntArray]:
-        """Returns the best choices with at most so many changes each, without repetition."""
+    def _propose(self, plan: IntArray, change: FloatArray) -> list[IntArray]:
+        """Returns the best choices with at most so many changes of a plan each, without repetition."""
         # One more nat for every unit: an objective near zero has no relative gap to speak of.
-        problem = self._problem(1.0 + model.change)
+        problem = self._problem(1.0 + change - change.min())
         found: dict[bytes, IntArray] = {}
         for most in MOST_CHANGES:
-            region = TrustRegion(reference=model.choice, max_changes=most)
+            region = TrustRegion(reference=plan, max_changes=most)
             result = solve(problem, params=SolveParams(trust_region=region))
-            if result.choice is not None and not np.array_equal(result.choice, model.choice):
+            if result.choice is not None and not np.array_equal(result.choice, plan):
                 found.setdefault(result.choice.tobytes(), result.choice)
         return list(found.values())
 
     def _problem(self, loss: FloatArray) -> AllocationProblem:
         return build_problem(self.profile, loss, resolve_limits(self.profile, self.budget), self.tables)
 
-    def _measure(self, choices: list[IntArray], tokens: IntArray) -> list[float]:
+    def _measure(self, choices: list[IntArray], tokens: IntArray) -> list[FloatArray]:
         named = {
             str(i): Assignment(name=str(i), kind="plan", metric="", choice=choice).formats_by_weight(
                 self.profile.candidates
@@ -187,34 +200,73 @@ class Refinement:
         scores = score_cached(
             self.profile, named, tokens, load_model=self.load_model, store=self.store, progress=self.progress
         )
-        return [float(scores[name].kl.mean()) for name in named]
+        return [np.asarray(scores[name].kl, dtype=np.float64) for name in named]
 
 
 @dataclass(kw_only=True)
 class _Measured:
-    """The best of the choices measured so far.
+    """The choices measured so far.
 
     Args:
-        best: [U] format indices.
-        least: What it loses, nats per token.
-        measure: Gives what each choice loses.
+        measure: Gives what each choice loses on each sequence [S], nats per token.
+        choices: [U] format indices each.
+        losses: [S] each.
     """
 
-    best: IntArray
-    least: float
-    measure: Callable[[list[IntArray]], list[float]]
+    measure: Callable[[list[IntArray]], list[FloatArray]]
+    choices: list[IntArray] = field(default_factory=list)
+    losses: list[FloatArray] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, choices: list[IntArray], measure: Callable[[list[IntArray]], list[float]]) -> "_Measured":
-        """Returns the best of some choices; the first of those that lose as much."""
-        measured = cls(best=choices[0], least=float("inf"), measure=measure)
-        measured.add(choices)
-        return measured
+    @property
+    def best(self) -> IntArray:
+        """The best choice [U]; the first of those that lose as much."""
+        return self.choices[int(np.argmin([loss.mean() for loss in self.losses]))]
 
-    def add(self, choices: list[IntArray]) -> list[float]:
-        """Measures choices and returns what they lose."""
-        losses = self.measure(choices)
-        for choice, loss in zip(choices, losses, strict=True):
-            if loss < self.least:
-                self.best, self.least = choice, loss
-        return losses
+    @property
+    def least(self) -> float:
+        """What the best choice loses, nats per token."""
+        return float(min(loss.mean() for loss in self.losses))
+
+    def list_new(self, choices: list[IntArray]) -> list[IntArray]:
+        """Returns the choices that have not been measured."""
+        known = {choice.tobytes() for choice in self.choices}
+        return [choice for choice in choices if choice.tobytes() not in known]
+
+    def add(self, choices: list[IntArray]) -> None:
+        """Measures choices."""
+        self.losses += self.measure(choices)
+        self.choices += choices
+
+    def observe(self, plan: IntArray) -> Observations:
+        """Returns what the choices near one of them say about its changes."""
+        return observe(plan, self.choices, np.array(self.losses), within=MOST_CHANGES[-1])
+
+
+@dataclass(kw_only=True)
+class _Slopes:
+    """The slopes that count around the plan of a round.
+
+    Args:
+        sequences: Indices of the sequences that slopes are taken from, in turn.
+        measured: The slopes.
+    """
+
+    sequences: IntArray
+    measured: list[MeasuredSlope] = field(default_factory=list)
+    _plan: IntArray | None = None
+    _first: int = 0  # of the next sequences
+    _left: int = 0  # sequences without a slope at the plan
+
+    def next_sequences(self, plan: IntArray) -> IntArray:
+        """Returns the sequences for the next slope: none, where all have one at this plan."""
+        if self._plan is None or not np.array_equal(plan, self._plan):
+            self._plan, self._left = plan, len(self.sequences)
+            aged = [MeasuredSlope(values=slope.values, age=slope.age + 1) for slope in self.measured]
+            self.measured = [slope for slope in aged if slope.age <= OLDEST]
+        own = self.sequences[(self._first + np.arange(min(ROUND_SEQUENCES, self._left))) % len(self.sequences)]
+        self._first, self._left = self._first + len(own), self._left - len(own)
+        return np.sort(own)
+
+    def add(self, values: FloatArray) -> None:
+        """Takes the slope [S, U, F] at the plan of the round."""
+        self.measured.append(MeasuredSlope(values=values))

@@ -21,6 +21,7 @@ from runtime.checkpoint import (
     read_metadata,
     save_checkpoint,
 )
+from runtime.compiled_decoder import install_compiled_decoder_
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.formats import find_format
 from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
@@ -134,7 +135,9 @@ def load_packed(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str
     _load_tensors_(model, load_tensors(path), path)
     install_activations_(model, getattr(model.config, PACKED_CONFIG_KEY, {}).get(ACTIVATIONS_KEY, {}))
     tokenizer = call_transformers(directory, lambda: AutoTokenizer.from_pretrained(directory))
-    return model.eval().requires_grad_(False), tokenizer, metadata
+    model.eval().requires_grad_(False)
+    install_compiled_decoder_(model)
+    return model, tokenizer, metadata
 
 
 def _build_empty(directory: Path) -> Any:

@@ -13,12 +13,14 @@ from typing import Any
 
 from runtime.apply import FormatsByWeight, check_formats_by_weight
 from runtime.exporters.auto_round import export_auto_round
+from runtime.exporters.bitsandbytes import export_bitsandbytes
 from runtime.exporters.compressed_tensors import export_compressed_tensors
 from runtime.exporters.gptqmodel import export_gptqmodel
 from runtime.exporters.hqq import export_hqq
 from runtime.exporters.llama_cpp import export_llama_cpp, llama_cpp_fixed_bytes
 from runtime.exporters.mlx import export_mlx
 from runtime.exporters.modelopt import export_modelopt
+from runtime.exporters.onnx_model import export_onnx, onnx_fixed_bytes
 from runtime.exporters.torchao import export_torchao
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.loading import ReferenceModel
@@ -34,15 +36,19 @@ EXPORTERS: dict[str, Exporter] = {
     "mlx-lm": export_mlx,
     "gptqmodel": export_gptqmodel,
     "auto-round": export_auto_round,
+    "onnx": export_onnx,
     "torchao": export_torchao,
     "modelopt": export_modelopt,
     "hqq": export_hqq,
+    "bitsandbytes": export_bitsandbytes,
 }
 # Those that write what layers do to their inputs.
 ACTIVATION_EXPORTERS = ("compressed-tensors", "compressed-tensors for vLLM")
-# Exporters whose file is known to the byte beforehand -> its bytes besides those of the weights' formats.
-FIXED_BYTES: dict[str, Callable[[ReferenceModel], int]] = {
+# Exporters whose file is known to the byte beforehand -> its bytes besides those of the weights' formats, a function
+# ``(reference, *, routers)`` of the model and of whether routers take formats too.
+FIXED_BYTES: dict[str, Callable[..., int]] = {
     "llama.cpp": llama_cpp_fixed_bytes,
+    "onnx": onnx_fixed_bytes,
 }
 # Says that a directory is an export and may be replaced by another one.
 MANIFEST = "bitplan-export.json"

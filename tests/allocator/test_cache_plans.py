@@ -16,8 +16,9 @@ from allocator.evolution import Evolution, SelectionStep
 from allocator.expert_blocks import find_block_assignment
 from allocator.measuring import MeasureRequest
 from allocator.notes import list_notes
+from allocator.plan_files import load_plan, save_plan
 from allocator.planning import find_assignment, make_plan
-from allocator.plans import Evaluation, Plan, load_plan, save_plan
+from allocator.plans import Evaluation, Plan
 from allocator.problems import build_cost_tables
 from allocator.refinement import Refinement
 from allocator.store import Store
