@@ -34,7 +34,7 @@ from runtime.exporters.gguf_imatrix import write_importance_matrix
 from runtime.quantizers import InputStatistics
 from runtime.rendering import Rendering
 from runtime.units import list_weights
-from sensitivity.measure_config import MeasureConfig
+from sensitivity.measure_config import FISHER, SINGLE_UNIT_KL, MeasureConfig
 from sensitivity.profile import SensitivityProfile
 from sensitivity.weight_inputs import find_statistics
 
@@ -83,7 +83,8 @@ def main() -> None:
 
 def measure(model: Model, store: Store, progress: Progress) -> SensitivityProfile:
     """Returns the profile of the formats that llama.cpp runs."""
-    config = MeasureConfig(fisher_sequences=48, logit_passes=320, fit_plans=None)
+    metrics = (FISHER, SINGLE_UNIT_KL)
+    config = MeasureConfig(metrics=metrics, fisher_sequences=48, logit_passes=256, fit_plans=None)
     request = replace(demo_request(store), formats=ENGINE.menu, embedding_formats=ENGINE.menu, config=config)
     return allocator.measure(model, request=request, store=store, progress=progress)
 
