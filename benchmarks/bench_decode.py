@@ -105,7 +105,9 @@ def _compare(place: Path, size: int, dense: Any, threads: int, rounds: int) -> t
         for turn in range(rounds):
             past = 8 + turn * TURN_TOKENS
             for i in range(TURN_TOKENS):
-                seconds, token = _time(lambda t=token: int(run_tokens(model, cache, torch.tensor([[t]]), wanted=1).argmax()))  # type: ignore[misc]
+                seconds, token = _time(
+                    lambda t=token: int(run_tokens(model, cache, torch.tensor([[t]]), wanted=1).argmax())
+                )  # type: ignore[misc]
                 times["bitplan"].append(seconds)
             for i in range(TURN_TOKENS):
                 seconds, token = _time(lambda t=token, n=past + i: int(engine.append(np.array([t]), past=n).argmax()))  # type: ignore[misc]
