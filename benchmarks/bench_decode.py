@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def main() -> None:
         "# Decoding a whole model",
         "",
         f"Made by `python benchmarks/bench_decode.py`. Machine: {describe_machine(('torch', 'xllamacpp'))}.",
-        f"SmolLM2-135M, all weights in the stated format, group 32 without zero points, the same codes in both programs; "
+        "SmolLM2-135M, all weights in the stated format, group 32, no zero points, the same codes in both programs; "
         f"10th percentile of {options.rounds * TURN_TOKENS} tokens of each, in turns of {TURN_TOKENS}.",
         "",
         "| plan | weights, MB | threads | bitplan, tokens/s | llama.cpp, tokens/s | ratio | bitplan, GB/s |",
@@ -100,18 +101,21 @@ def _compare(place: Path, size: int, dense: Any, threads: int, rounds: int) -> t
         engine = stack.enter_context(loaded(place / "gguf" / "model.gguf", context_tokens=1024, threads=threads))
         cache: Any = model(prompt[:, :8], past_key_values=DynamicCache()).past_key_values
         engine.append(prompt[0, :8].numpy(), past=0)
+
+        def ours_next(token: int, past: int) -> int:
+            assert cache.get_seq_length() == past
+            return int(run_tokens(model, cache, torch.tensor([[token]]), wanted=1).argmax())
+
+        def theirs_next(token: int, past: int) -> int:
+            return int(engine.append(np.array([token]), past=past).argmax())
+
         times: dict[str, list[float]] = {"bitplan": [], "llama.cpp": []}
         token = 1
-        for turn in range(rounds):
-            past = 8 + turn * TURN_TOKENS
-            for i in range(TURN_TOKENS):
-                seconds, token = _time(
-                    lambda t=token: int(run_tokens(model, cache, torch.tensor([[t]]), wanted=1).argmax())
-                )  # type: ignore[misc]
-                times["bitplan"].append(seconds)
-            for i in range(TURN_TOKENS):
-                seconds, token = _time(lambda t=token, n=past + i: int(engine.append(np.array([t]), past=n).argmax()))  # type: ignore[misc]
-                times["llama.cpp"].append(seconds)
+        for past in range(8, 8 + rounds * TURN_TOKENS, TURN_TOKENS):
+            for name, step in (("bitplan", ours_next), ("llama.cpp", theirs_next)):
+                for position in range(past, past + TURN_TOKENS):
+                    seconds, token = _time(partial(step, token, position))
+                    times[name].append(seconds)
         ours, theirs = (float(np.percentile(times[name], 10)) for name in ("bitplan", "llama.cpp"))
         decode = f"{1 / ours:.0f} | {1 / theirs:.0f} | {theirs / ours:.2f} | {size / ours / 1e9:.1f}"
         runs: dict[str, Callable[[], Any]] = {

@@ -173,6 +173,13 @@ def install_compiled_decoder_(model: Any) -> str | None:
     return None
 
 
+def begin_sequence(model: Any) -> DecoderCache | None:
+    """Returns an empty cache for ``run_tokens``; None where the model's own forward must run."""
+    if not isinstance(model, _DecodesCompiled) or model.training or selected_kernels() is None:
+        return None
+    return _begin_cache(model, DynamicCache())
+
+
 def _find_cache(
     model: Any, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: Any
 ) -> DecoderCache | None:
