@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from runtime.decoder_cache import DecoderCache, torch_floats
 from runtime.kernels.decoder_step import CompiledDecoder, DecoderTensors, LayerTensors, LinearTensors
-from runtime.kernels.dispatch import find_matrix, has_kernel, selected_kernels
+from runtime.kernels.dispatch import find_matrix, has_kernel, selected_kernels, uses_triton
 from runtime.packed import QuantizedLinear
 
 # Their modules have the same names and the same order; Qwen 3 has norms of queries and keys besides.
@@ -175,9 +175,14 @@ def install_compiled_decoder_(model: Any) -> str | None:
 
 def begin_sequence(model: Any) -> DecoderCache | None:
     """Returns an empty cache for ``run_tokens``; None where the model's own forward must run."""
-    if not isinstance(model, _DecodesCompiled) or model.training or selected_kernels() is None:
+    if not isinstance(model, _DecodesCompiled) or model.training or not _has_kernels():
         return None
     return _begin_cache(model, DynamicCache())
+
+
+def _has_kernels() -> bool:
+    # Where Triton's interpreter is asked for, its kernels compute the products.
+    return selected_kernels() is not None and not uses_triton(_CPU)
 
 
 def _find_cache(
@@ -187,7 +192,7 @@ def _find_cache(
     tokens = input_ids.shape[-1]
     if model.training or input_ids.shape[0] != 1 or tokens == 0 or input_ids.device.type != "cpu":
         return None
-    if torch.compiler.is_compiling() or selected_kernels() is None:
+    if torch.compiler.is_compiling() or not _has_kernels():
         return None
     length = past.get_seq_length()
     if mask is not None and not (mask.dim() == 2 and mask.shape[1] == length + tokens and bool(mask.all())):
