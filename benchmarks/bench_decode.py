@@ -66,7 +66,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|",
     ]
     prefill = [
-        f"Prefill of {PROMPT_TOKENS} tokens, best of {max(1, options.rounds // 2)}: processor time, that of each over it.",
+        f"Prefill of {PROMPT_TOKENS} tokens, the best run of each: processor time, and the others' over it.",
         "",
         "| plan | threads | bitplan, ms | torch float32 | llama.cpp |",
         "|---|---|---|---|---|",

@@ -6,7 +6,6 @@ padding, gradients, hooks, other devices and types, hidden states or attentions 
 products with the same kernels; norms, rotation, softmax and gate differ by roundings of float32.
 """
 
-import logging
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # Prompts are run in parts of so many tokens, which bounds the memory of their states.
 _PROMPT_TOKENS = 256
 _CPU = torch.device("cpu")
-_logger = logging.getLogger(__name__)
 
 
 class NotCompiled(ValueError):
@@ -166,11 +164,17 @@ def install_compiled_decoder_(model: Any) -> str | None:
     try:
         compile_decoder(model)
     except NotCompiled as error:
-        _logger.info("Generation runs module by module: %s", error)
         return str(error)
     if not isinstance(model, _DecodesCompiled):
         model.__class__ = type(type(model).__name__, (_DecodesCompiled, type(model)), {})
     return None
+
+
+def find_obstacle(model: Any) -> str | None:
+    """Returns why a packed model will not generate by the compiled decoder now; None where it will."""
+    if not _has_kernels():
+        return "The CPU kernels are not there, or another path was asked for."
+    return install_compiled_decoder_(model)
 
 
 def begin_sequence(model: Any) -> DecoderCache | None:
@@ -212,8 +216,7 @@ def _begin_cache(model: Any, past: Any) -> DecoderCache | None:
         return None
     try:
         cache = DecoderCache(compile_decoder(model))
-    except NotCompiled as error:
-        _logger.info("Generation runs module by module: %s", error)
+    except NotCompiled:
         return None
     if past.get_seq_length():
         first: Any = past.layers[0]
