@@ -27,6 +27,7 @@ from runtime.formats import find_format
 from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
 from runtime.quantized_cache import QuantizedCache
 from runtime.rendering import RenderingRule
+from runtime.simulated_activations import ActivationScheme, install_activations_, simulated_activations
 from runtime.stored_weights import build_empty_model
 from runtime.transforms import has_map, install_map_
 from runtime.units import list_weights
@@ -36,6 +37,7 @@ FORMATS_KEY = "bitplan.formats"
 # In the configuration: a rotated model whose embedding is tied has a matrix behind its last norm.
 MAP_KEY = "matrix_after_norm"
 _CACHE_FORMATS = "cache_formats"
+ACTIVATIONS_KEY = "activations"
 
 
 def save_packed_(
@@ -46,6 +48,7 @@ def save_packed_(
     metadata: Mapping[str, str],
     quantizer: RenderingRule = "rtn",
     formats_by_cache: Mapping[str, str] = MappingProxyType({}),
+    activations: ActivationScheme = MappingProxyType({}),
 ) -> int:
     """Packs the model in place, writes it to a directory, and returns the bytes of the weight file.
 
@@ -56,6 +59,7 @@ def save_packed_(
         metadata: Strings kept in the checkpoint's header.
         quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         formats_by_cache: Cache unit -> format name, for all of them or none; kept in the configuration.
+        activations: Linear layer -> format of its input and static scale; kept in the configuration.
 
     Raises:
         ValueError: If a weight has no format or one it cannot take, the metadata does not fit the header, or the
@@ -72,6 +76,8 @@ def save_packed_(
     if formats_by_cache:
         # Refuses names that are no caches of this model, and caches without a format, before anything is packed.
         QuantizedCache(reference.model, formats_by_cache)
+    with simulated_activations(reference.model, activations):
+        pass  # Refuses likewise.
     weights = list_weights(reference.model, routers=True)
     routers = any(weight.kind == "router" and name in formats_by_weight for name, weight in weights.items())
     header_bytes = header_reserve_bytes(reference.model, routers=routers)
@@ -86,6 +92,7 @@ def save_packed_(
             "schema_version": 1,
             **({MAP_KEY: True} if has_map(reference.model) else {}),
             **({_CACHE_FORMATS: dict(formats_by_cache)} if formats_by_cache else {}),
+            **({ACTIVATIONS_KEY: dict(activations)} if activations else {}),
         }
         write_text(temporary / "config.json", json.dumps(config, indent=2, default=str) + "\n")
         formats = json.dumps(dict(formats_by_weight), separators=(",", ":"))
@@ -127,6 +134,7 @@ def load_packed(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str
     model = call_transformers(directory, lambda: _build_empty(directory))
     install_empty_formats_(model, json.loads(metadata[FORMATS_KEY]))
     _load_tensors_(model, load_tensors(path), path)
+    install_activations_(model, getattr(model.config, PACKED_CONFIG_KEY, {}).get(ACTIVATIONS_KEY, {}))
     tokenizer = call_transformers(directory, lambda: AutoTokenizer.from_pretrained(directory))
     model.eval().requires_grad_(False)
     prepare_generation_(model)

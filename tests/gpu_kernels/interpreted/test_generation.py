@@ -31,7 +31,7 @@ def test_greedy_text_is_the_same_by_every_path() -> None:
         with kernel_path(path):
             assert uses_triton(torch.device("cpu")) == (path == "auto")
             output = model.generate(
-                prompt, max_new_tokens=6, do_sample=False, pad_token_id=1, return_dict_in_generate=True
+                prompt, max_new_tokens=3, do_sample=False, pad_token_id=1, return_dict_in_generate=True
             )
         assert isinstance(output.past_key_values, DecoderCache) == (path == kernels.level)
         found[path] = output.sequences
