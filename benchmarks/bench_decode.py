@@ -72,29 +72,30 @@ def main() -> None:
         "|---|---|---|---|---|",
     ]
     dense = allocator.Model(str(directory)).reference.model
+    weights = list_weights(dense)
     with tempfile.TemporaryDirectory() as scratch:
         for name, choose in PLANS.items():
             place = (options.files or Path(scratch)) / name.replace(" ", "_")
-            size = _write(allocator.Model(str(directory)).reference, choose, place)
+            formats = {weight: choose(index) for index, weight in enumerate(weights)}
+            if not place.exists():
+                _write(allocator.Model(str(directory)).reference, formats, place)
+            # Each weight is read once a token.
+            size = sum(find_format(formats[n]).storage_bytes(weight.shape) for n, weight in weights.items())
             for threads in (1, 2):
                 decode_row, prefill_row = _compare(place, size, dense, threads, options.rounds)
                 lines.append(f"| {name} | {size / 1e6:.1f} | {threads} | {decode_row} |")
                 prefill.append(f"| {name} | {threads} | {prefill_row} |")
-                sys.stderr.write(f"{lines[-1]}\n{prefill[-1]}\n")
-    text = "\n".join([*lines, "", *prefill, ""])
-    (Path(__file__).parent / "decode.md").write_text(text, encoding="utf-8")
+            # After each plan, so that a run that is cut short leaves what it has.
+            text = "\n".join([*lines, "", *prefill, ""])
+            (Path(__file__).parent / "decode.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
 
-def _write(reference: ReferenceModel, choose: Callable[[int], str], place: Path) -> int:
-    """Writes the GGUF file and the packed model; returns the bytes of all weights, each read once a token."""
-    weights = list_weights(reference.model)
-    formats = {name: choose(index) for index, name in enumerate(weights)}
-    if not place.exists():
-        place.mkdir(parents=True)
-        export(reference, formats, place / "gguf", exporter="llama.cpp")
-        save_packed_(reference, formats, place / "packed", metadata={})
-    return sum(find_format(formats[name]).storage_bytes(weight.shape) for name, weight in weights.items())
+def _write(reference: ReferenceModel, formats: dict[str, str], place: Path) -> None:
+    """Writes the GGUF file and the packed model."""
+    place.mkdir(parents=True)
+    export(reference, formats, place / "gguf", exporter="llama.cpp")
+    save_packed_(reference, formats, place / "packed", metadata={})
 
 
 def _compare(place: Path, size: int, dense: Any, threads: int, rounds: int) -> tuple[str, str]:
