@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-
 from allocator.service.settings import ServiceSettings
 from allocator.service.worker import Worker
 from sensitivity.profile import SensitivityProfile
