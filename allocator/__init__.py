@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from allocator.budget import Budget, InfeasibleBudget
     from allocator.client import AsyncClient, Client
     from allocator.client_verbs import ServiceError
+    from allocator.comparing import compare
     from allocator.exporting import Exported, export
     from allocator.format_table import list_formats
     from allocator.frontiers import frontier
     from allocator.measuring import MeasureRequest
     from allocator.pipeline import Applied, apply, evaluate, load, measure, report
+    from allocator.plan_files import load_plan, save_plan
     from allocator.plan_query import plan
-    from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan, load_plan, save_plan
+    from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan
     from allocator.prefixes import PrefixFound, find_prefix
     from allocator.pricing import Priced, price
     from allocator.store import Store
@@ -50,19 +52,20 @@ _HOME = {
     "Store": "allocator.store",
     "UnitPlan": "allocator.plans",
     "apply": "allocator.pipeline",
+    "compare": "allocator.comparing",
     "evaluate": "allocator.pipeline",
     "export": "allocator.exporting",
     "find_prefix": "allocator.prefixes",
     "frontier": "allocator.frontiers",
     "list_formats": "allocator.format_table",
     "load": "allocator.pipeline",
-    "load_plan": "allocator.plans",
+    "load_plan": "allocator.plan_files",
     "load_profile": "sensitivity.profile",
     "measure": "allocator.pipeline",
     "plan": "allocator.plan_query",
     "price": "allocator.pricing",
     "report": "allocator.pipeline",
-    "save_plan": "allocator.plans",
+    "save_plan": "allocator.plan_files",
     "save_profile": "sensitivity.profile",
 }
 __all__ = [
@@ -85,6 +88,7 @@ __all__ = [
     "Store",
     "UnitPlan",
     "apply",
+    "compare",
     "evaluate",
     "export",
     "find_prefix",

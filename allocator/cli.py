@@ -38,6 +38,7 @@ from allocator.cli_output import (
     table,
 )
 from allocator.cli_remote import LocalOrRemote
+from allocator.cli_reports import REPORT_COMMANDS
 from allocator.cli_service import SERVICE_COMMANDS
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ def plan(
     **budget: Any,
 ) -> str:
     """Find the plan for MODEL that loses least under a budget."""
+    from allocator.plan_files import save_plan
     from allocator.plan_query import plan as run
-    from allocator.plans import save_plan
 
     asked = parse(lambda: make_budget(**budget))
     if out is not None and out.is_dir():
@@ -170,7 +171,7 @@ def evaluate(model: str, low_memory: bool, plan_path: Path, text: str | None, as
     from dataclasses import asdict
 
     from allocator.pipeline import evaluate as run
-    from allocator.plans import load_plan
+    from allocator.plan_files import load_plan
 
     opened = _open(model, low_memory)
     evaluations = [asdict(e) for e in with_progress(run, opened, load_plan(plan_path), text=text)]
@@ -188,7 +189,7 @@ def evaluate(model: str, low_memory: bool, plan_path: Path, text: str | None, as
 def apply(model: str, low_memory: bool, plan_path: Path, out: Path, prefix: Path | None, as_json: bool) -> str:
     """Pack MODEL by a plan and write it to a directory."""
     from allocator.pipeline import apply as run
-    from allocator.plans import load_plan
+    from allocator.plan_files import load_plan
 
     applied = run(_open(model, low_memory), load_plan(plan_path), out, prefix=prefix)
     document = {
@@ -220,21 +221,6 @@ def generate(directory: Path, prompt: str, max_new_tokens: int, temperature: flo
 
 
 @cli.command()
-@click.argument("model")
-@low_memory_option
-@plan_option
-@click.option("--text", help="Evaluation text; default: the profile's.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the report.")
-@printed
-def report(model: str, low_memory: bool, plan_path: Path, text: str | None, out: Path) -> str:
-    """Write the report of a plan of MODEL: one HTML page and CSV files."""
-    from allocator.pipeline import report as run
-    from allocator.plans import load_plan
-
-    return str(with_progress(run, _open(model, low_memory), load_plan(plan_path), out, text=text))
-
-
-@cli.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-output"), show_default=True)
 @click.option("--memory", default="70MiB", show_default=True, help="Budget of the demonstration.")
 def demo(out: Path, memory: str) -> None:
@@ -244,7 +230,7 @@ def demo(out: Path, memory: str) -> None:
     with_progress(run_demo, out, parse(lambda: parse_bytes(memory)))
 
 
-for _command in (*FURTHER_COMMANDS, *ENGINE_COMMANDS, *SERVICE_COMMANDS):
+for _command in (*REPORT_COMMANDS, *FURTHER_COMMANDS, *ENGINE_COMMANDS, *SERVICE_COMMANDS):
     cli.add_command(_command)
 
 

@@ -23,14 +23,15 @@ def engines(as_json: bool) -> str:
 @plan_option
 @click.option("--engine", required=True, help="What will load it; 'bitplan engines' lists them.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the files.")
+@click.option("--imatrix", is_flag=True, help="Write an importance matrix for llama-quantize too.")
 @json_option
 @printed
-def export(model: str, plan_path: Path, engine: str, out: Path, as_json: bool) -> str:
+def export(model: str, plan_path: Path, engine: str, out: Path, imatrix: bool, as_json: bool) -> str:
     """Write a plan of MODEL as the files that an engine loads, and print the command that runs them."""
     from allocator.exporting import export as run
-    from allocator.plans import load_plan
+    from allocator.plan_files import load_plan
 
-    exported = run(model, load_plan(plan_path), engine, out)
+    exported = run(model, load_plan(plan_path), engine, out, imatrix=imatrix)
     document = {**vars(exported), "directory": str(exported.directory)}
     return render(document, as_json, exported_text)
 
@@ -48,7 +49,7 @@ def price(model: str, recipe: Path, metric: str | None, out: Path | None, as_jso
     A recipe is a file of llama.cpp's tensor types, a quantize_config.json of GPTQModel, a layer_config.json of
     AutoRound, or a config.json of AutoRound or compressed-tensors.
     """
-    from allocator.plans import save_plan
+    from allocator.plan_files import save_plan
     from allocator.pricing import price as run
 
     priced = run(model, recipe, metric=metric)

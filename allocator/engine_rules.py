@@ -67,12 +67,18 @@ def restrict_profile(profile: SensitivityProfile, engine: Engine) -> Sensitivity
     )
 
 
-def engine_fixed_bytes(engine: Engine, reference: ReferenceModel) -> int | None:
-    """Returns the bytes of an engine's file that no choice changes, or None where it has none known beforehand."""
+def engine_fixed_bytes(engine: Engine, reference: ReferenceModel, *, routers: bool) -> int | None:
+    """Returns the bytes of an engine's file that no choice changes, or None where it has none known beforehand.
+
+    Args:
+        engine: The engine.
+        reference: The model.
+        routers: Whether routers take formats too.
+    """
     from runtime.exporters import FIXED_BYTES
 
     count = FIXED_BYTES.get(engine.exporter)
-    return None if count is None else count(reference)
+    return None if count is None else count(reference, routers=routers)
 
 
 def price_rules(engine: Engine, kept: Optimum, free: Optimum) -> RulesPrice:

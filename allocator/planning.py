@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from allocator.assignments import Assignment, bits_per_weight, cache_use, pick, use_of
-from allocator.budget import MEMORY, Budget, InfeasibleBudget
+from allocator.budget import BIT_OPERATIONS, MEMORY, Budget, InfeasibleBudget
 from allocator.interactions import candidates_near, choose_shrinkage, sketch_from_gram
-from allocator.plans import CachePlan, Plan, UnitPlan
-from allocator.problems import build_problem, resolve_limits
+from allocator.plans import ActivationPlan, CachePlan, Plan, UnitPlan
+from allocator.problems import build_problem, pose_problem, resolve_limits
 from allocator.reachable import MAX_KL, find_least_values
+from runtime.activation_names import module_of
 from runtime.costs import CostTable
 from sensitivity.experts.expert_tables import FISHER_SHRUNK
 from sensitivity.measure_config import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
@@ -61,14 +62,16 @@ def find_assignment(
         ValueError: If the metric says nothing of caches that are among the units, or cannot keep a ceiling on KL.
     """
     table = profile.table(metric)
-    if profile.cache_load is not None and table.unit_of_measure != NATS:
+    beside = profile.cache_load is not None or profile.activations_joined
+    if beside and table.unit_of_measure != NATS:
         msg = (
-            f"a plan with a cache needs a metric in {NATS}: got '{metric}' in {table.unit_of_measure}, which says "
-            f"nothing of caches. Plan with {FISHER} or {SINGLE_UNIT_KL}, or without a context."
+            f"a plan with a cache or activations needs a metric in {NATS}: got '{metric}' in {table.unit_of_measure}, "
+            f"which says nothing of them. Plan with {FISHER} or {SINGLE_UNIT_KL}, or for weights alone."
         )
         raise ValueError(msg)
     limits = resolve_limits(profile, budget)
-    problem = build_problem(profile, table.loss, limits, tables)
+    posed = pose_problem(profile, table.loss, limits, tables)
+    problem = posed.problem
     ceiling = None
     if budget.max_kl is None:
         several = draft and len(problem.binding) > 1
@@ -88,7 +91,7 @@ def find_assignment(
     over = ceiling is not None and result.objective > problem.ceiling[problem.resources.index(MEMORY)]
     if result.choice is None or over:
         raise _infeasible(profile, budget, find_least_values(problem, limits, tables, max_loss=ceiling))
-    return Assignment(name=metric, kind="plan", metric=metric, choice=result.choice, result=result)
+    return Assignment(name=metric, kind="plan", metric=metric, choice=posed.read(result.choice), result=result)
 
 
 def find_least_loss(
@@ -100,11 +103,12 @@ def find_least_loss(
         InfeasibleBudget: If no assignment keeps the limits.
     """
     limits = resolve_limits(profile, budget)
-    problem = build_problem(profile, profile.table(metric).loss, limits, tables)
-    result = solve(problem)
+    posed = pose_problem(profile, profile.table(metric).loss, limits, tables)
+    result = solve(posed.problem)
     if result.choice is None:
-        raise _infeasible(profile, budget, find_least_values(problem, limits, tables))
-    return Assignment(name=f"{metric}, least loss", kind="plan", metric=metric, choice=result.choice, result=result)
+        raise _infeasible(profile, budget, find_least_values(posed.problem, limits, tables))
+    choice = posed.read(result.choice)
+    return Assignment(name=f"{metric}, least loss", kind="plan", metric=metric, choice=choice, result=result)
 
 
 def find_interacting_assignment(
@@ -210,6 +214,30 @@ def make_plan(
         reference_memory_bytes=profile.reference_bytes,
         provenance={**profile.provenance, **provenance},
         cache=cache,
+        activations=_activation_plan(profile, assignment, tables),
+    )
+
+
+def _activation_plan(
+    profile: SensitivityProfile, assignment: Assignment, tables: Mapping[str, CostTable]
+) -> ActivationPlan | None:
+    if not profile.activations_joined:
+        return None
+    assert profile.activations is not None
+    formats = assignment.formats_by_activation(profile.candidates)
+    known = profile.activations.scales
+    scales = {
+        name: [float(x) for x in known[module][format_]]
+        for name, format_ in formats.items()
+        if format_ in known.get(module := module_of(name), {})
+    }
+    rows = np.array([unit.kind == "activation" for unit in profile.candidates.units])
+    loss = profile.table(predicting_metric(profile, assignment.metric)).loss
+    return ActivationPlan(
+        formats=formats,
+        scales=scales,
+        bit_operations=tables[BIT_OPERATIONS].use(assignment.choice),
+        predicted_loss=float(pick(loss, assignment.choice)[rows].sum()),
     )
 
 
@@ -308,4 +336,5 @@ def _unit_plans(profile: SensitivityProfile, assignment: Assignment, memory: Cos
             std_error=float(std_error),
         )
         for unit, f, loss, std_error, memory_bytes in rows
+        if unit.kind != "activation"
     )

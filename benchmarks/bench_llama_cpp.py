@@ -1,144 +1,225 @@
-"""Plans against files of the same size, all run by llama.cpp itself, on SmolLM2-135M. Writes llama_cpp.md.
+"""Plans against llama.cpp's own mixes of the same file size, on SmolLM2-135M. Writes llama_cpp.md.
 
-    python benchmarks/bench_llama_cpp.py [--llama-quantize PATH] [--profile DIRECTORY]
+    python benchmarks/bench_llama_cpp.py [--tools DIRECTORY] [--refine ROUNDS] [--chunks CHUNKS]
 
-With llama-quantize, of any build of llama.cpp, the rivals are its own mixes of the unquantized model that bitplan
-exports; without it, one type for all weights where rows allow it. Each rival's file size is the budget of a plan, so
-that a plan is never a byte larger. KL is llama.cpp's own logits against its logits of the unquantized file: one engine,
-one arithmetic for all.
+The rivals are made by llama-quantize from the unquantized file that bitplan exports, once without an importance matrix
+and once with one, which is bitplan's own: both sides then know the same of the inputs. The size of each rival's file is
+the budget of a plan, so that a plan is never a byte larger. A plan's formats are the same in both tables; with the
+matrix its scales are searched for the least weighted error (``weighted_clipping``). All KL is llama-perplexity's;
+``llama_cpp_tools.py`` says how to build the two programs.
+
+All of it is kept in the store and found again: the profile, measured plans, files, their KL.
 """
 
 import argparse
-import subprocess
+import json
 import sys
-import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
+from llama_cpp_tools import CONTEXT_TOKENS, Tools
 from machine import describe_machine
 
 import allocator
-from allocator.assignments import list_uniform
+from allocator.artefacts import Model
 from allocator.demo import demo_request
 from allocator.demo_model import prepare_demo_model
-from allocator.engine_rules import restrict_profile
-from allocator.progress import shown_progress
+from allocator.demo_text import python_reference_text
+from allocator.progress import Progress, shown_progress
 from allocator.store import Store
 from runtime.engines import find_engine
 from runtime.exporters import export
-from runtime.loading import ReferenceModel
+from runtime.exporters.gguf_imatrix import write_importance_matrix
+from runtime.quantizers import InputStatistics
+from runtime.rendering import Rendering
 from runtime.units import list_weights
-from sensitivity.evaluation import mean_interval
+from sensitivity.measure_config import MeasureConfig
 from sensitivity.profile import SensitivityProfile
-
-sys.path.append(str(Path(__file__).parents[1]))
-from tests.llama_cpp_client import loaded  # noqa: E402 (the directory above is not on the path of a script)
+from sensitivity.weight_inputs import find_statistics
 
 ENGINE = find_engine("llama.cpp")
 MIXES = ("Q3_K_S", "Q4_0", "Q3_K_M", "Q4_K_M", "Q5_K_M")
-UNIFORM = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "int4_g32_sym", "int5_g32_sym")
+# What renders a plan's codes -> what the table calls it. GPTQ knows more than an importance matrix holds.
+RENDERINGS = {"rtn": "plan", "weighted_clipping": "plan", "gptq": "plan, GPTQ's codes"}
+Kl = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The rivals of one mix and the plan of their size.
+
+    Args:
+        mix: llama.cpp's name of the mix.
+        rival_bytes: Bytes of its file.
+        plan_bytes: Bytes of the plan's file.
+        predicted: KL that the plan predicted.
+        rivals: Whether an importance matrix was used -> mean KL, nats per token, and its standard error.
+        plans: Name in ``RENDERINGS`` -> the same of the plan.
+    """
+
+    mix: str
+    rival_bytes: int
+    plan_bytes: int
+    predicted: float
+    rivals: dict[bool, Kl]
+    plans: dict[str, Kl]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--llama-quantize", help="llama.cpp's quantizer; its own mixes are then the rivals")
-    parser.add_argument("--profile", type=Path, help="profile to use; measured now otherwise")
+    parser.add_argument("--tools", type=Path, help="directory of llama-quantize and llama-perplexity")
+    parser.add_argument("--refine", type=int, default=0, help="rounds of refinement; none: one solve")
+    parser.add_argument("--chunks", type=int, default=12, help=f"pieces of {CONTEXT_TOKENS} tokens of the text")
     options = parser.parse_args()
     store = Store()
-    model = allocator.Model(str(prepare_demo_model(store.root)))
-    with shown_progress() as progress, tempfile.TemporaryDirectory() as scratch:
-        if options.profile is not None:
-            profile = allocator.load_profile(options.profile)
-        else:
-            request = replace(demo_request(), formats=ENGINE.menu, embedding_formats=ENGINE.menu)
-            profile = allocator.measure(model, request=request, store=store, progress=progress)
-        directory = Path(scratch)
-        reference = write(model.reference, dict.fromkeys(list_weights(model.reference.model), "fp16"), directory, "F16")
-        rivals = (
-            make_mixes(options.llama_quantize, reference)
-            if options.llama_quantize
-            else make_uniform(model.reference, profile, directory)
-        )
-        rows = compare(model, profile, reference, rivals)
-    text = render(rows, profile)
+    bench = Bench(Tools.find(options.tools), store, options.refine, options.chunks)
+    with shown_progress() as progress:
+        rows = [bench.compare(mix, progress) for mix in MIXES]
+    text = render(rows, options.refine, options.chunks)
     (Path(__file__).parent / "llama_cpp.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
 
-def write(reference: ReferenceModel, formats: dict[str, str], directory: Path, name: str) -> Path:
-    """Returns the GGUF file of a model in some formats."""
-    export(reference, formats, directory / name, exporter="llama.cpp")
-    return directory / name / "model.gguf"
+def measure(model: Model, store: Store, progress: Progress) -> SensitivityProfile:
+    """Returns the profile of the formats that llama.cpp runs."""
+    config = MeasureConfig(fisher_sequences=48, logit_passes=320, fit_plans=None)
+    request = replace(demo_request(store), formats=ENGINE.menu, embedding_formats=ENGINE.menu, config=config)
+    return allocator.measure(model, request=request, store=store, progress=progress)
 
 
-def make_mixes(program: str, reference: Path) -> dict[str, Path]:
-    """Returns llama.cpp's own mixes, made by its quantizer without an importance matrix."""
-    paths = {mix: reference.parent / f"{mix}.gguf" for mix in MIXES}
-    for mix, path in paths.items():
-        subprocess.run([program, str(reference), str(path), mix, "1"], check=True, capture_output=True)
-    return paths
+class Bench:
+    """Makes and measures the files; what is there already is not made again.
+
+    Args:
+        tools: llama.cpp's programs.
+        store: Where everything is kept.
+        refine: Rounds of refinement.
+        chunks: Pieces of text that a KL is measured on.
+    """
+
+    def __init__(self, tools: Tools, store: Store, refine: int, chunks: int) -> None:
+        self._tools, self._store, self._refine = tools, store, refine
+        self._model = Model(str(prepare_demo_model(store.root)))
+        self._place = store.root / "llama.cpp"
+        self._place.mkdir(parents=True, exist_ok=True)
+        self._base = self._write_base(chunks)
+
+    def compare(self, mix: str, progress: Progress) -> Row:
+        """Returns the rivals of a mix beside the plan of their size."""
+        profile = measure(self._model, self._store, progress)
+        tokens = torch.from_numpy(profile.calibration_tokens)
+        directory = self._store.rendering(profile.fingerprint)
+        statistics = find_statistics(self._model.reference.model, tokens, directory=directory)
+        imatrix = self._place / "imatrix.gguf"
+        if not imatrix.exists():
+            shape = (tokens.shape[0], tokens.shape[1])
+            source = profile.provenance["calibration"]
+            write_importance_matrix(self._model.reference, statistics, imatrix, source=source, tokens_shape=shape)
+        rivals = {weighted: self._make_rival(mix, imatrix if weighted else None) for weighted in (False, True)}
+        size = min(path.stat().st_size for path in rivals.values())
+        plan = allocator.plan(
+            self._model,
+            allocator.Budget(memory_bytes=size),
+            profile=profile,
+            engine=ENGINE.name,
+            verify=self._refine > 0,
+            refine=self._refine,
+            store=self._store,
+            progress=progress,
+        )
+        allocator.save_plan(plan, self._place / f"{mix}-plan.json")
+        plans = {quantizer: self._measure_plan(plan, mix, quantizer, statistics) for quantizer in RENDERINGS}
+        return Row(
+            mix=mix,
+            rival_bytes=size,
+            plan_bytes=plan.memory_bytes,
+            predicted=plan.predicted_kl,
+            rivals={weighted: self._measure_kl(path) for weighted, path in rivals.items()},
+            plans=plans,
+        )
+
+    def _write_base(self, chunks: int) -> Path:
+        """Returns the file of the unquantized model's logits on the text that nothing else saw."""
+        text, base = self._place / "python-reference.txt", self._place / f"base-{chunks}.dat"
+        if not base.exists():
+            formats = dict.fromkeys(list_weights(self._model.reference.model), "fp16")
+            export(self._model.reference, formats, self._place / "F16", exporter=ENGINE.exporter)
+            text.write_text("\n\n".join(python_reference_text()), encoding="utf-8")
+            self._tools.write_base(self._place / "F16" / "model.gguf", text, base, chunks)
+        return base
+
+    def _make_rival(self, mix: str, imatrix: Path | None) -> Path:
+        path = self._place / f"{mix}{'' if imatrix is None else '-weighted'}.gguf"
+        if not path.exists():
+            self._tools.make_mix(self._place / "F16" / "model.gguf", path, mix, imatrix)
+        return path
+
+    def _measure_plan(
+        self, plan: allocator.Plan, mix: str, quantizer: str, statistics: dict[str, InputStatistics]
+    ) -> Kl:
+        """Returns the KL of a plan's file with codes of one rule; it is as long as predicted."""
+        out = self._place / f"{mix}-plan-{quantizer}"
+        rule = Rendering(quantizer=quantizer, statistics=statistics)
+        manifest = out / "bitplan-export.json"
+        if not manifest.exists() or json.loads(manifest.read_text())["formats"] != dict(plan.weights):
+            export(self._model.reference, plan.weights, out, exporter=ENGINE.exporter, quantizer=rule)
+        assert (out / "model.gguf").stat().st_size == plan.memory_bytes
+        return self._measure_kl(out / "model.gguf")
+
+    def _measure_kl(self, path: Path) -> Kl:
+        """Returns the mean KL of a file and its standard error, measured once for each content of the file."""
+        kept, stamp = path.with_suffix(f".{self._base.stem}.json"), path.stat().st_mtime_ns
+        if not kept.exists() or json.loads(kept.read_text())["stamp"] != stamp:
+            kl, std_error = self._tools.measure_kl(path, self._base)
+            kept.write_text(json.dumps({"stamp": stamp, "kl": kl, "std_error": std_error}), encoding="utf-8")
+        document = json.loads(kept.read_text())
+        return document["kl"], document["std_error"]
 
 
-def make_uniform(reference: ReferenceModel, profile: SensitivityProfile, directory: Path) -> dict[str, Path]:
-    """Returns a file for each type that all weights can take."""
-    restricted = restrict_profile(profile, ENGINE)
-    uniform = {a.name: a.formats_by_weight(restricted.candidates) for a in list_uniform(restricted.candidates, "")}
-    named = {name: uniform[f"uniform {name}"] for name in UNIFORM if f"uniform {name}" in uniform}
-    return {name: write(reference, formats, directory, name) for name, formats in named.items()}
-
-
-def compare(
-    model: allocator.Model, profile: SensitivityProfile, reference: Path, rivals: dict[str, Path]
-) -> list[tuple[str, int, np.ndarray, int, np.ndarray, float]]:
-    """Returns rival, its bytes and KL by sequence, the plan's bytes and KL by sequence, and the plan's predicted KL."""
-    rows = []
-    for name, path in rivals.items():
-        size = path.stat().st_size
-        budget = allocator.Budget(memory_bytes=size)
-        plan = allocator.plan(model, budget, verify=False, profile=profile, engine=ENGINE.name)
-        ours = write(model.reference, dict(plan.weights), reference.parents[1], f"plan for {name}")
-        assert ours.stat().st_size == plan.memory_bytes <= size
-        kl, own = (measure_kl(reference, p, profile.evaluation_tokens) for p in (path, ours))
-        rows.append((name, size, kl, plan.memory_bytes, own, plan.predicted_kl))
-    return rows
-
-
-def measure_kl(reference: Path, path: Path, sequences: np.ndarray) -> np.ndarray:
-    """Returns the mean KL [S] of a file's logits to the reference file's, nats per token, both of llama.cpp."""
-    means = []
-    with loaded(reference) as first, loaded(path) as second:
-        for tokens in sequences:
-            p, q = (torch.from_numpy(engine.logits(tokens)).log_softmax(-1) for engine in (first, second))
-            means.append(float((p.exp() * (p - q)).sum(-1).mean()))
-    return np.array(means)
-
-
-def render(rows: list[tuple[str, int, np.ndarray, int, np.ndarray, float]], profile: SensitivityProfile) -> str:
+def render(rows: list[Row], refine: int, chunks: int) -> str:
     """Returns the page."""
-    sequences, tokens = profile.evaluation_tokens.shape
     lines = [
-        "# Plans for llama.cpp, SmolLM2-135M",
+        "# Plans for llama.cpp beside its own mixes, SmolLM2-135M",
         "",
-        f"Made by `python benchmarks/bench_llama_cpp.py`. Machine: {describe_machine()}.",
+        f"Made by `python benchmarks/bench_llama_cpp.py --refine {refine} --chunks {chunks}`. Machine: "
+        f"{describe_machine()}.",
         "",
-        f"KL in nats per token on {sequences} sequences of {tokens} tokens that nothing else saw, with half its 95 % "
-        "interval: llama.cpp's logits of each file against its logits of the unquantized one. No plan is larger than "
-        "its rival, and no file was made with an importance matrix.",
+        "Mean KL to the unquantized model, nats per token ± its standard error, measured by llama-perplexity on "
+        f"{chunks} pieces of {CONTEXT_TOKENS} tokens of the Python reference, which nothing else saw. The files of "
+        "llama.cpp are llama-quantize's. No plan is larger than its rival, and each file is as long as its plan "
+        "predicted, to the byte.",
         "",
-        "| rival | bytes | KL | plan, bytes | predicted | KL | × rival |",
-        "|---|---|---|---|---|---|---|",
+        "## Without an importance matrix",
+        "",
+        *_table(rows, weighted=False, quantizers=("rtn",)),
+        "",
+        "## With an importance matrix",
+        "",
+        "Both sides have the same matrix, which bitplan wrote from the calibration text. The last columns are the same "
+        "plan with codes of GPTQ, which knows how inputs vary together and not only how much each varies.",
+        "",
+        *_table(rows, weighted=True, quantizers=("weighted_clipping", "gptq")),
     ]
-    for name, size, kl, own_bytes, own, predicted in sorted(rows, key=lambda row: row[1]):
-        ratio = own.mean() / kl.mean()
-        lines.append(f"| {name} | {size} | {_cell(kl)} | {own_bytes} | {predicted:.4f} | {_cell(own)} | {ratio:.3f} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(kl: np.ndarray) -> str:
-    mean, low, _ = mean_interval(kl)
-    return f"{mean:.4f} ± {mean - low:.4f}"
+def _table(rows: list[Row], *, weighted: bool, quantizers: tuple[str, ...]) -> list[str]:
+    named = [f"{RENDERINGS[q]} | × llama.cpp" for q in quantizers]
+    lines = [f"| size of | bytes | llama.cpp | plan's bytes | predicted | {' | '.join(named)} |"]
+    lines.append("|---|---|---|---|---|" + "---|---|" * len(quantizers))
+    for row in sorted(rows, key=lambda row: row.rival_bytes):
+        theirs = row.rivals[weighted]
+        cells = [row.mix, f"{row.rival_bytes:,}", _cell(theirs), f"{row.plan_bytes:,}", f"{row.predicted:.4f}"]
+        for quantizer in quantizers:
+            ours = row.plans[quantizer]
+            cells += [_cell(ours), f"**{ours[0] / theirs[0]:.2f}**"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(kl: Kl) -> str:
+    return f"{kl[0]:.4f} ± {kl[1]:.4f}"
 
 
 if __name__ == "__main__":

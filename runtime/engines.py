@@ -25,6 +25,13 @@ def _integers(bits: str, groups: str = "g32|g64|g128|channel", suffix: str = "(_
     return f"int({bits})_({groups}){suffix}"
 
 
+# MatMulNBits takes whole blocks of codes of these widths.
+_ONNX = _integers("2|4|8", groups="g16|g32|g64|g128|g256")
+# The tokens of a prompt, and a past of no tokens for each input that the models of ONNX graphs have for it.
+_ONNX_INPUTS = (
+    "words = AutoTokenizer.from_pretrained('{out}'); ids = words('The', return_tensors='np').input_ids; "
+    "past = {{i.name: np.zeros([1, i.shape[1], 0, i.shape[3]], 'f4') for i in "
+)
 _COMPRESSED = _integers("2|3|4|5|6|7|8", groups="g16|g32|g64|g128|g256|channel", suffix="_sym")
 _SYMMETRIC = (*(f"int{bits}_g64_sym" for bits in (2, 3, 4, 5, 6, 8)), "bf16")
 _GGUF_KINDS = ("linear", "head", "embedding", "expert")
@@ -36,12 +43,21 @@ ENGINES: dict[str, Engine] = {
             name="llama.cpp",
             reads="GGUF, every tensor in a type of its own",
             rules=(
-                FormatRule(formats=r"q[458]_0|q[45]_1|mxfp4|int(4|5|8)_g32_sym", kinds=_GGUF_KINDS, in_multiple=32),
-                FormatRule(formats=r"q[23456]_k", kinds=_GGUF_KINDS, in_multiple=256),
+                FormatRule(
+                    formats=r"q[458]_0|q[45]_1|iq4_nl|mxfp4|int(4|5|8)_g32_sym", kinds=_GGUF_KINDS, in_multiple=32
+                ),
+                FormatRule(formats=r"q[23456]_k|iq4_xs", kinds=_GGUF_KINDS, in_multiple=256),
             ),
             experts="stack_projection",
-            menu=("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "bf16"),
-            instead={"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"},
+            menu=("q2_k", "q3_k", "iq4_xs", "iq4_nl", "q4_k", "q5_k", "q6_k", "q4_1", "q5_0", "q5_1", "q8_0", "bf16"),
+            instead={
+                "q2_k": "q4_0",
+                "q3_k": "q4_0",
+                "iq4_xs": "iq4_nl",
+                "q4_k": "q5_0",
+                "q5_k": "q5_1",
+                "q6_k": "q8_0",
+            },
             exporter="llama.cpp",
             command="llama-cli -m {out}/model.gguf -p 'The'",
             checked="loaded by llama.cpp on a CPU; tensors' types and bytes equal, logits compared",
@@ -160,6 +176,72 @@ ENGINES: dict[str, Engine] = {
             notes=(
                 "On a CPU torchao keeps every code in a byte: files do not shrink below 8 bits.",
                 "The codes are torchao's own: measure the result.",
+            ),
+        ),
+        Engine(
+            name="onnxruntime",
+            reads="an ONNX graph whose weights are read by MatMulNBits",
+            rules=(
+                FormatRule(formats=_ONNX),
+                FormatRule(formats=_ONNX.replace("2|", ""), kinds=("embedding",)),
+            ),
+            menu=("int2_g64", "int4_g32", "int4_g64", "int8_g64", "bf16"),
+            exporter="onnx",
+            command=(
+                'python -c "import numpy as np, onnxruntime; from transformers import AutoTokenizer; '
+                "model = onnxruntime.InferenceSession('{out}/model.onnx'); "
+                + _ONNX_INPUTS
+                + "model.get_inputs()[2:]}}; "
+                "print(words.decode(model.run(['logits'], {{'input_ids': ids, 'attention_mask': np.ones_like(ids), "
+                '**past}})[0][0, -1].argmax()))"'
+            ),
+            checked="run by ONNX Runtime on a CPU; bytes equal the prediction, logits compared",
+            notes=(
+                "Weights are in model.onnx.data, which is what a budget counts.",
+                "Llama, Mistral without a sliding window, and Qwen2; experts stay unquantized and are not written.",
+                "Its own quantizer leaves a node in float32 without a word where 2 bits are asked for; here the codes "
+                "are written.",
+            ),
+        ),
+        Engine(
+            name="openvino",
+            reads="the same ONNX graph",
+            rules=(FormatRule(formats=_ONNX),),
+            menu=("int2_g64", "int4_g32", "int4_g64", "int8_g64", "bf16"),
+            exporter="onnx",
+            command=(
+                'python -c "import numpy as np, openvino; from transformers import AutoTokenizer; '
+                "model = openvino.Core().compile_model('{out}/model.onnx', 'CPU'); "
+                + _ONNX_INPUTS.replace("i.name", "i.any_name")
+                .replace("i.shape[1]", "i.partial_shape[1].get_length()")
+                .replace("i.shape[3]", "i.partial_shape[3].get_length()")
+                + "model.inputs[2:]}}; "
+                "print(words.decode(model({{'input_ids': ids, 'attention_mask': np.ones_like(ids), **past}})['logits']"
+                '[0, -1].argmax()))"'
+            ),
+            checked="run by OpenVINO on a CPU; logits compared",
+            notes=(
+                "On a CPU it rounds inputs to 8 bits by itself; DYNAMIC_QUANTIZATION_GROUP_SIZE=0 turns that off.",
+                "Batches of one sequence; embeddings stay unquantized.",
+                "NNCF has no format for plans: it would choose the layers itself, so it is not used.",
+            ),
+        ),
+        Engine(
+            name="bitsandbytes",
+            reads="BitsAndBytesConfig, all weights at one width but for those it skips; it quantizes by itself",
+            rules=(FormatRule(formats="int8_channel_sym", kinds=("linear",)),),
+            menu=("int8_channel_sym", "bf16"),
+            exporter="bitsandbytes",
+            command=(
+                'python -c "import json; from transformers import AutoModelForCausalLM, BitsAndBytesConfig; '
+                "config = BitsAndBytesConfig(**json.load(open('{out}/bitsandbytes_config.json'))); "
+                "AutoModelForCausalLM.from_pretrained('{model}', quantization_config=config)\""
+            ),
+            checked="read by transformers' BitsAndBytesConfig; bitsandbytes was not run",
+            notes=(
+                "It cannot mix widths: 4 and 8 bits exclude each other, and its 4-bit types are no format here. Left "
+                "are 8 bits and 16; a plan says what that costs.",
+                "The codes are its own: measure the result.",
             ),
         ),
         Engine(

@@ -117,12 +117,12 @@ _FAMILIES: tuple[Iterable[Format], ...] = (
         Format(
             name=name,
             kind="ggml",
-            bits=int(name[1]),
-            group_size=256 if name.endswith("k") else 32,
-            symmetric=name in ("q4_0", "q5_0", "q8_0", "q3_k", "q6_k"),
+            bits=int(name.removeprefix("i")[1]),
+            group_size=weights,
+            symmetric=name in ("q4_0", "q5_0", "q8_0", "q3_k", "q6_k", "iq4_nl", "iq4_xs"),
             element=name,
         )
-        for name in GGML_BLOCKS
+        for name, (weights, _) in GGML_BLOCKS.items()
     ),
     (
         *(Format(name=f"ternary_{_group_name(g)}", kind="ternary", bits=2, group_size=g) for g in (32, 64, 128, None)),

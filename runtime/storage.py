@@ -14,18 +14,20 @@ from runtime.stored_tensor import StoredTensor, packed_row_bytes, trit_row_bytes
 Shape = tuple[int, int]
 # How the names of tensors that hold codes begin; the others are metadata.
 CODE_TENSORS = ("codes", "values")
-# Bytes of a block of llama.cpp's formats: 32 weights, 256 of those that end in k.
+# Weights and bytes of a block of llama.cpp's formats.
 GGML_BLOCKS = {
-    "q4_0": 18,
-    "q4_1": 20,
-    "q5_0": 22,
-    "q5_1": 24,
-    "q8_0": 34,
-    "q2_k": 84,
-    "q3_k": 110,
-    "q4_k": 144,
-    "q5_k": 176,
-    "q6_k": 210,
+    "q4_0": (32, 18),
+    "q4_1": (32, 20),
+    "q5_0": (32, 22),
+    "q5_1": (32, 24),
+    "q8_0": (32, 34),
+    "iq4_nl": (32, 18),
+    "q2_k": (256, 84),
+    "q3_k": (256, 110),
+    "q4_k": (256, 144),
+    "q5_k": (256, 176),
+    "q6_k": (256, 210),
+    "iq4_xs": (256, 136),
 }
 # Widths that a nested weight can be read at, each a prefix of the next.
 NESTED_WIDTHS = (4, 6, 8)
@@ -188,7 +190,7 @@ def _lay_out_searched_float(format_: Format, shape: Shape) -> tuple[StoredTensor
 
 
 def _lay_out_ggml(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
-    row_bytes = format_.group_count(shape[1]) * GGML_BLOCKS[format_.element]
+    row_bytes = format_.group_count(shape[1]) * GGML_BLOCKS[format_.element][1]
     return (StoredTensor("blocks", (shape[0], row_bytes), "uint8"),)
 
 

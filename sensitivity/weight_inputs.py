@@ -49,22 +49,32 @@ def find_rendering(model: Any, quantizer: str, tokens: Tensor | None, *, directo
     files = None if directory is None else RenderedFiles(directory / "rendered")
     if quantizer not in STATISTICAL:
         return Rendering(quantizer=quantizer, statistics={}, files=files)
+    return Rendering(quantizer=quantizer, statistics=find_statistics(model, tokens, directory=directory), files=files)
+
+
+def find_statistics(model: Any, tokens: Tensor | None, *, directory: Path | None) -> dict[str, InputStatistics]:
+    """Returns weight name -> statistics of its inputs, read where they are kept or collected now.
+
+    Args:
+        model: The reference model in float32.
+        tokens: [S, T] int64 of calibration text that they are of; None where only their file is left.
+        directory: Where they are kept; None to keep nothing.
+
+    Raises:
+        ValueError: If there is neither their file nor their text.
+    """
 
     def collect() -> Piece:
         if tokens is None:
             msg = (
-                f"what quantizer '{quantizer}' knew of the inputs must be kept, or the text it was collected on: got "
-                f"neither the profile nor '{directory}'. Measure again with the same settings."
+                "what was known of the inputs must be kept, or the text it was collected on: got neither the profile "
+                f"nor '{directory}'. Measure again with the same settings."
             )
             raise ValueError(msg)
         return _collect(model, tokens)
 
     piece = read_or_measure(None if directory is None else directory / _INPUTS, collect)
-    return Rendering(
-        quantizer=quantizer,
-        statistics=_make_statistics(list_weights(model, routers=True), piece),
-        files=files,
-    )
+    return _make_statistics(list_weights(model, routers=True), piece)
 
 
 def _collect(model: Any, tokens: Tensor) -> Piece:

@@ -105,7 +105,7 @@ def evaluate(context: JobContext) -> Outcome:
     """Measures a plan on held-out text, beside the reference and the uniform formats."""
     from allocator.pipeline import evaluate as run
 
-    options: dict[str, Any] = {"text": context.text(), "store": context.store, "progress": context.progress}
+    options = {"text": context.text(), "store": context.store, "progress": context.progress}
     rows = run(context.model_path(), context.plan(), **options)
     return Outcome(result={"evaluation": [jsonable(asdict(row)) for row in rows]})
 
@@ -137,8 +137,14 @@ def report(context: JobContext) -> Outcome:
     """Writes the report of a plan."""
     from allocator.pipeline import report as run
 
-    options: dict[str, Any] = {"text": context.text(), "store": context.store, "progress": context.progress}
-    run(context.model_path(), context.plan(), context.place, **options)
+    run(
+        context.model_path(),
+        context.plan(),
+        context.place,
+        text=context.text(),
+        store=context.store,
+        progress=context.progress,
+    )
     return _written(context, "report", {})
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from runtime.codecs.codec import Codec, ColumnGrid, StoredTensors, check_range, pick
 from runtime.codecs.ggml_layouts import GGML_LAYOUTS
-from runtime.codecs.ggml_search import nearest_levels, part_steps, search_blocks, values_of
+from runtime.codecs.ggml_search import part_steps, search_blocks, values_of
 from runtime.quantizers.grid import LARGEST_SCALE
 from runtime.storage import Format
 
@@ -60,9 +60,9 @@ def ggml_grid(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -
     def round_column(j: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
         k = j // length
         shifted = numbers if least is None else numbers + least[k]
-        levels = nearest_levels(shifted, step[k], layout)
+        levels = layout.nearest(shifted, step[k])
         values = levels * step[k] if least is None else levels * step[k] - least[k]
-        return (levels + layout.zero).to(torch.uint8), values
+        return layout.codes(levels), values
 
     def with_codes(codes: Tensor) -> dict[str, Tensor]:
         return {"blocks": layout.pack(replace(fields, codes=codes.view(fields.codes.shape))).flatten(1)}

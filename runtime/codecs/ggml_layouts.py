@@ -1,15 +1,17 @@
 """The blocks of llama.cpp's formats: from their bytes to the integers and scales they hold, and back.
 
-    value = (d * scale[k]) * (code - zero) - dmin * min[k],       k the part of the block that the weight is in
+    value = (d * scale[k]) * level - dmin * min[k],       k the part of the block that the weight is in
 
-d and dmin are float16, one a block; the scales and minima of the parts are small integers. The formats without parts
-have one, of scale (and minimum) 1; Q4_1 and Q5_1 store their minimum with the opposite sign. Codes lie in planes: in
-each run of bytes the lowest bits hold the first weights, the next bits the following ones.
+A level is the code less a constant, or, in the formats whose names begin with iq, the code's entry in a table. d and
+dmin are float16, one a block; the scales and minima of the parts are small integers. The formats without parts have
+one, of scale (and minimum) 1; Q4_1 and Q5_1 store their minimum with the opposite sign. Codes lie in planes: in each
+run of bytes the lowest bits hold the first weights, the next bits the following ones.
 
 Source of the layouts: ``gguf.quants`` of the package gguf 0.19, ``ggml-common.h``.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -54,24 +56,67 @@ class BlockLayout:
         sections: Names and bytes of the sections of a block, in order.
         planes: Planes of the codes, lowest bits first.
         parts: Parts of a block with scales of their own.
-        zero: Code that stands for zero.
+        zero: Code that stands for zero, where levels are codes less a constant.
         scales: How the integers of the parts are packed; None without parts.
         scale_range: Least and largest scale of a part.
         most_min: Largest minimum of a part; 0 without minima.
+        table: Level of each code, rising; empty where levels are codes less a constant.
     """
 
     sections: tuple[tuple[str, int], ...]
     planes: tuple[Plane, ...]
     parts: int = 1
     zero: int = 0
-    scales: Literal["nibbles", "six_bits", "six_bit_pairs", "int8"] | None = None
+    scales: Literal["nibbles", "six_bits", "six_bit_pairs", "six_bits_in_order", "int8"] | None = None
     scale_range: tuple[int, int] = (1, 1)
     most_min: int = 0
+    table: tuple[int, ...] = ()
 
     @property
     def top(self) -> int:
         """The largest code."""
         return (1 << sum(plane.width for plane in self.planes)) - 1
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The least and the largest level."""
+        return (self.table[0], self.table[-1]) if self.table else (-self.zero, self.top - self.zero)
+
+    @cached_property
+    def _nearest_by_half(self) -> Tensor:
+        """The level nearest to the numbers between h/2 and (h + 1)/2, h from twice the least level on."""
+        table = torch.tensor(self.table, dtype=torch.float32)
+        middles = (torch.arange(2 * self.table[0], 2 * self.table[-1] + 1) + 0.5) / 2
+        return table[torch.bucketize(middles, (table[1:] + table[:-1]) / 2)]
+
+    @cached_property
+    def _code_by_level(self) -> Tensor:
+        """The code of each level that there is, counted from the least on."""
+        numbers = torch.arange(self.table[0], self.table[-1] + 1)
+        return torch.searchsorted(torch.tensor(self.table), numbers).to(torch.uint8)
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """Returns the float32 levels of codes."""
+        if self.table:
+            table = torch.tensor(self.table, dtype=torch.float32)
+            return torch.index_select(table, 0, codes.int().flatten()).view(codes.shape)
+        return codes.to(torch.float32) - self.zero
+
+    def codes(self, levels: Tensor) -> Tensor:
+        """Returns the uint8 codes of levels."""
+        if self.table:
+            above = (levels - self.table[0]).to(torch.int32)
+            return torch.index_select(self._code_by_level, 0, above.flatten()).view(levels.shape)
+        return (levels + self.zero).to(torch.uint8)
+
+    def nearest(self, x: Tensor, step: Tensor) -> Tensor:
+        """Returns the level whose multiple of the step is nearest; that nearest to zero where the step is zero."""
+        scaled = torch.where(step == 0, 0.0, x / step)
+        if self.table:
+            # Levels are integers: between two multiples of one half, one level is the nearest.
+            halves = scaled.mul_(2).floor_().clamp_(*(2 * end for end in self.ends)).sub_(2 * self.table[0])
+            return torch.index_select(self._nearest_by_half, 0, halves.to(torch.int32).flatten()).view(halves.shape)
+        return scaled.round_().clamp_(*self.ends)
 
     def split(self, blocks: Tensor) -> dict[str, Tensor]:
         """Returns the sections of blocks [..., bytes]."""
@@ -117,6 +162,9 @@ class BlockLayout:
             return (packed & 15).int(), (packed >> 4).int()
         if self.scales == "int8":
             return packed.view(torch.int8).int(), None
+        if self.scales == "six_bits_in_order":
+            low, high = spread(packed, 4, 1), spread(sections["scale_tops"], 2, 1)
+            return (low | (high << 4)).int() - 32, None
         if self.scales == "six_bits":
             low, high = spread(packed[..., :8], 4, 8), spread(packed[..., 8:], 2, 4)
             return (low | (high << 4)).int() - 32, None
@@ -131,8 +179,10 @@ class BlockLayout:
         scales = fields.scales
         if self.scales == "int8":
             return {"scales": scales.to(torch.int8).view(torch.uint8)}
-        if self.scales == "six_bits":
+        if self.scales in ("six_bits", "six_bits_in_order"):
             six = (scales + 32).to(torch.uint8)
+            if self.scales == "six_bits_in_order":
+                return {"scales": gather(six & 15, 4, 1), "scale_tops": gather(six >> 4, 2, 1)}
             return {"scales": torch.cat([gather(six & 15, 4, 8), gather(six >> 4, 2, 4)], dim=-1)}
         assert fields.mins is not None
         unsigned, mins = scales.to(torch.uint8), fields.mins.to(torch.uint8)
@@ -165,6 +215,9 @@ def _write_half(numbers: Tensor) -> Tensor:
     return numbers.to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8)
 
 
+# Levels of the 4-bit formats with a table, dense around zero as weights are.
+_LEVELS_OF_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
 GGML_LAYOUTS: dict[str, BlockLayout] = {
     "q4_0": BlockLayout(sections=(("d", 2), ("low", 16)), planes=(Plane("low", 4, 16),), zero=8),
     "q4_1": BlockLayout(sections=(("d", 2), ("m", 2), ("low", 16)), planes=(Plane("low", 4, 16),), most_min=1),
@@ -177,6 +230,7 @@ GGML_LAYOUTS: dict[str, BlockLayout] = {
         most_min=1,
     ),
     "q8_0": BlockLayout(sections=(("d", 2), ("low", 32)), planes=(Plane("low", 8, 32),), zero=128),
+    "iq4_nl": BlockLayout(sections=(("d", 2), ("low", 16)), planes=(Plane("low", 4, 16),), table=_LEVELS_OF_IQ4),
     "q2_k": BlockLayout(
         sections=(("scales", 16), ("low", 64), ("d", 2), ("dmin", 2)),
         planes=(Plane("low", 2, 32),),
@@ -217,5 +271,13 @@ GGML_LAYOUTS: dict[str, BlockLayout] = {
         scales="int8",
         scale_range=(-128, 127),
     ),
+    "iq4_xs": BlockLayout(
+        sections=(("d", 2), ("scale_tops", 2), ("scales", 4), ("low", 128)),
+        planes=(Plane("low", 4, 16),),
+        parts=8,
+        scales="six_bits_in_order",
+        scale_range=(-32, 31),
+        table=_LEVELS_OF_IQ4,
+    ),
 }
-assert all(sum(size for _, size in layout.sections) == GGML_BLOCKS[name] for name, layout in GGML_LAYOUTS.items())
+assert all(sum(size for _, size in layout.sections) == GGML_BLOCKS[name][1] for name, layout in GGML_LAYOUTS.items())

@@ -77,7 +77,7 @@ def part_steps(fields: Fields) -> tuple[Tensor, Tensor | None]:
 def values_of(fields: Fields, layout: BlockLayout) -> Tensor:
     """Returns the float32 values [..., parts, length]."""
     step, least = part_steps(fields)
-    values = (fields.codes.to(torch.float32) - layout.zero).mul_(step.unsqueeze(-1))
+    values = layout.levels(fields.codes).mul_(step.unsqueeze(-1))
     return values if least is None else values.sub_(least.unsqueeze(-1))
 
 
@@ -85,16 +85,25 @@ def _start_symmetric(x: Tensor, h: Tensor, layout: BlockLayout) -> list[tuple[Te
     """Returns the plain and the best scales [N, parts] of the parts; a negative one turns the codes around."""
     extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     power = (h * x * x).sum(-1)
-    best, least = extreme.squeeze(-1) / -layout.zero, torch.full_like(power, torch.inf)
-    for overshoot in _OVERSHOOTS:
-        levels = nearest_levels(x, extreme / -(layout.zero + overshoot), layout)
+    # Eight bits are plainly used from -127 on.
+    plain = extreme.squeeze(-1) / (-127 if layout.top == 255 else layout.ends[0])
+    best, least = plain, torch.full_like(power, torch.inf)
+    for end in _list_ends(layout):
+        levels = layout.nearest(x, extreme / end)
         along, square = (h * x * levels).sum(-1), (h * levels * levels).sum(-1)
         error = power - along.square() / square
         better = (error < least) & (square > 0)
         best, least = torch.where(better, along / square, best), torch.where(better, error, least)
-    # Eight bits are plainly used from -127 on.
-    plain = extreme.squeeze(-1) / (-127 if layout.top == 255 else -layout.zero)
     return [(plain, None), (best, None)]
+
+
+def _list_ends(layout: BlockLayout) -> list[float]:
+    """Returns the levels, real numbers, to put the largest weight of a part at; a table has two different ends."""
+    if not layout.table:
+        return [layout.ends[0] - overshoot for overshoot in _OVERSHOOTS]
+    (low, next_low), (next_high, high) = layout.table[:2], layout.table[-2:]
+    below = [low - overshoot * (next_low - low) for overshoot in _OVERSHOOTS[::2]]
+    return below + [high + overshoot * (high - next_high) for overshoot in _OVERSHOOTS[1::2]]
 
 
 def _start_affine(x: Tensor, h: Tensor, layout: BlockLayout) -> list[tuple[Tensor, Tensor | None]]:
@@ -171,7 +180,7 @@ def _evaluate(
     fields = Fields(torch.empty(0), scales, mins, d, dmin)
     step, least = part_steps(fields)
     shifted = x if least is None else x + least.unsqueeze(-1)
-    codes = (nearest_levels(shifted, step.unsqueeze(-1), layout) + layout.zero).to(torch.uint8)
+    codes = layout.codes(layout.nearest(shifted, step.unsqueeze(-1)))
     fields = Fields(codes, scales, mins, d, dmin)
     return _State(fields, (h * (values_of(fields, layout) - x).square_()).sum((-1, -2)))
 
@@ -187,7 +196,7 @@ def _move_integers(x: Tensor, h: Tensor, layout: BlockLayout, fields: Fields) ->
         moved_min = None if fields.mins is None else (fields.mins + min_move).clamp(0, layout.most_min)
         step, least = part_steps(Fields(fields.codes, moved, moved_min, fields.d, fields.dmin))
         shifted = x if least is None else x + least.unsqueeze(-1)
-        rest = nearest_levels(shifted, step.unsqueeze(-1), layout).mul_(step.unsqueeze(-1)).sub_(shifted)
+        rest = layout.nearest(shifted, step.unsqueeze(-1)).mul_(step.unsqueeze(-1)).sub_(shifted)
         error = (h * rest.square_()).sum(-1)
         better = torch.ones_like(error, dtype=torch.bool) if best_error is None else error < best_error
         best_error = error if best_error is None else torch.where(better, error, best_error)
@@ -201,7 +210,7 @@ def _refit(
     x: Tensor, h: Tensor, layout: BlockLayout, fields: Fields
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Returns d and dmin of least error for the integers, which stay."""
-    levels = (fields.codes.to(torch.float32) - layout.zero).mul_(fields.scales.unsqueeze(-1))
+    levels = layout.levels(fields.codes).mul_(fields.scales.unsqueeze(-1))
     if fields.mins is None:
         square = (h * levels * levels).sum((-1, -2))
         fitted = torch.where(square > 0, (h * x * levels).sum((-1, -2)) / square, 0.0)
@@ -216,13 +225,8 @@ def _refit(
     return _half(d), fields.scales, _half(dmin), fields.mins
 
 
-def nearest_levels(x: Tensor, step: Tensor, layout: BlockLayout) -> Tensor:
-    """Returns the nearest code less zero; zero where the step is zero."""
-    return torch.where(step == 0, 0.0, x / step).round_().clamp_(-layout.zero, layout.top - layout.zero)
-
-
 def _affine_codes(x: Tensor, step: Tensor, minimum: Tensor, layout: BlockLayout) -> Tensor:
-    return nearest_levels(x + minimum.unsqueeze(-1), step.unsqueeze(-1), layout)
+    return layout.nearest(x + minimum.unsqueeze(-1), step.unsqueeze(-1))
 
 
 def _divide(numbers: Tensor, unit: Tensor) -> Tensor:

@@ -59,8 +59,12 @@ def export_llama_cpp(
     write_text(directory / TYPES_FILE, "".join(f"^{re.escape(n)}$={t.lower()}\n" for n, t in types.items()))
 
 
-def llama_cpp_fixed_bytes(reference: ReferenceModel) -> int:
+def llama_cpp_fixed_bytes(reference: ReferenceModel, *, routers: bool = False) -> int:
     """Returns the bytes of a GGUF file that no choice of formats changes: metadata, tensors' names, the rest's values.
+
+    Args:
+        reference: The model.
+        routers: Whether routers take formats too.
 
     The file is as long as these and ``Format.storage_bytes`` of all weights together, where every weight's bytes are a
     multiple of the alignment: out_features a multiple of 16 does it for every type.
@@ -69,7 +73,7 @@ def llama_cpp_fixed_bytes(reference: ReferenceModel) -> int:
         ValueError: If the architecture or the tokenizer is none that can be written here.
     """
     names = find_name_map(reference.model.config)
-    weights = {weight.parameter: weight for weight in list_weights(reference.model).values()}
+    weights = {weight.parameter: weight for weight in list_weights(reference.model, routers=routers).values()}
     rest_bytes = 0
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / MODEL_FILE

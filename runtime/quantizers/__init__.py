@@ -20,7 +20,7 @@ from runtime.quantizers.automatic import SINGLE_QUANTIZERS, Quantizer, quantize_
 from runtime.quantizers.input_statistics import InputStatistics
 
 QUANTIZERS: dict[str, Quantizer] = {**SINGLE_QUANTIZERS, "auto": quantize_automatic}
-STATISTICAL = frozenset({"gptq", "coordinate_descent", "learned_rounding", "auto"})
+STATISTICAL = frozenset({"weighted_clipping", "gptq", "coordinate_descent", "learned_rounding", "auto"})
 
 __all__ = [
     "QUANTIZERS",

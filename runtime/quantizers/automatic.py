@@ -11,7 +11,7 @@ from torch import Tensor
 
 from runtime.formats import Format
 from runtime.quantization import QuantizedWeight, dequantize
-from runtime.quantizers.clipping import quantize_clipping
+from runtime.quantizers.clipping import quantize_clipping, quantize_weighted_clipping
 from runtime.quantizers.coordinate_descent import quantize_coordinate_descent
 from runtime.quantizers.gptq import quantize_gptq
 from runtime.quantizers.hqq import quantize_hqq
@@ -24,6 +24,7 @@ Quantizer = Callable[[Tensor, Format, InputStatistics | None], QuantizedWeight]
 SINGLE_QUANTIZERS: dict[str, Quantizer] = {
     "rtn": quantize_rtn,
     "clipping": quantize_clipping,
+    "weighted_clipping": quantize_weighted_clipping,
     "hqq": quantize_hqq,
     "gptq": quantize_gptq,
     "coordinate_descent": quantize_coordinate_descent,

@@ -19,7 +19,7 @@ from torch import Tensor
 from runtime.formats import Format
 from runtime.quantization import QuantizedWeight
 from runtime.quantizers.grid import Grid, range_of, span_grid
-from runtime.quantizers.input_statistics import InputStatistics
+from runtime.quantizers.input_statistics import InputStatistics, require_statistics
 
 # From the whole range to three tenths of it: the least error of 64 normal weights lies at half of it with 2 bits.
 SHRINK_FACTORS = tuple(1.0 - 0.025 * step for step in range(29))
@@ -50,6 +50,17 @@ def quantize_clipping(
         importance = statistics.hessian().diagonal()
     grid = find_clipped_grid(weight, format_, importance, factors=factors)
     return grid.quantized(grid.codes_of(weight))
+
+
+def quantize_weighted_clipping(
+    weight: Tensor, format_: Format, statistics: InputStatistics | None = None
+) -> QuantizedWeight:
+    """Returns the weight clipped for the inputs that its columns get; arguments as of ``quantize_clipping``.
+
+    Raises:
+        ValueError: If there are no statistics, or for the reasons of ``quantize_clipping``.
+    """
+    return quantize_clipping(weight, format_, require_statistics(statistics, weight, "weighted_clipping"))
 
 
 def find_clipped_grid(

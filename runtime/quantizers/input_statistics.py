@@ -58,6 +58,12 @@ class InputStatistics:
         return cls(second_moment=torch.eye(in_features), count=1.0, damping=0.0)
 
     @property
+    def say_nothing(self) -> bool:
+        """True for those of ``isotropic``."""
+        same = self.count == 1.0 and self.damping == 0.0
+        return same and torch.equal(self.second_moment, torch.eye(self.in_features))
+
+    @property
     def in_features(self) -> int:
         """Length of an input."""
         return len(self.second_moment)

@@ -76,3 +76,38 @@ def test_vllm_gives_each_layers_experts_one_format(
     evaluations = allocator.evaluate(str(tiny_mixtral_dir), plan, store=store)
     # The report says what the rule costs against a format for every expert.
     assert plan.rules.describe() in list_notes(profile, plan, evaluations)
+
+
+def test_routers_that_take_formats_are_counted_once(tiny_mixtral_dir: Path, tiny_text: Path, tmp_path: Path) -> None:
+    config = allocator.MeasureConfig(**{**vars(CONFIG), "metrics": ("weight_error",), "fit_plans": None})
+    formats, store = ("q4_0", "q8_0", "bf16"), Store(tmp_path / "store")
+    request = make_request(tiny_text, formats=formats, embedding_formats=formats, routers=True, config=config)
+    model = str(tiny_mixtral_dir)
+    profile = allocator.measure(model, request=request, store=store)
+    assert any(unit.kind == "router" for unit in profile.candidates.units)
+    budget = Budget(bits_per_weight=9.0)
+    plan = allocator.plan(model, budget, engine="llama.cpp", profile=profile, store=store, verify=False)
+    # In llama.cpp's file and in our own: a router is among the weights, and no longer among what is left.
+    exported = allocator.export(model, plan, "llama.cpp", tmp_path / "gguf", store=store)
+    assert exported.files["model.gguf"] == exported.predicted_bytes
+    applied = allocator.apply(model, plan, tmp_path / "packed", store=store)
+    assert applied.file_bytes == applied.predicted_bytes
+    reference = load_reference(model)
+    tokens = torch.tensor(reference.tokenizer(sample_text(100)).input_ids)
+    with loaded(tmp_path / "gguf" / "model.gguf") as engine:
+        assert np.isfinite(engine.logits(tokens.numpy())).all()
+
+
+def test_an_importance_matrix_is_written_beside_the_file(
+    profile: SensitivityProfile, tiny_mixtral_dir: Path, store: Store, tmp_path: Path
+) -> None:
+    model, budget = str(tiny_mixtral_dir), Budget(bits_per_weight=9.0)
+    plan = allocator.plan(model, budget, engine="llama.cpp", profile=profile, store=store, verify=False)
+    exported = allocator.export(model, plan, "llama.cpp", tmp_path / "out", imatrix=True, store=store)
+    assert "imatrix.gguf" in exported.files
+    names = {tensor.name for tensor in GGUFReader(tmp_path / "out" / "imatrix.gguf").tensors}
+    assert {"blk.1.ffn_down_exps.weight.in_sum2", "blk.1.ffn_down_exps.weight.counts"} <= names
+    with pytest.raises(ValueError, match="an importance matrix is a file of llama.cpp's: got engine='transformers'"):
+        allocator.export(model, plan, "transformers", tmp_path / "other", imatrix=True, store=store)
+    with pytest.raises(ValueError, match="of the plan's profile, which must be stored: got none of"):
+        allocator.export(model, plan, "llama.cpp", tmp_path / "other", imatrix=True, store=Store(tmp_path / "empty"))

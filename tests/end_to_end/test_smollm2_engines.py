@@ -5,9 +5,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import onnx
+import onnxruntime
+import openvino
 import pytest
 import torch
 from gguf import GGUFReader
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -17,10 +21,12 @@ from runtime.apply import simulated_formats
 from runtime.exporters import export
 from runtime.exporters.gguf_blocks import gguf_type
 from runtime.exporters.llama_cpp import find_name_map, list_parts, llama_cpp_fixed_bytes
+from runtime.exporters.onnx_model import onnx_fixed_bytes
 from runtime.formats import find_format
 from runtime.loading import ReferenceModel, load_reference
 from runtime.units import list_weights
 from tests.llama_cpp_client import loaded
+from tests.runtime.exporters.test_onnx_model import EXACT, feed
 
 pytestmark = [
     pytest.mark.slow,
@@ -51,6 +57,16 @@ def greedy(reference: ReferenceModel, formats: dict[str, str]) -> tuple[Tensor, 
         return sequence[0], reference.model(sequence).logits[0]
 
 
+def stored_bytes(path: Path, parts: tuple[str, ...]) -> dict[str, int]:
+    """Returns weight name -> bytes of the tensors of a module's file that end in one of the parts."""
+    counts: dict[str, int] = {}
+    for name, tensor in load_file(path).items():
+        module, _, part = name.rpartition(".")
+        if part in parts:
+            counts[f"{module}.weight"] = counts.get(f"{module}.weight", 0) + tensor.nbytes
+    return counts
+
+
 def divergence(ours: Tensor, theirs: Tensor) -> float:
     """Returns the mean KL of an engine's logits to ours, nats per token."""
     first, second = ours.log_softmax(-1), theirs.log_softmax(-1)
@@ -58,7 +74,7 @@ def divergence(ours: Tensor, theirs: Tensor) -> float:
 
 
 def test_llama_cpp(reference: ReferenceModel, tmp_path: Path) -> None:
-    menu = ("int4_g32_sym", "int8_g32_sym", "int5_g32_sym", "fp16", "q8_0")
+    menu = ("int4_g32_sym", "int8_g32_sym", "iq4_nl", "int5_g32_sym", "fp16", "q8_0", "q4_1")
     formats = mix(reference, menu, "int8_g32_sym", "q6_k")
     export(reference, formats, tmp_path / "out", exporter="llama.cpp")
     path, weights = tmp_path / "out" / "model.gguf", list_weights(reference.model)
@@ -101,10 +117,12 @@ def test_transformers(reference: ReferenceModel, tmp_path: Path) -> None:
     sequence, ours = greedy(reference, formats)
     with torch.no_grad():
         assert torch.equal(model(sequence[None]).logits[0], ours)
-    for name in formats:
+    stored = stored_bytes(tmp_path / "out" / "model.safetensors", ("weight", "weight_packed", "weight_scale"))
+    for name, weight in list_weights(reference.model).items():
+        format_ = find_format(formats[name])
         scheme = getattr(model.get_submodule(name.removesuffix(".weight")), "quantization_scheme", None)
-        bits = None if scheme is None else scheme.weights.num_bits
-        assert bits == (None if find_format(formats[name]).unquantized else find_format(formats[name]).bits)
+        assert (None if scheme is None else scheme.weights.num_bits) == (None if format_.unquantized else format_.bits)
+        assert stored[name] == format_.storage_bytes(weight.shape)
 
 
 def test_mlx_lm(reference: ReferenceModel, tmp_path: Path) -> None:
@@ -117,10 +135,40 @@ def test_mlx_lm(reference: ReferenceModel, tmp_path: Path) -> None:
     # In float16, as it would run, arithmetic differs; in float32 nothing is left but the order of sums.
     model.set_dtype(mx.float32)
     modules = dict(model.named_modules())
-    for name in formats:
+    # MLX has a bias for each group beside what the format stores.
+    stored = stored_bytes(tmp_path / "out" / "model.safetensors", ("weight", "scales"))
+    for name, weight in list_weights(reference.model).items():
         format_, module = find_format(formats[name]), modules[name.removesuffix(".weight")]
         assert getattr(module, "bits", None) == (None if format_.unquantized else format_.bits)
+        assert stored[name] == format_.storage_bytes(weight.shape)
     sequence, ours = greedy(reference, formats)
     theirs = torch.from_numpy(np.array(model(mx.array(sequence[None].numpy())).astype(mx.float32))[0])
     assert divergence(ours, theirs) < 1e-6
     assert torch.equal(theirs[-NEW_TOKENS - 1 : -1].argmax(-1), sequence[-NEW_TOKENS:])
+
+
+def test_onnx_runtime_and_openvino(reference: ReferenceModel, tmp_path: Path) -> None:
+    menu = ("int4_g64_sym", "int8_g32", "int4_g32", "fp16", "int8_g64_sym")
+    formats = mix(reference, menu, "bf16", "int2_g32")
+    export(reference, formats, tmp_path / "out", exporter="onnx")
+    path, weights = tmp_path / "out" / "model.onnx", list_weights(reference.model)
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    bits = {
+        name.removesuffix(".codes"): next(a.i for a in node.attribute if a.name == "bits")
+        for node in nodes
+        if node.op_type == "MatMulNBits"
+        for name in node.input
+    }
+    for name in weights:
+        assert bits.get(name) == (None if find_format(formats[name]).unquantized else find_format(formats[name]).bits)
+    expected = sum(find_format(formats[name]).storage_bytes(weight.shape) for name, weight in weights.items())
+    assert (tmp_path / "out" / "model.onnx.data").stat().st_size == expected + onnx_fixed_bytes(reference)
+    sequence, ours = greedy(reference, formats)
+    inputs = feed(reference, sequence[None])
+    [logits, *_] = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, inputs)
+    # The order of sums in float32.
+    assert divergence(ours, torch.from_numpy(logits[0])) < 1e-6
+    assert torch.equal(torch.from_numpy(logits[0]).argmax(-1)[-NEW_TOKENS - 1 : -1], sequence[-NEW_TOKENS:])
+    theirs = torch.from_numpy(openvino.Core().compile_model(path, "CPU", EXACT)(inputs)["logits"][0])
+    assert divergence(ours, theirs) < 1e-6
+    assert torch.equal(theirs.argmax(-1)[-NEW_TOKENS - 1 : -1], sequence[-NEW_TOKENS:])

@@ -97,5 +97,5 @@ def test_quantizer_that_needs_none_gets_none(tmp_path: Path) -> None:
 
 
 def test_neither_text_nor_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"what quantizer 'auto' knew .* got neither the profile nor '.*gone'"):
+    with pytest.raises(ValueError, match=r"what was known of the inputs .* got neither the profile nor '.*gone'"):
         find_rendering(build_tiny_llama(), "auto", None, directory=tmp_path / "gone")

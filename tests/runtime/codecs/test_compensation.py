@@ -14,7 +14,21 @@ NAMES = (
     *("ternary_g64", "ternary_channel_median", "bitmod3_g64", "bitmod4_g32", "intfp4_g32", "intfp8_g16"),
     *("int1_top20int4_channel", "int4_top12int8_g64", "int2_mix25int4_g32", "int2_mix25int4_g64_outliers"),
     *("bcq2_g64", "bcq3_channel", "bcq4_g64_pow2", "dual_binary_g64"),
-    *("fp3_channel", "fp4_g64", "q4_0", "q4_1", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+    *(
+        "fp3_channel",
+        "fp4_g64",
+        "q4_0",
+        "q4_1",
+        "q5_1",
+        "q8_0",
+        "q2_k",
+        "q3_k",
+        "q4_k",
+        "q5_k",
+        "q6_k",
+        "iq4_nl",
+        "iq4_xs",
+    ),
 )
 SHAPE = (12, 256)
 

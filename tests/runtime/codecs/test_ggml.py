@@ -68,12 +68,12 @@ def test_no_more_error_than_gguf(name: str, weights: str) -> None:
 
 
 def plain_rule(weight: Array, name: str) -> Array:
-    """Returns a weight [rows, in_features] rendered by the plain rule of the K formats, in float64.
+    """Returns a weight [rows, in_features] rendered by the plain rule of formats with parts or a table, in float64.
 
     Each part's range sets its scale and minimum; the largest of a block set d and dmin; all are rounded to nearest.
     """
     layout = GGML_LAYOUTS[name]
-    parts = weight.reshape(-1, layout.parts, 256 // layout.parts)
+    parts = weight.reshape(-1, layout.parts, (FORMATS[name].group_size or 0) // layout.parts)
     low, top = layout.scale_range
     if layout.most_min:
         least = -np.minimum(parts.min(-1), 0)
@@ -85,12 +85,14 @@ def plain_rule(weight: Array, name: str) -> Array:
             codes = np.nan_to_num(np.rint((parts + minimum[..., None]) / step[..., None])).clip(0, layout.top)
         return (codes * step[..., None] - minimum[..., None]).reshape(weight.shape)
     extreme = np.take_along_axis(parts, np.abs(parts).argmax(-1)[..., None], -1)[..., 0]
-    scale = extreme / -layout.zero
+    levels = np.array(layout.table or range(-layout.zero, layout.top - layout.zero + 1), dtype=np.float64)
+    scale = extreme / levels[0]
     widest = np.take_along_axis(scale, np.abs(scale).argmax(-1)[:, None], -1)
     d = (widest / low).astype(np.float16).astype(np.float64)
     step = d * np.rint(scale / d).clip(low, top)
-    codes = np.rint(parts / step[..., None]).clip(-layout.zero, layout.top - layout.zero)
-    return (codes * step[..., None]).reshape(weight.shape)
+    every = levels * step[..., None]
+    nearest = np.abs(parts[..., None] - every[:, :, None]).argmin(-1)
+    return np.take_along_axis(every, nearest, -1).reshape(weight.shape)
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(PLAIN)))
@@ -110,7 +112,7 @@ def test_codes_are_the_nearest_of_all(name: str) -> None:
     weight, layout = WEIGHTS["outliers"](3, 256), GGML_LAYOUTS[name]
     fields = layout.unpack(encode(weight, name)["blocks"].view(3, 256 // (FORMATS[name].group_size or 1), -1))
     step = fields.d.double().unsqueeze(-1) * fields.scales
-    every = (torch.arange(layout.top + 1) - layout.zero).double() * step.unsqueeze(-1)
+    every = layout.levels(torch.arange(layout.top + 1)).double() * step.unsqueeze(-1)
     if fields.mins is not None and fields.dmin is not None:
         every = every - (fields.dmin.double().unsqueeze(-1) * fields.mins).unsqueeze(-1)
     parts = weight.double().view(*step.shape, -1)

@@ -34,7 +34,20 @@ from tests.tiny_models import (
     save_model,
 )
 
-MENU = ("int4_g32_sym", "q4_1", "int5_g32_sym", "q5_0", "int8_g32_sym", "fp16", "q8_0", "bf16", "q4_0", "q5_1", "mxfp4")
+MENU = (
+    "int4_g32_sym",
+    "q4_1",
+    "int5_g32_sym",
+    "q5_0",
+    "int8_g32_sym",
+    "fp16",
+    "q8_0",
+    "bf16",
+    "q4_0",
+    "q5_1",
+    "mxfp4",
+    "iq4_nl",
+)
 OURS = {"int4_g32_sym": "Q4_0", "int5_g32_sym": "Q5_0", "int8_g32_sym": "Q8_0", "fp16": "F16", "bf16": "BF16"}
 TYPES = {name: OURS.get(name, name.upper()) for name in MENU}
 # Measured: 6e-5 to 8e-5 nats on these models, whose plans cost 2e-2 and more.
@@ -168,8 +181,8 @@ def test_blocks_of_256_run_as_well(tmp_path: Path) -> None:
     )
     torch.manual_seed(0)
     reference = load_reference(str(save_model(LlamaForCausalLM(config).eval(), tmp_path / "model")))
-    menu = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
-    formats = {name: menu[i % 5] for i, name in enumerate(list_weights(reference.model))}
+    menu = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs")
+    formats = {name: menu[i % 6] for i, name in enumerate(list_weights(reference.model))}
     export(reference, formats, tmp_path / "out", exporter="llama.cpp")
     read = {t.name: t for t in GGUFReader(tmp_path / "out" / "model.gguf").tensors}
     assert {t.tensor_type.name for t in read.values()} == {*(name.upper() for name in menu), "F32"}
