@@ -29,6 +29,7 @@ def profile_document(priced: PricedProfile, *, model_id: str, created_at: str) -
         "created_at": created_at,
         "metric_names": list(profile.losses),
         "default_metric": metric,
+        "metric_units": {name: table.unit_of_measure for name, table in profile.losses.items()},
         "unit_of_measure": profile.table(metric).unit_of_measure,
         "resources": list(priced.tables),
         "formats": [f.name for f in profile.candidates.formats],
