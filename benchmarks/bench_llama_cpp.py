@@ -43,8 +43,8 @@ from sensitivity.weight_inputs import find_rendering, find_statistics
 
 ENGINE = find_engine("llama.cpp")
 MIXES = ("Q3_K_S", "Q4_0", "Q3_K_M", "Q4_K_M", "Q5_K_M")
-# What renders a plan's codes -> what the table calls it. GPTQ knows more than an importance matrix holds.
-RENDERINGS = {"rtn": "plan", "weighted_clipping": "plan", "gptq": "plan, GPTQ's codes"}
+# Whether an importance matrix is used -> the rule that renders a plan's codes.
+RENDERINGS = {False: "rtn", True: "weighted_clipping"}
 Kl = tuple[float, float]
 
 
@@ -58,7 +58,7 @@ class Row:
         plan_bytes: Bytes of the plan's file.
         predicted: KL that the plan predicted.
         rivals: Whether an importance matrix was used -> mean KL, nats per token, and its standard error.
-        plans: Name in ``RENDERINGS`` -> the same of the plan.
+        plans: The same of the plan.
     """
 
     mix: str
@@ -66,7 +66,7 @@ class Row:
     plan_bytes: int
     predicted: float
     rivals: dict[bool, Kl]
-    plans: dict[str, Kl]
+    plans: dict[bool, Kl]
 
 
 def main() -> None:
@@ -124,9 +124,9 @@ class Bench:
         plan = self._make_plan(profile, size, progress)
         allocator.save_plan(plan, self._place / f"{mix}-plan.json")
         # What the measurement rendered is kept; the other rules render anew.
-        rules = {name: Rendering(quantizer=name, statistics=statistics) for name in RENDERINGS}
-        rules["rtn"] = find_rendering(self._model.reference.model, "rtn", tokens, directory=directory)
-        plans = {name: self._measure_plan(plan, mix, rule) for name, rule in rules.items()}
+        plain = find_rendering(self._model.reference.model, RENDERINGS[False], tokens, directory=directory)
+        rules = {False: plain, True: Rendering(quantizer=RENDERINGS[True], statistics=statistics)}
+        plans = {weighted: self._measure_plan(plan, mix, rule) for weighted, rule in rules.items()}
         return Row(
             mix=mix,
             rival_bytes=size,
@@ -206,29 +206,23 @@ def render(rows: list[Row], refine: int, chunks: int) -> str:
         "",
         "## Without an importance matrix",
         "",
-        *_table(rows, weighted=False, quantizers=("rtn",)),
+        *_table(rows, weighted=False),
         "",
         "## With an importance matrix",
         "",
-        "Both sides have the same matrix, which bitplan wrote from the calibration text. The last columns are the same "
-        "plan with codes of GPTQ, which knows how inputs vary together and not only how much each varies.",
+        "Both sides have the same matrix, which bitplan wrote from the calibration text.",
         "",
-        *_table(rows, weighted=True, quantizers=("weighted_clipping", "gptq")),
+        *_table(rows, weighted=True),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _table(rows: list[Row], *, weighted: bool, quantizers: tuple[str, ...]) -> list[str]:
-    named = [f"{RENDERINGS[q]} | × llama.cpp" for q in quantizers]
-    lines = [f"| size of | bytes | llama.cpp | plan's bytes | predicted | {' | '.join(named)} |"]
-    lines.append("|---|---|---|---|---|" + "---|---|" * len(quantizers))
+def _table(rows: list[Row], *, weighted: bool) -> list[str]:
+    lines = ["| size of | bytes | llama.cpp | plan's bytes | predicted | plan | × llama.cpp |", "|---" * 7 + "|"]
     for row in sorted(rows, key=lambda row: row.rival_bytes):
-        theirs = row.rivals[weighted]
-        cells = [row.mix, f"{row.rival_bytes:,}", _cell(theirs), f"{row.plan_bytes:,}", f"{row.predicted:.4f}"]
-        for quantizer in quantizers:
-            ours = row.plans[quantizer]
-            cells += [_cell(ours), f"**{ours[0] / theirs[0]:.2f}**"]
-        lines.append(f"| {' | '.join(cells)} |")
+        theirs, ours = row.rivals[weighted], row.plans[weighted]
+        sizes = [f"{row.rival_bytes:,}", _cell(theirs), f"{row.plan_bytes:,}", f"{row.predicted:.4f}"]
+        lines.append(f"| {' | '.join([row.mix, *sizes, _cell(ours)])} | **{ours[0] / theirs[0]:.2f}** |")
     return lines
 
 
