@@ -212,9 +212,13 @@ def generate(directory: Path, prompt: str, max_new_tokens: int, temperature: flo
     """Continue a text with the packed model in DIRECTORY, behind its prefix if it has one."""
     from allocator.generation import generate_text
     from allocator.pipeline import load
+    from runtime.compiled_decoder import find_obstacle
     from runtime.transforms.prefix_tokens import PREFIX_FILE, load_prefix
 
     model, tokenizer = load(directory)
+    obstacle = find_obstacle(model)
+    if obstacle is not None:
+        click.echo(f"generating module by module, several times slower. {obstacle}", err=True)
     path = directory / PREFIX_FILE
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     return generate_text(model, tokenizer, prompt, **sampling, prefix=load_prefix(path) if path.exists() else None)

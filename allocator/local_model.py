@@ -54,20 +54,35 @@ class LocalModel:
     curvature: FloatArray
     factor: float = FIRST_FACTOR
 
-    def fit(self, choices: Sequence[IntArray], measured: Sequence[float]) -> "LocalModel":
-        """Returns the model with the factor that plans near by give.
-
-        Args:
-            choices: [U] format indices each.
-            measured: What each of them loses more than the plan, nats per token.
-        """
-        units = np.arange(len(self.choice))
-        slopes = np.array([self.slope[units, choice].sum() for choice in choices])
-        curvatures = np.array([self.curvature[units, choice].sum() for choice in choices])
+    def fit(self, observed: "Observations") -> "LocalModel":
+        """Returns the model with the factor that measured plans near by give."""
+        slopes, curvatures = observed.sum_over(self.slope), observed.sum_over(self.curvature)
         if not curvatures.any():
             return self
-        factor = float(curvatures @ (np.asarray(measured) - slopes) / (curvatures @ curvatures))
+        factor = float(curvatures @ (observed.change - slopes) / (curvatures @ curvatures))
         return replace(self, factor=float(np.clip(factor, LEAST_FACTOR, LARGEST_FACTOR)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Observations:
+    """What plans lose more than others that were measured on the same sequences, all of them near one plan.
+
+    Args:
+        choices: [C, U] format indices.
+        bases: [C, U] format indices of what each is compared with.
+        change: [C] what each choice loses more than its base, nats per token.
+        std_error: [C] of that.
+    """
+
+    choices: IntArray
+    bases: IntArray
+    change: FloatArray
+    std_error: FloatArray
+
+    def sum_over(self, single: FloatArray) -> FloatArray:
+        """Returns the sum [C] of single changes [U, F] from each base to its choice."""
+        units = np.arange(single.shape[0])
+        return np.asarray((single[units, self.choices] - single[units, self.bases]).sum(axis=1))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,11 +5,12 @@ curvature is that of the reference. Plans near by that have been measured know s
 linear Gaussian model,
 
     change[u, f] ~ N(slope + factor curvature, std_error^2 + (CURVATURE_ERROR factor curvature)^2),
-    measured_c = sum_u change[u, c_u] + noise,
+    measured_c = sum_u (change[u, c_u] - change[u, b_u]) + noise,
 
-have a posterior in closed form, of which only a matrix of the size of the measured plans is inverted. Its mean says
-what to try next, and draws from it try what is not known yet in proportion to how likely it is the best, so that a
-round which found nothing better is followed by one that tries something else.
+for a plan c and the plan b that it was compared with, have a posterior in closed form, of which only a matrix of the
+size of the comparisons is inverted. Its mean says what to try next, and draws from it try what is not known yet in
+proportion to how likely it is the best, so that a round which found nothing better is followed by one that tries
+something else.
 
 Sources: Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), section 2.1, the linear model;
 Thompson, "On the likelihood that one unknown probability exceeds another" (1933); draws by correction of a draw from
@@ -21,26 +22,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from allocator.local_model import FloatArray, IntArray, LocalModel
+from allocator.local_model import FloatArray, IntArray, LocalModel, Observations
 
 CURVATURE_ERROR = 0.5  # relative: the true factor of a single unit differs from the fitted one by as much
 CAUTION = 0.5  # standard deviations: an optimizer takes what looks good by chance first
 INTERACTION = 0.1  # relative: what plans lose in excess of the sum of their changes
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Observations:
-    """Measured plans near a plan.
-
-    Args:
-        choices: [C, U] format indices.
-        change: [C] what each loses more than the plan, nats per token.
-        std_error: [C] of that.
-    """
-
-    choices: IntArray
-    change: FloatArray
-    std_error: FloatArray
 
 
 class LocalPosterior:
@@ -59,9 +45,9 @@ class LocalPosterior:
         self._variance: FloatArray = (np.square(model.std_error) + np.square(error)).ravel()
         count = len(observed.choices)
         self._sums = np.zeros((count, units * formats))
-        for c, choice in enumerate(observed.choices):
-            changed = np.flatnonzero(choice != model.choice)
-            self._sums[c, changed * formats + choice[changed]] = 1.0
+        for sign, compared in ((1.0, observed.choices), (-1.0, observed.bases)):
+            rows, changed = np.nonzero(compared != model.choice)
+            self._sums[rows, changed * formats + compared[rows, changed]] += sign
         self._noise = np.square(observed.std_error) + np.square(INTERACTION * observed.change)
         self._noise += np.finfo(np.float64).eps
         self._change = observed.change
@@ -98,21 +84,34 @@ class LocalPosterior:
         return np.asarray(np.linalg.solve(self._covariance, right)) if len(self._noise) else right
 
 
-def observe(plan: IntArray, choices: Sequence[IntArray], losses: FloatArray, within: int) -> Observations:
-    """Returns what measured choices say about changes of a plan that is one of them.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """Two plans measured on the same sequences.
+
+    Args:
+        choice: [U] format indices.
+        base: [U] format indices.
+        difference: [S] what the choice loses more than the base on each sequence, nats per token.
+    """
+
+    choice: IntArray
+    base: IntArray
+    difference: FloatArray
+
+
+def observe(plan: IntArray, comparisons: Sequence[Comparison], within: int) -> Observations:
+    """Returns what comparisons say about changes of a plan.
 
     Args:
         plan: [U] format indices.
-        choices: [U] format indices each.
-        losses: [C, S] what each choice loses on each sequence.
-        within: Choices with more units changed say nothing of single changes, and are left out.
+        comparisons: Of plans.
+        within: Plans with more units changed say nothing of single changes, and are left out.
     """
-    changed = np.array([int(np.sum(choice != plan)) for choice in choices])
-    near = np.flatnonzero((changed > 0) & (changed <= within))
-    difference = losses[near] - losses[np.flatnonzero(changed == 0)[0]]
-    sequences = losses.shape[1]
+    near = [c for c in comparisons if max(np.sum(c.choice != plan), np.sum(c.base != plan)) <= within]
+    shape = (len(near), len(plan))
     return Observations(
-        choices=np.array([choices[int(i)] for i in near], dtype=np.int64).reshape(len(near), len(plan)),
-        change=difference.mean(axis=1),
-        std_error=difference.std(axis=1, ddof=1) / np.sqrt(sequences),
+        choices=np.array([c.choice for c in near], dtype=np.int64).reshape(shape),
+        bases=np.array([c.base for c in near], dtype=np.int64).reshape(shape),
+        change=np.array([c.difference.mean() for c in near]),
+        std_error=np.array([c.difference.std(ddof=1) / np.sqrt(len(c.difference)) for c in near]),
     )

@@ -3,10 +3,10 @@
 The additive model is a model of single changes to the reference. Where plans lose much (4 bits and below) the changes
 interact, and around the plan another model is truer (`allocator.local_model`). Each round takes the slope of the
 measured KL at the plan, solves for the best plans with at most k changed units (a trust region, several k), measures
-them on calibration text that the slope was not taken from, corrects the model by what was measured
-(`allocator.local_posterior`), solves and measures once more, and goes on from the best, if it is better at all. Slopes
-at earlier plans count on, less and less; where a plan is not left, further text makes its slope more certain, and what
-was measured before is not proposed again.
+them beside the plan on other calibration text, corrects the model by what was measured (`allocator.local_posterior`),
+solves and measures once more, and goes on from the plan that all of that says is best. Slopes at earlier plans and
+comparisons of earlier rounds count on; what was measured before is not proposed again. The text is dealt anew in every
+round: plans chosen among many on always the same sequences suit only these.
 
 The narrowest format is worth less in the company of others than alone, so the first step is from the best measured of
 the start and of the plans that count the losses of that format more. Whether the refined plan ships is decided on
@@ -36,7 +36,7 @@ from allocator.local_model import (
     build_local_model,
     limit_norms,
 )
-from allocator.local_posterior import LocalPosterior, Observations, observe
+from allocator.local_posterior import Comparison, LocalPosterior, observe
 from allocator.problems import build_problem, resolve_limits
 from allocator.progress import Progress
 from allocator.renderings import rendering_of
@@ -48,7 +48,7 @@ from sensitivity.sketches.plan_slope import measure_plan_slope
 from solvers import AllocationProblem, SolveParams, TrustRegion, solve
 
 MOST_CHANGES = (4, 8, 16, 32, 64)
-ACCEPTANCE_SHARE = 1 / 6  # of the calibration sequences, at least two
+JUDGED_SHARE = 1 / 6  # of the calibration sequences, at least two; others in every round, or plans suit only them
 ROUND_SEQUENCES = 32
 OLDEST = 2  # plans before the present one whose slopes still count
 SOLVES = 2  # a round, the later ones with what the proposals of the earlier ones have lost
@@ -99,25 +99,38 @@ class Refinement:
     def run(self, start: Assignment) -> Assignment:
         """Returns the refined assignment, or the start itself where no round found a better one."""
         assert self.profile.fisher_sketch is not None
-        tokens = self.profile.calibration_tokens
-        kept_apart = max(2, round(ACCEPTANCE_SHARE * len(tokens)))
-        measured = _Measured(measure=lambda choices: self._measure(choices, tokens[:kept_apart]))
-        measured.add(self._starts(start))
-        slopes = _Slopes(sequences=np.arange(kept_apart, len(tokens)))
+        plan = self._first_plan(start)
+        slopes: list[MeasuredSlope] = []
+        comparisons: list[Comparison] = []
         factor, failures = FIRST_FACTOR, 0
         for r in range(self.rounds):
-            own = slopes.next_sequences(measured.best)
-            if len(own):
-                slopes.add(limit_norms(self._slope(measured.best, tokens[own], r)))
-            model = build_local_model(measured.best, slopes.measured, self.profile.fisher_sketch, factor)
-            before = measured.least
-            factor = self._improve(model, measured, np.random.default_rng(r)).factor
-            failures = 0 if measured.least < before else failures + 1
+            judged, own, rng = self._deal(r)
+            values = limit_norms(self._slope(plan, own, r))
+            slopes = [*(s for s in slopes if s.age <= OLDEST), MeasuredSlope(values=values)]
+            model = build_local_model(plan, slopes, self.profile.fisher_sketch, factor)
+            better, factor = self._improve(model, comparisons, judged, rng)
+            failures = failures + 1 if better is None else 0
             if failures == FAILURES:
                 break
-        if np.array_equal(measured.best, start.choice):
+            if better is not None:
+                plan = better
+                slopes = [MeasuredSlope(values=s.values, age=s.age + 1) for s in slopes]
+        if np.array_equal(plan, start.choice):
             return start
-        return make_improved(self.profile, self.tables, start, measured.best, how="refined")
+        return make_improved(self.profile, self.tables, start, plan, how="refined")
+
+    def _deal(self, r: int) -> tuple[IntArray, IntArray, np.random.Generator]:
+        """Returns the sequences that a round measures plans on, those of its slope, and its random numbers."""
+        tokens, rng = self.profile.calibration_tokens, np.random.default_rng(r)
+        order = rng.permutation(len(tokens))
+        judged = max(2, round(JUDGED_SHARE * len(tokens)))
+        return tokens[np.sort(order[:judged])], tokens[np.sort(order[judged : judged + ROUND_SEQUENCES])], rng
+
+    def _first_plan(self, start: Assignment) -> IntArray:
+        """Returns the best measured of the starts."""
+        judged, _, _ = self._deal(0)
+        starts = self._starts(start)
+        return starts[int(np.argmin([losses.mean() for losses in self._measure(starts, judged)]))]
 
     def _starts(self, start: Assignment) -> list[IntArray]:
         """Returns the start and the plans by its metric that count the losses of the narrowest format more."""
@@ -130,20 +143,51 @@ class Refinement:
             starts += [] if found is None else [found]
         return starts
 
-    def _improve(self, model: LocalModel, measured: "_Measured", rng: np.random.Generator) -> LocalModel:
-        """Measures what the model proposes, again with what that says, and returns the fitted model."""
+    def _improve(
+        self, model: LocalModel, comparisons: list[Comparison], tokens: IntArray, rng: np.random.Generator
+    ) -> tuple[IntArray | None, float]:
+        """Measures what the model proposes, again with what that says, and returns the best plan and the factor.
+
+        Args:
+            model: Around the plan.
+            comparisons: Those of earlier rounds; takes those of this one.
+            tokens: [S, T] text that plans are measured on.
+            rng: For draws.
+
+        Returns:
+            The plan that all that is known says is best, or None where that is the plan of the model; the factor.
+        """
+        plan, tried = model.choice, [c.choice for c in comparisons]
+        own: list[IntArray] = []
+        base: FloatArray | None = None
         for _ in range(SOLVES):
-            observed = measured.observe(model.choice)
-            model = model.fit(list(observed.choices), observed.change.tolist())
-            posterior = LocalPosterior(model, observed)
-            proposed = measured.list_new(self._propose(model.choice, posterior.cautious))
+            model, posterior = self._know(model, comparisons)
+            proposed = _list_new(self._propose(plan, posterior.cautious), [*tried, *own])
             if len(proposed) < len(MOST_CHANGES):
-                drawn = measured.list_new(self._propose(model.choice, posterior.draw(rng)))
+                drawn = _list_new(self._propose(plan, posterior.draw(rng)), [*tried, *own, *proposed])
                 proposed = [*proposed, *drawn][: len(MOST_CHANGES)]
             if not proposed:
                 break
-            measured.add(proposed)
-        return model
+            if base is None:
+                base, *losses = self._measure([plan, *proposed], tokens)
+            else:
+                losses = self._measure(proposed, tokens)
+            own += proposed
+            comparisons += [
+                Comparison(choice=choice, base=plan, difference=loss - base)
+                for choice, loss in zip(proposed, losses, strict=True)
+            ]
+        model, posterior = self._know(model, comparisons)
+        units = np.arange(len(plan))
+        change = [float(posterior.mean[units, choice].sum()) for choice in own]
+        if not own or min(change) >= 0.0:
+            return None, model.factor
+        return own[int(np.argmin(change))], model.factor
+
+    def _know(self, model: LocalModel, comparisons: list[Comparison]) -> tuple[LocalModel, LocalPosterior]:
+        observed = observe(model.choice, comparisons, within=MOST_CHANGES[-1])
+        model = model.fit(observed)
+        return model, LocalPosterior(model, observed)
 
     def _slope(self, choice: IntArray, tokens: IntArray, round_index: int) -> FloatArray:
         key = fingerprint_of(
@@ -203,70 +247,7 @@ class Refinement:
         return [np.asarray(scores[name].kl, dtype=np.float64) for name in named]
 
 
-@dataclass(kw_only=True)
-class _Measured:
-    """The choices measured so far.
-
-    Args:
-        measure: Gives what each choice loses on each sequence [S], nats per token.
-        choices: [U] format indices each.
-        losses: [S] each.
-    """
-
-    measure: Callable[[list[IntArray]], list[FloatArray]]
-    choices: list[IntArray] = field(default_factory=list)
-    losses: list[FloatArray] = field(default_factory=list)
-
-    @property
-    def best(self) -> IntArray:
-        """The best choice [U]; the first of those that lose as much."""
-        return self.choices[int(np.argmin([loss.mean() for loss in self.losses]))]
-
-    @property
-    def least(self) -> float:
-        """What the best choice loses, nats per token."""
-        return float(min(loss.mean() for loss in self.losses))
-
-    def list_new(self, choices: list[IntArray]) -> list[IntArray]:
-        """Returns the choices that have not been measured."""
-        known = {choice.tobytes() for choice in self.choices}
-        return [choice for choice in choices if choice.tobytes() not in known]
-
-    def add(self, choices: list[IntArray]) -> None:
-        """Measures choices."""
-        self.losses += self.measure(choices)
-        self.choices += choices
-
-    def observe(self, plan: IntArray) -> Observations:
-        """Returns what the choices near one of them say about its changes."""
-        return observe(plan, self.choices, np.array(self.losses), within=MOST_CHANGES[-1])
-
-
-@dataclass(kw_only=True)
-class _Slopes:
-    """The slopes that count around the plan of a round.
-
-    Args:
-        sequences: Indices of the sequences that slopes are taken from, in turn.
-        measured: The slopes.
-    """
-
-    sequences: IntArray
-    measured: list[MeasuredSlope] = field(default_factory=list)
-    _plan: IntArray | None = None
-    _first: int = 0  # of the next sequences
-    _left: int = 0  # sequences without a slope at the plan
-
-    def next_sequences(self, plan: IntArray) -> IntArray:
-        """Returns the sequences for the next slope: none, where all have one at this plan."""
-        if self._plan is None or not np.array_equal(plan, self._plan):
-            self._plan, self._left = plan, len(self.sequences)
-            aged = [MeasuredSlope(values=slope.values, age=slope.age + 1) for slope in self.measured]
-            self.measured = [slope for slope in aged if slope.age <= OLDEST]
-        own = self.sequences[(self._first + np.arange(min(ROUND_SEQUENCES, self._left))) % len(self.sequences)]
-        self._first, self._left = self._first + len(own), self._left - len(own)
-        return np.sort(own)
-
-    def add(self, values: FloatArray) -> None:
-        """Takes the slope [S, U, F] at the plan of the round."""
-        self.measured.append(MeasuredSlope(values=values))
+def _list_new(choices: list[IntArray], known: list[IntArray]) -> list[IntArray]:
+    """Returns the choices that are not known."""
+    seen = {choice.tobytes() for choice in known}
+    return [choice for choice in choices if choice.tobytes() not in seen]

@@ -1,10 +1,11 @@
 """SmolLM2-135M by bitplan and by llama.cpp, the same codes in both: tokens a second. Writes decode.md.
 
-    python benchmarks/bench_decode.py [--rounds N]
+    python benchmarks/bench_decode.py [--rounds N] [--files DIRECTORY]
 
 Both run in one process and in turns, a few tokens each, so that other work on the machine meets both; the 10th
-percentile of the times of single tokens is compared. llama.cpp is the library inside the wheel xllamacpp. Prefill is
-compared with the unquantized model in torch, float32.
+percentile of the times of single tokens is compared, and that of the processor time of the process, which other work
+lengthens by the caches and the bandwidth that it takes away, but not by its turns on the processor. llama.cpp is the
+library inside the wheel xllamacpp. Prefill is compared with the unquantized model in torch, float32.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,46 +51,51 @@ PLANS: dict[str, Callable[[int], str]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=8, help="turns of each program")
+    parser.add_argument("--files", type=Path, help="where the models are written, or were by an earlier run")
     options = parser.parse_args()
     directory = prepare_demo_model(Store().root)
     lines = [
         "# Decoding a whole model",
         "",
         f"Made by `python benchmarks/bench_decode.py`. Machine: {describe_machine(('torch', 'xllamacpp'))}.",
-        f"SmolLM2-135M, all weights in the stated format, group 32 without zero points, the same codes in both programs; "
+        "SmolLM2-135M, all weights in the stated format, group 32, no zero points, the same codes in both programs; "
         f"10th percentile of {options.rounds * TURN_TOKENS} tokens of each, in turns of {TURN_TOKENS}.",
         "",
-        "| plan | weights, MB | threads | bitplan, tokens/s | llama.cpp, tokens/s | ratio | bitplan, GB/s |",
-        "|---|---|---|---|---|---|---|",
+        "| plan | weights, MB | threads | bitplan, tokens/s | llama.cpp, tokens/s | ratio | ratio of processor time "
+        "| GB of weights / processor s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     prefill = [
-        f"Prefill of {PROMPT_TOKENS} tokens, best of {options.rounds // 2}: ms, and the time of each over bitplan's.",
+        f"Prefill of {PROMPT_TOKENS} tokens, the best run of each: processor time, and the others' over it.",
         "",
         "| plan | threads | bitplan, ms | torch float32 | llama.cpp |",
         "|---|---|---|---|---|",
     ]
     dense = allocator.Model(str(directory)).reference.model
+    weights = list_weights(dense)
     with tempfile.TemporaryDirectory() as scratch:
         for name, choose in PLANS.items():
-            place = Path(scratch) / name.replace(" ", "_")
-            size = _write(allocator.Model(str(directory)).reference, choose, place)
+            place = (options.files or Path(scratch)) / name.replace(" ", "_")
+            formats = {weight: choose(index) for index, weight in enumerate(weights)}
+            if not place.exists():
+                _write(allocator.Model(str(directory)).reference, formats, place)
+            # Each weight is read once a token.
+            size = sum(find_format(formats[n]).storage_bytes(weight.shape) for n, weight in weights.items())
             for threads in (1, 2):
                 decode_row, prefill_row = _compare(place, size, dense, threads, options.rounds)
                 lines.append(f"| {name} | {size / 1e6:.1f} | {threads} | {decode_row} |")
                 prefill.append(f"| {name} | {threads} | {prefill_row} |")
-                sys.stderr.write(f"{lines[-1]}\n{prefill[-1]}\n")
-    text = "\n".join([*lines, "", *prefill, ""])
-    (Path(__file__).parent / "decode.md").write_text(text, encoding="utf-8")
+            # After each plan, so that a run that is cut short leaves what it has.
+            text = "\n".join([*lines, "", *prefill, ""])
+            (Path(__file__).parent / "decode.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
 
-def _write(reference: ReferenceModel, choose: Callable[[int], str], place: Path) -> int:
-    """Writes the GGUF file and the packed model; returns the bytes of all weights, each read once a token."""
-    weights = list_weights(reference.model)
-    formats = {name: choose(index) for index, name in enumerate(weights)}
+def _write(reference: ReferenceModel, formats: dict[str, str], place: Path) -> None:
+    """Writes the GGUF file and the packed model."""
+    place.mkdir(parents=True)
     export(reference, formats, place / "gguf", exporter="llama.cpp")
     save_packed_(reference, formats, place / "packed", metadata={})
-    return sum(find_format(formats[name]).storage_bytes(weight.shape) for name, weight in weights.items())
 
 
 def _compare(place: Path, size: int, dense: Any, threads: int, rounds: int) -> tuple[str, str]:
@@ -100,18 +107,25 @@ def _compare(place: Path, size: int, dense: Any, threads: int, rounds: int) -> t
         engine = stack.enter_context(loaded(place / "gguf" / "model.gguf", context_tokens=1024, threads=threads))
         cache: Any = model(prompt[:, :8], past_key_values=DynamicCache()).past_key_values
         engine.append(prompt[0, :8].numpy(), past=0)
-        times: dict[str, list[float]] = {"bitplan": [], "llama.cpp": []}
+
+        def ours_next(token: int, past: int) -> int:
+            assert cache.get_seq_length() == past
+            return int(run_tokens(model, cache, torch.tensor([[token]]), wanted=1).numpy().argmax())
+
+        def theirs_next(token: int, past: int) -> int:
+            return int(engine.append(np.array([token]), past=past).argmax())
+
+        times: dict[str, list[tuple[float, float]]] = {"bitplan": [], "llama.cpp": []}
         token = 1
-        for turn in range(rounds):
-            past = 8 + turn * TURN_TOKENS
-            for i in range(TURN_TOKENS):
-                seconds, token = _time(lambda t=token: int(run_tokens(model, cache, torch.tensor([[t]]), wanted=1).argmax()))  # type: ignore[misc]
-                times["bitplan"].append(seconds)
-            for i in range(TURN_TOKENS):
-                seconds, token = _time(lambda t=token, n=past + i: int(engine.append(np.array([t]), past=n).argmax()))  # type: ignore[misc]
-                times["llama.cpp"].append(seconds)
-        ours, theirs = (float(np.percentile(times[name], 10)) for name in ("bitplan", "llama.cpp"))
-        decode = f"{1 / ours:.0f} | {1 / theirs:.0f} | {theirs / ours:.2f} | {size / ours / 1e9:.1f}"
+        for past in range(8, 8 + rounds * TURN_TOKENS, TURN_TOKENS):
+            for name, step in (("bitplan", ours_next), ("llama.cpp", theirs_next)):
+                for position in range(past, past + TURN_TOKENS):
+                    seconds, token = _time(partial(step, token, position))
+                    times[name].append(seconds)
+        ours, theirs = (np.percentile(times[name], 10, axis=0) for name in ("bitplan", "llama.cpp"))
+        ratio, processor_ratio = theirs / ours
+        rate = size / ours[1] / 1e9
+        decode = f"{1 / ours[0]:.0f} | {1 / theirs[0]:.0f} | {ratio:.2f} | {processor_ratio:.2f} | {rate:.1f}"
         runs: dict[str, Callable[[], Any]] = {
             "bitplan": lambda: model(prompt, past_key_values=DynamicCache(), logits_to_keep=1),
             "torch": lambda: dense(prompt, past_key_values=DynamicCache(), logits_to_keep=1),
@@ -120,15 +134,15 @@ def _compare(place: Path, size: int, dense: Any, threads: int, rounds: int) -> t
         best = {name: float("inf") for name in runs}
         for _ in range(max(1, rounds // 2)):
             for name, run in runs.items():
-                best[name] = min(best[name], _time(run)[0])
+                best[name] = min(best[name], _time(run)[0][1])
     ratios = " | ".join(f"{best[name] / best['bitplan']:.2f}" for name in ("torch", "llama.cpp"))
     return decode, f"{best['bitplan'] * 1e3:.0f} | {ratios}"
 
 
-def _time(run: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
+def _time(run: Callable[[], Any]) -> tuple[tuple[float, float], Any]:
+    started, spent = time.perf_counter(), time.process_time()
     result = run()
-    return time.perf_counter() - started, result
+    return (time.perf_counter() - started, time.process_time() - spent), result
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ padding, gradients, hooks, other devices and types, hidden states or attentions 
 products with the same kernels; norms, rotation, softmax and gate differ by roundings of float32.
 """
 
-import logging
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from runtime.decoder_cache import DecoderCache, torch_floats
 from runtime.kernels.decoder_step import CompiledDecoder, DecoderTensors, LayerTensors, LinearTensors
-from runtime.kernels.dispatch import find_matrix, has_kernel, selected_kernels
+from runtime.kernels.dispatch import find_matrix, has_kernel, selected_kernels, uses_triton
 from runtime.packed import QuantizedLinear
 
 # Their modules have the same names and the same order; Qwen 3 has norms of queries and keys besides.
@@ -27,7 +26,6 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # Prompts are run in parts of so many tokens, which bounds the memory of their states.
 _PROMPT_TOKENS = 256
 _CPU = torch.device("cpu")
-_logger = logging.getLogger(__name__)
 
 
 class NotCompiled(ValueError):
@@ -42,12 +40,13 @@ def compile_decoder(model: Any) -> CompiledDecoder:
     """
     config = model.config
     _check_config(config)
+    _check_modules(model)
     layers = model.model.layers
     attention = layers[0].self_attn
     return CompiledDecoder(
         DecoderTensors(
             layers=[_describe_layer(layer) for layer in layers],
-            last_norm=_float_tensor(model.model.norm.weight, "model.norm"),
+            last_norm=_norm_weight(model.model.norm, "the last norm"),
             head=_describe_linear(model.lm_head, "lm_head"),
             heads=config.num_attention_heads,
             key_value_heads=config.num_key_value_heads,
@@ -92,10 +91,10 @@ def _describe_layer(layer: Any) -> LayerTensors:
         "down": feed_forward.down_proj,
     }
     return LayerTensors(
-        attention_norm=_float_tensor(layer.input_layernorm.weight, f"input_layernorm of layer {index}"),
-        feed_forward_norm=_float_tensor(layer.post_attention_layernorm.weight, f"a norm of layer {index}"),
-        query_norm=None if query_norm is None else _float_tensor(query_norm.weight, f"q_norm of layer {index}"),
-        key_norm=None if key_norm is None else _float_tensor(key_norm.weight, f"k_norm of layer {index}"),
+        attention_norm=_norm_weight(layer.input_layernorm, f"layer {index}"),
+        feed_forward_norm=_norm_weight(layer.post_attention_layernorm, f"layer {index}"),
+        query_norm=None if query_norm is None else _norm_weight(query_norm, f"layer {index}"),
+        key_norm=None if key_norm is None else _norm_weight(key_norm, f"layer {index}"),
         **{name: _describe_linear(linear, f"{name} of layer {index}") for name, linear in linears.items()},
     )
 
@@ -112,11 +111,27 @@ def _describe_linear(module: nn.Module, name: str) -> LinearTensors:
     return LinearTensors(weight=matrix, bias=module.bias)
 
 
-def _float_tensor(tensor: Tensor, name: str) -> Tensor:
-    if not torch_floats(tensor):
-        msg = f"norms must lie on the CPU, in float32: got {tensor.dtype} on {tensor.device} in {name}."
+def _norm_weight(norm: nn.Module, place: str) -> Tensor:
+    weight = getattr(norm, "weight", None)
+    if not type(norm).__name__.endswith("RMSNorm") or weight is None or not torch_floats(weight):
+        msg = f"norms must be RMS norms in float32 on the CPU: got {norm} with {_describe(weight)} in {place}."
         raise NotCompiled(msg)
-    return tensor
+    found: Tensor = weight
+    return found
+
+
+def _describe(tensor: Tensor | None) -> str:
+    return "no weight" if tensor is None else f"{tensor.dtype} on {tensor.device}"
+
+
+def _check_modules(model: nn.Module) -> None:
+    # transformers leaves hooks of its own behind once hidden states were asked for; they do nothing when they are not.
+    for name, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            owner = getattr(hook, "__module__", "")
+            if not owner.startswith("transformers."):
+                msg = f"modules must have no hooks, as activation formats are: got one of '{owner}' on '{name}'."
+                raise NotCompiled(msg)
 
 
 class _DecodesCompiled:
@@ -166,11 +181,29 @@ def install_compiled_decoder_(model: Any) -> str | None:
     try:
         compile_decoder(model)
     except NotCompiled as error:
-        _logger.info("Generation runs module by module: %s", error)
         return str(error)
     if not isinstance(model, _DecodesCompiled):
         model.__class__ = type(type(model).__name__, (_DecodesCompiled, type(model)), {})
     return None
+
+
+def find_obstacle(model: Any) -> str | None:
+    """Returns why a packed model will not generate by the compiled decoder now; None where it will."""
+    if not _has_kernels():
+        return "The CPU kernels are not there, or another path was asked for."
+    return install_compiled_decoder_(model)
+
+
+def begin_sequence(model: Any) -> DecoderCache | None:
+    """Returns an empty cache for ``run_tokens``; None where the model's own forward must run."""
+    if not isinstance(model, _DecodesCompiled) or model.training or not _has_kernels():
+        return None
+    return _begin_cache(model, DynamicCache())
+
+
+def _has_kernels() -> bool:
+    # Where Triton's interpreter is asked for, its kernels compute the products.
+    return selected_kernels() is not None and not uses_triton(_CPU)
 
 
 def _find_cache(
@@ -180,7 +213,7 @@ def _find_cache(
     tokens = input_ids.shape[-1]
     if model.training or input_ids.shape[0] != 1 or tokens == 0 or input_ids.device.type != "cpu":
         return None
-    if torch.compiler.is_compiling() or selected_kernels() is None:
+    if torch.compiler.is_compiling() or not _has_kernels():
         return None
     length = past.get_seq_length()
     if mask is not None and not (mask.dim() == 2 and mask.shape[1] == length + tokens and bool(mask.all())):
@@ -196,12 +229,9 @@ def _begin_cache(model: Any, past: Any) -> DecoderCache | None:
     """Returns a new cache with what a cache of transformers' plain kind holds; None where it may not be replaced."""
     if type(past) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in past.layers):
         return None
-    if _has_hooks(model):
-        return None
     try:
         cache = DecoderCache(compile_decoder(model))
-    except NotCompiled as error:
-        _logger.info("Generation runs module by module: %s", error)
+    except NotCompiled:
         return None
     if past.get_seq_length():
         first: Any = past.layers[0]
@@ -210,12 +240,6 @@ def _begin_cache(model: Any, past: Any) -> DecoderCache | None:
             return None
         cache.take(past)
     return cache
-
-
-def _has_hooks(model: nn.Module) -> bool:
-    # transformers leaves hooks of its own behind once hidden states were asked for; they do nothing when they are not.
-    hooks = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
 
 @torch.no_grad()

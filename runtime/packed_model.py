@@ -31,6 +31,7 @@ from runtime.simulated_activations import ActivationScheme, install_activations_
 from runtime.stored_weights import build_empty_model
 from runtime.transforms import has_map, install_map_
 from runtime.units import list_weights
+from runtime.weight_memory import gather_weights_
 
 FORMATS_KEY = "bitplan.formats"
 # In the configuration: a rotated model whose embedding is tied has a matrix behind its last norm.
@@ -136,8 +137,18 @@ def load_packed(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str
     install_activations_(model, getattr(model.config, PACKED_CONFIG_KEY, {}).get(ACTIVATIONS_KEY, {}))
     tokenizer = call_transformers(directory, lambda: AutoTokenizer.from_pretrained(directory))
     model.eval().requires_grad_(False)
-    install_compiled_decoder_(model)
+    prepare_generation_(model)
     return model, tokenizer, metadata
+
+
+def prepare_generation_(model: Any) -> None:
+    """Lets a packed model generate by the compiled decoder, its weights in large pages, where it has the shape for it.
+
+    Args:
+        model: With its weights.
+    """
+    if install_compiled_decoder_(model) is None:
+        gather_weights_(model)
 
 
 def _build_empty(directory: Path) -> Any:

@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from runtime.apply import install_empty_formats_
 from runtime.formats import find_format
 from runtime.loading import PACKED_CONFIG_KEY
-from runtime.packed_model import ACTIVATIONS_KEY, MAP_KEY
+from runtime.packed_model import ACTIVATIONS_KEY, MAP_KEY, prepare_generation_
 from runtime.simulated_activations import install_activations_
 from runtime.units import list_weights
 
@@ -75,6 +75,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         install_activations_(model, getattr(model.config, PACKED_CONFIG_KEY, {}).get(ACTIVATIONS_KEY, {}))
+        prepare_generation_(model)
         return model
 
     def is_serializable(self, **_: Any) -> bool:

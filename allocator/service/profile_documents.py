@@ -126,7 +126,7 @@ def _experts(routing: RoutingStatistics) -> dict[str, Any]:
                 "frequency": routing.frequency[row].tolist(),
                 "coverage": routing.expert_visits[row].tolist(),
                 "gate_weight": routing.gate_weight_mean[row].tolist(),
-                "affinity": [[a, b, weight] for a, b, weight in routing.affinity_graph(layer).edges(data="weight")],
+                "affinity": [[a, b, edge["weight"]] for a, b, edge in routing.affinity_graph(layer).edges(data=True)],
                 "communities": [list(group) for group in routing.communities(layer, seed=0)],
             }
             for row, layer in enumerate(routing.layers)

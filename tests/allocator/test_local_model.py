@@ -10,6 +10,7 @@ from allocator.local_model import (
     LEAST_FACTOR,
     LocalModel,
     MeasuredSlope,
+    Observations,
     build_local_model,
     combine_slopes,
     limit_norms,
@@ -58,31 +59,54 @@ def test_curvature_is_half_the_mean_square_of_the_sketches_difference() -> None:
             assert built.curvature[u, f] == pytest.approx(0.5 * np.mean(difference**2), abs=1e-12)
 
 
+def compare(model: LocalModel, pairs: list[tuple[np.ndarray, np.ndarray]], change: np.ndarray) -> Observations:
+    choices, bases = (np.array(plans).reshape(len(pairs), UNITS) for plans in zip(*pairs, strict=True))
+    return Observations(choices=choices, bases=bases, change=change, std_error=np.full(len(pairs), 0.1))
+
+
+def sums(table: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    return np.array([sum_over(table, choice) - sum_over(table, base) for choice, base in pairs])
+
+
+def draw_pairs(model: LocalModel, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns plans with what they are compared with: the model's plan, or another plan near by."""
+    bases = [model.choice if seed % 2 else change_units(model.choice, 20 + seed) for seed in range(count)]
+    return [(change_units(model.choice, seed), base) for seed, base in enumerate(bases)]
+
+
+def test_sums_of_single_changes_from_base_to_choice(model: LocalModel) -> None:
+    pairs = draw_pairs(model, 7)
+    observed = compare(model, pairs, np.zeros(7))
+    np.testing.assert_allclose(observed.sum_over(model.slope), sums(model.slope, pairs), atol=1e-12)
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.7, 3.9])
 def test_a_loss_that_is_the_model_gives_its_factor_back(factor: float, model: LocalModel) -> None:
-    choices = [change_units(model.choice, seed) for seed in range(6)]
-    measured = [sum_over(model.slope, c) + factor * sum_over(model.curvature, c) for c in choices]
-    assert model.fit(choices, measured).factor == pytest.approx(factor, rel=1e-9)
+    pairs = draw_pairs(model, 6)
+    measured = sums(model.slope, pairs) + factor * sums(model.curvature, pairs)
+    assert model.fit(compare(model, pairs, measured)).factor == pytest.approx(factor, rel=1e-9)
 
 
 def test_the_factor_is_that_of_least_squares(model: LocalModel) -> None:
     rng = np.random.default_rng(3)
-    choices = [change_units(model.choice, seed) for seed in range(9)]
-    curvature = np.array([sum_over(model.curvature, c) for c in choices])
-    measured = np.array([sum_over(model.slope, c) for c in choices]) + 2.5 * curvature + rng.normal(size=9)
-    rest = measured - np.array([sum_over(model.slope, c) for c in choices])
+    pairs = draw_pairs(model, 9)
+    curvature = sums(model.curvature, pairs)
+    rest = 2.5 * curvature + 0.3 * rng.normal(size=9)
     expected = np.linalg.lstsq(curvature[:, None], rest, rcond=None)[0][0]
     assert LEAST_FACTOR < expected < LARGEST_FACTOR
-    assert model.fit(choices, measured.tolist()).factor == pytest.approx(expected, rel=1e-9)
+    fitted = model.fit(compare(model, pairs, rest + sums(model.slope, pairs)))
+    assert fitted.factor == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_factor_stays_within_its_bounds_and_without_plans_what_it_was(model: LocalModel) -> None:
-    choice = change_units(model.choice, 4)
-    slope, curvature = sum_over(model.slope, choice), sum_over(model.curvature, choice)
-    assert model.fit([choice], [slope + 50.0 * curvature]).factor == LARGEST_FACTOR
-    assert model.fit([choice], [slope - curvature]).factor == LEAST_FACTOR
-    assert model.fit([], []).factor == model.factor
-    assert model.fit([model.choice], [0.3]).factor == model.factor
+    pairs = [(change_units(model.choice, 4), model.choice)]
+    slope, curvature = sums(model.slope, pairs), sums(model.curvature, pairs)
+    assert model.fit(compare(model, pairs, slope + 50.0 * curvature)).factor == LARGEST_FACTOR
+    assert model.fit(compare(model, pairs, slope - curvature)).factor == LEAST_FACTOR
+    nothing = np.zeros((0, UNITS), dtype=np.int64)
+    none = Observations(choices=nothing, bases=nothing, change=np.zeros(0), std_error=np.zeros(0))
+    assert model.fit(none).factor == model.factor
+    assert model.fit(compare(model, [(model.choice, model.choice)], np.array([0.3]))).factor == model.factor
 
 
 def test_slopes_combine_as_a_weighted_sample() -> None:

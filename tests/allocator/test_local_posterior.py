@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from allocator.local_model import LocalModel
-from allocator.local_posterior import CAUTION, CURVATURE_ERROR, INTERACTION, LocalPosterior, Observations, observe
+from allocator.local_model import LocalModel, Observations
+from allocator.local_posterior import CAUTION, CURVATURE_ERROR, INTERACTION, Comparison, LocalPosterior, observe
 
 UNITS, FORMATS = 6, 4
 
@@ -31,8 +31,13 @@ def change_units(choice: np.ndarray, count: int, seed: int) -> np.ndarray:
 def make_observations(model: LocalModel, noise: float = 0.2) -> Observations:
     rng = np.random.default_rng(5)
     choices = np.array([change_units(model.choice, count, seed) for seed, count in enumerate((1, 2, 3, 6, 4, 2))])
+    # Most are compared with the plan, two with another one near by, one of them in a unit that both change.
+    bases = np.array([model.choice] * 4 + [change_units(model.choice, 3, 9), change_units(model.choice, 6, 8)])
     return Observations(
-        choices=choices, change=rng.normal(size=len(choices)), std_error=rng.uniform(0.5, 1.5, len(choices)) * noise
+        choices=choices,
+        bases=bases,
+        change=rng.normal(size=len(choices)),
+        std_error=rng.uniform(0.5, 1.5, len(choices)) * noise,
     )
 
 
@@ -44,7 +49,8 @@ def condition(model: LocalModel, observed: Observations) -> tuple[np.ndarray, np
     for c, choice in enumerate(observed.choices):
         for u in range(UNITS):
             # The plan's own format changes nothing: its mean and variance are zero.
-            sums[c, u, choice[u]] = 1.0
+            sums[c, u, choice[u]] += 1.0
+            sums[c, u, observed.bases[c, u]] -= 1.0
     sums = sums.reshape(len(sums), -1)
     noise = np.diag(observed.std_error**2 + (INTERACTION * observed.change) ** 2)
     joint = sums @ sigma @ sums.T + noise
@@ -79,7 +85,8 @@ def test_draws_have_the_conditional_distribution(model: LocalModel) -> None:
 
 
 def no_observations() -> Observations:
-    return Observations(choices=np.zeros((0, UNITS), dtype=np.int64), change=np.zeros(0), std_error=np.zeros(0))
+    nothing = np.zeros((0, UNITS), dtype=np.int64)
+    return Observations(choices=nothing, bases=nothing, change=np.zeros(0), std_error=np.zeros(0))
 
 
 def test_without_measured_plans_it_is_the_model(model: LocalModel) -> None:
@@ -92,7 +99,9 @@ def test_without_measured_plans_it_is_the_model(model: LocalModel) -> None:
 def test_an_exact_measurement_of_one_change_is_taken_over(model: LocalModel) -> None:
     choice = change_units(model.choice, 1, 3)
     unit = int(np.flatnonzero(choice != model.choice)[0])
-    observed = Observations(choices=choice[None], change=np.array([1e-6]), std_error=np.zeros(1))
+    observed = Observations(
+        choices=choice[None], bases=model.choice[None], change=np.array([1e-6]), std_error=np.zeros(1)
+    )
     posterior = LocalPosterior(model, observed)
     assert posterior.mean[unit, choice[unit]] == pytest.approx(1e-6, abs=1e-9)
     others = posterior.mean - (model.slope + model.factor * model.curvature)
@@ -100,15 +109,17 @@ def test_an_exact_measurement_of_one_change_is_taken_over(model: LocalModel) -> 
     np.testing.assert_allclose(others, 0.0, atol=1e-12)
 
 
-def test_only_plans_near_by_are_observed_and_in_pairs() -> None:
+def test_only_plans_near_by_are_observed() -> None:
     rng = np.random.default_rng(2)
     plan = np.zeros(UNITS, dtype=np.int64)
-    choices = [plan + 1, plan, change_units(plan, 2, 0), change_units(plan, 3, 1)]
-    losses = rng.uniform(size=(4, 5))
-    observed = observe(plan, choices, losses, within=3)
-    np.testing.assert_array_equal(observed.choices, choices[2:])
-    for row, (loss, change, error) in enumerate(zip(losses[2:], observed.change, observed.std_error, strict=True)):
-        difference = loss - losses[1]
-        assert change == pytest.approx(difference.mean()), row
-        assert error == pytest.approx(difference.std(ddof=1) / np.sqrt(5)), row
-    assert observe(plan, [plan], losses[:1], within=3).choices.shape == (0, UNITS)
+    near, nearer, far = change_units(plan, 3, 1), change_units(plan, 2, 0), plan + 1
+    pairs = [(near, plan), (far, plan), (near, far), (nearer, near), (plan, nearer)]
+    comparisons = [Comparison(choice=c, base=b, difference=rng.normal(size=5)) for c, b in pairs]
+    observed = observe(plan, comparisons, within=3)
+    kept = [comparisons[i] for i in (0, 3, 4)]
+    np.testing.assert_array_equal(observed.choices, [c.choice for c in kept])
+    np.testing.assert_array_equal(observed.bases, [c.base for c in kept])
+    for comparison, change, error in zip(kept, observed.change, observed.std_error, strict=True):
+        assert change == pytest.approx(comparison.difference.mean())
+        assert error == pytest.approx(comparison.difference.std(ddof=1) / np.sqrt(5))
+    assert observe(plan, [], within=3).choices.shape == (0, UNITS)

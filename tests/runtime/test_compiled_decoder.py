@@ -183,6 +183,8 @@ def test_what_is_not_one_plain_sequence_runs_module_by_module() -> None:
     for case in cases:
         assert type(model(**case, past_key_values=DynamicCache()).past_key_values) is DynamicCache
     hook = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(NotCompiled, match=r"modules must have no hooks.*on 'model.layers.1.mlp'"):
+        compile_decoder(model)
     assert type(model(tokens, past_key_values=DynamicCache()).past_key_values) is DynamicCache
     hook.remove()
     assert type(model(tokens, past_key_values=DynamicCache()).past_key_values) is DecoderCache
@@ -239,8 +241,12 @@ def test_weights_that_the_kernels_do_not_read_are_refused() -> None:
     formats = dict.fromkeys(list_weights(model), "int4_g32") | {"model.layers.1.self_attn.k_proj.weight": "mxfp4"}
     apply_formats_(model, formats)
     assert "got 'mxfp4' in key of layer 1" in str(install_compiled_decoder_(model))
-    with pytest.raises(NotCompiled, match=r"norms must lie on the CPU, in float32: got torch.bfloat16 on cpu"):
+    with pytest.raises(NotCompiled, match="norms must be RMS norms in float32 on the CPU: got .* with torch.bfloat16"):
         compile_decoder(pack(build_tiny_llama()).bfloat16())
+    mapped = pack(build_tiny_llama())
+    mapped.model.norm = torch.nn.Sequential(mapped.model.norm)
+    with pytest.raises(NotCompiled, match="(?s)got Sequential.* with no weight in the last norm"):
+        compile_decoder(mapped)
     with pytest.raises(NotCompiled, match="packed weights and their biases must lie on the CPU"):
         biased = pack(build_tiny_llama(attention_bias=True))
         biased.model.layers[0].self_attn.q_proj.bias.data = biased.model.layers[0].self_attn.q_proj.bias.data.half()
