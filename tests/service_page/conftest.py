@@ -104,8 +104,9 @@ def measured_models(service_url: str, measure_options: str) -> None:
 def page(browser: Browser, service_url: str) -> Iterator[Page]:
     """A tab with an empty session at the service; what goes wrong in it fails the test."""
     context = browser.new_context(base_url=service_url, viewport={"width": 1600, "height": 1000})
+    # Of the context, so that it holds for pages that a link opens too.
+    context.set_default_timeout(120_000)
     tab = context.new_page()
-    tab.set_default_timeout(120_000)
     errors: list[str] = []
     tab.on("pageerror", lambda error: errors.append(str(error)))
     # Answers such as 422 are told by the browser as errors of loading; the page shows them itself.

@@ -82,6 +82,7 @@ def window(
     context = browser.new_context(
         base_url=service_url, viewport={"width": width, "height": 900}, color_scheme=theme, reduced_motion="reduce"
     )
+    context.set_default_timeout(120_000)
     page = context.new_page()
     page.goto("/")
     yield page, f"{width}-{theme}"

@@ -30,6 +30,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, model_root: Path) -> Itera
 def guarded_page(browser: Browser, guarded: tuple[str, str]) -> Iterator[Page]:
     """A tab that knows no key."""
     context = browser.new_context(base_url=guarded[0])
+    context.set_default_timeout(120_000)
     page = context.new_page()
     page.goto("/")
     yield page
