@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from allocator.artefacts import Model
     from allocator.budget import Budget, InfeasibleBudget
+    from allocator.client import AsyncClient, Client
+    from allocator.client_verbs import ServiceError
+    from allocator.comparing import compare
     from allocator.exporting import Exported, export
     from allocator.format_table import list_formats
     from allocator.frontiers import frontier
     from allocator.measuring import MeasureRequest
     from allocator.pipeline import Applied, apply, evaluate, load, measure, report
+    from allocator.plan_files import load_plan, save_plan
     from allocator.plan_query import plan
-    from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan, load_plan, save_plan
+    from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan
     from allocator.prefixes import PrefixFound, find_prefix
     from allocator.pricing import Priced, price
     from allocator.store import Store
@@ -31,7 +35,9 @@ if TYPE_CHECKING:
 _HOME = {
     "Applied": "allocator.pipeline",
     "ArtefactMismatch": "allocator.plans",
+    "AsyncClient": "allocator.client",
     "Budget": "allocator.budget",
+    "Client": "allocator.client",
     "Evaluation": "allocator.plans",
     "Exported": "allocator.exporting",
     "InfeasibleBudget": "allocator.budget",
@@ -42,28 +48,32 @@ _HOME = {
     "PrefixFound": "allocator.prefixes",
     "Priced": "allocator.pricing",
     "SensitivityProfile": "sensitivity.profile",
+    "ServiceError": "allocator.client_verbs",
     "Store": "allocator.store",
     "UnitPlan": "allocator.plans",
     "apply": "allocator.pipeline",
+    "compare": "allocator.comparing",
     "evaluate": "allocator.pipeline",
     "export": "allocator.exporting",
     "find_prefix": "allocator.prefixes",
     "frontier": "allocator.frontiers",
     "list_formats": "allocator.format_table",
     "load": "allocator.pipeline",
-    "load_plan": "allocator.plans",
+    "load_plan": "allocator.plan_files",
     "load_profile": "sensitivity.profile",
     "measure": "allocator.pipeline",
     "plan": "allocator.plan_query",
     "price": "allocator.pricing",
     "report": "allocator.pipeline",
-    "save_plan": "allocator.plans",
+    "save_plan": "allocator.plan_files",
     "save_profile": "sensitivity.profile",
 }
 __all__ = [
     "Applied",
     "ArtefactMismatch",
+    "AsyncClient",
     "Budget",
+    "Client",
     "Evaluation",
     "Exported",
     "InfeasibleBudget",
@@ -74,9 +84,11 @@ __all__ = [
     "PrefixFound",
     "Priced",
     "SensitivityProfile",
+    "ServiceError",
     "Store",
     "UnitPlan",
     "apply",
+    "compare",
     "evaluate",
     "export",
     "find_prefix",

@@ -15,9 +15,11 @@ from allocator.plans import ArtefactMismatch, Plan
 from allocator.progress import Progress, silent
 from allocator.store import Store
 from allocator.transformed import TRANSFORMS, TRANSFORMS_CONTENT, is_transformed, transform_again_
+from runtime.activation_names import activation_name
 from runtime.loading import ReferenceModel, find_model, fingerprint_model, load_reference
 from runtime.stored_weights import load_stored_reference
 from runtime.units import list_weights
+from sensitivity.activation_losses import join_activations
 from sensitivity.cache_losses import join_cache
 from sensitivity.profile import SensitivityProfile
 
@@ -83,7 +85,7 @@ def find_profile(
 def profile_of_plan(
     plan: Plan, model: Model, store: Store, progress: Progress, *, own: bool = True
 ) -> SensitivityProfile:
-    """Returns the profile a plan was made from, with caches among its units where the plan has formats for them.
+    """Returns the profile a plan was made from, with caches and activations among its units where the plan has them.
 
     Args:
         plan: The plan.
@@ -112,9 +114,9 @@ def profile_of_plan(
             f"'{profile.provenance.get(TRANSFORMS, 'none')}'. Measure again with the plan's transforms."
         )
         raise ArtefactMismatch(msg)
-    if plan.cache is None:
-        return profile
-    return join_cache(profile, context=plan.cache.context, batch=plan.cache.batch)
+    if plan.cache is not None:
+        profile = join_cache(profile, context=plan.cache.context, batch=plan.cache.batch)
+    return profile if plan.activations is None else join_activations(profile)
 
 
 def assignment_of_plan(profile: SensitivityProfile, plan: Plan) -> Assignment:
@@ -124,8 +126,14 @@ def assignment_of_plan(profile: SensitivityProfile, plan: Plan) -> Assignment:
         ArtefactMismatch: If the plan's formats do not fit the profile's units.
         ValueError: If a format is not among the profile's candidates.
     """
-    formats = {**plan.weights, **({} if plan.cache is None else plan.cache.formats)}
-    names = [[weight.name for weight in unit.weights] or [unit.name] for unit in profile.candidates.units]
+    parts = [part.formats for part in (plan.cache, plan.activations) if part is not None]
+    formats = dict(plan.weights)
+    for part in parts:
+        formats |= part
+    names = [
+        [weight.name for weight in unit.weights] or [activation_name(m) for m in unit.modules] or [unit.name]
+        for unit in profile.candidates.units
+    ]
     for unit, own in zip(profile.candidates.units, names, strict=True):
         if len({formats.get(name) for name in own} - {None}) != 1:
             msg = (

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.activation_names import activation_name
 from runtime.cache_formats import TOKEN_BLOCKS, cache_bytes
 from runtime.candidates import Candidates
 from runtime.costs import CostTable
@@ -51,9 +52,21 @@ class Assignment:
             if unit.cache_shape is not None
         }
 
+    def formats_by_activation(self, candidates: Candidates) -> dict[str, str]:
+        """Returns input of a linear layer -> format name; empty where activations are not among the candidates."""
+        return {
+            activation_name(module): candidates.formats[int(f)].name
+            for unit, f in zip(candidates.units, self.choice, strict=True)
+            for module in unit.modules
+        }
+
     def formats_by_name(self, candidates: Candidates) -> dict[str, str]:
-        """Returns name of a weight or cache unit -> format name."""
-        return {**self.formats_by_weight(candidates), **self.formats_by_cache(candidates)}
+        """Returns name of a weight, a cache unit or the input of a linear layer -> format name."""
+        return {
+            **self.formats_by_weight(candidates),
+            **self.formats_by_cache(candidates),
+            **self.formats_by_activation(candidates),
+        }
 
 
 def pick(table: NDArray[np.float64], choice: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -63,7 +76,7 @@ def pick(table: NDArray[np.float64], choice: NDArray[np.int64]) -> NDArray[np.fl
 
 def use_of(choice: NDArray[np.int64], tables: Mapping[str, CostTable]) -> dict[str, float]:
     """Returns resource -> use of the whole model."""
-    return {name: float(pick(table.cost, choice).sum() + table.fixed) for name, table in tables.items()}
+    return {name: table.use(choice) for name, table in tables.items()}
 
 
 def cache_use(candidates: Candidates, choice: NDArray[np.int64], memory: CostTable) -> float:
@@ -82,7 +95,8 @@ def list_uniform(candidates: Candidates, metric: str) -> list[Assignment]:
 
     Where a unit may not take the format it takes its smallest wider one (else its widest), so that every format gives
     an assignment; the variant with 8-bit embeddings is what most engines do by default. Where caches are units there is
-    each of these again with a cache of each width in ``CACHE_BITS``, which is what engines offer.
+    each of these again with a cache of each width in ``CACHE_BITS``, which is what engines offer; where activations are
+    units, with each of their formats for all.
 
     Args:
         candidates: Units and formats.
@@ -90,6 +104,7 @@ def list_uniform(candidates: Candidates, metric: str) -> list[Assignment]:
     """
     embeddings = [u for u, unit in enumerate(candidates.units) if unit.kind in ("embedding", "head")]
     caches = [u for u, unit in enumerate(candidates.units) if unit.cache_shape is not None]
+    activations = [u for u, unit in enumerate(candidates.units) if unit.kind == "activation"]
     found: dict[bytes, Assignment] = {}
     for format_ in candidates.formats:
         choice = np.array([_nearest(candidates, u, format_.bits, format_.name) for u in range(len(candidates.units))])
@@ -104,6 +119,12 @@ def list_uniform(candidates: Candidates, metric: str) -> list[Assignment]:
                 for name, variant in variants.items()
                 for bits in CACHE_BITS
             }
+        if activations:
+            variants = {
+                f"{name}, {candidates.formats[a].name} activations": _with_activations(variant, activations, a)
+                for name, variant in variants.items()
+                for a in np.flatnonzero(candidates.allowed[activations].all(axis=0)).tolist()
+            }
         for name, variant in variants.items():
             assignment = Assignment(name=name, kind="uniform", metric=metric, choice=variant.astype(np.int64))
             found.setdefault(assignment.choice.tobytes(), assignment)
@@ -113,7 +134,7 @@ def list_uniform(candidates: Candidates, metric: str) -> list[Assignment]:
 def keep_widest_caches(
     assignments: Sequence[Assignment], candidates: Candidates, memory: CostTable
 ) -> list[Assignment]:
-    """Returns of the assignments with the same formats of weights the one with most bytes of cache, in their order.
+    """Returns of the assignments that differ in caches alone the one with most bytes of cache, in their order.
 
     Where caches are no units that is every assignment.
 
@@ -124,7 +145,8 @@ def keep_widest_caches(
     """
     widest: dict[tuple[tuple[str, str], ...], Assignment] = {}
     for assignment in assignments:
-        weights = tuple(assignment.formats_by_weight(candidates).items())
+        rest = {**assignment.formats_by_weight(candidates), **assignment.formats_by_activation(candidates)}
+        weights = tuple(rest.items())
         known = widest.get(weights)
         if known is None or cache_use(candidates, assignment.choice, memory) > cache_use(
             candidates, known.choice, memory
@@ -133,9 +155,29 @@ def keep_widest_caches(
     return [a for a in assignments if any(a is kept for kept in widest.values())]
 
 
+def keep_best_activations(
+    assignments: Sequence[Assignment], profile: SensitivityProfile, metric: str
+) -> list[Assignment]:
+    """Returns of the assignments with the same formats of weights the one that is predicted to lose least."""
+    loss = profile.table(metric).loss
+    best: dict[tuple[tuple[str, str], ...], Assignment] = {}
+    for assignment in assignments:
+        weights = tuple(assignment.formats_by_weight(profile.candidates).items())
+        known = best.get(weights)
+        if known is None or pick(loss, assignment.choice).sum() < pick(loss, known.choice).sum():
+            best[weights] = assignment
+    return list(best.values())
+
+
 def _with_cache(candidates: Candidates, choice: NDArray[np.int64], caches: list[int], bits: int) -> NDArray[np.int64]:
     changed = choice.copy()
     changed[caches] = [_nearest(candidates, u, bits, None) for u in caches]
+    return changed
+
+
+def _with_activations(choice: NDArray[np.int64], activations: list[int], f: int) -> NDArray[np.int64]:
+    changed = choice.copy()
+    changed[activations] = f
     return changed
 
 
@@ -150,6 +192,8 @@ def _nearest(candidates: Candidates, u: int, bits: int, name: str | None) -> int
     def stored_bytes(f: int) -> int:
         if unit.cache_shape is not None:
             return cache_bytes(candidates.formats[f], unit.cache_shape, max(TOKEN_BLOCKS))
+        if not unit.weights:
+            return candidates.formats[f].bits
         return candidates.formats[f].storage_bytes(unit.weights[0].shape)
 
     if wider:

@@ -20,7 +20,13 @@ _BYTES = {
 MEMORY = "memory_bytes"
 READ = "read_bytes"
 LATENCY = "latency_us"
-RESOURCES = (MEMORY, READ, LATENCY)
+BIT_OPERATIONS = "bit_operations"
+RESOURCES = (MEMORY, READ, LATENCY, BIT_OPERATIONS)
+# Resources that are not bytes: what it is, its unit of measure, an example.
+_PLAIN = {
+    LATENCY: ("a latency", "microseconds", "900"),
+    BIT_OPERATIONS: ("a limit on bit operations", "operations a token", "8e9"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,13 +149,14 @@ def parse_limits(texts: Sequence[str]) -> dict[str, float]:
         if name in limits:
             msg = f"a resource must be limited once: got '{name}' again in '{text}'. Leave one out."
             raise ValueError(msg)
-        limits[name] = _parse_us(value) if name == LATENCY else parse_bytes(value)
+        limits[name] = _parse_plain(name, value) if name in _PLAIN else parse_bytes(value)
     return limits
 
 
-def _parse_us(text: str) -> float:
+def _parse_plain(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        msg = f"a latency must be a plain number of microseconds: got '{text}'. Write latency_us=900."
+        what, unit, example = _PLAIN[name]
+        msg = f"{what} must be a plain number of {unit}: got '{text}'. Write {name}={example}."
         raise ValueError(msg) from error

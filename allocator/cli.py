@@ -37,6 +37,9 @@ from allocator.cli_output import (
     render,
     table,
 )
+from allocator.cli_remote import LocalOrRemote
+from allocator.cli_reports import REPORT_COMMANDS
+from allocator.cli_service import SERVICE_COMMANDS
 
 if TYPE_CHECKING:
     from allocator.artefacts import Model
@@ -45,9 +48,11 @@ if TYPE_CHECKING:
 FAILURE, USAGE, INFEASIBLE = 1, 2, 3
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=LocalOrRemote, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="bitplan")
-def cli() -> None:
+@click.option("--server", metavar="URL", help="Let a service do it, such as http://127.0.0.1:8420.")
+@click.option("--key", envvar="BITPLAN_KEY", help="API key of the service; better in BITPLAN_KEY.")
+def cli(server: str | None, key: str | None) -> None:
     """Choose the storage format of every part of a language model for a memory, latency or quality budget.
 
     The plan loses least under the budget, with a proof of how near to optimal it is, and is verified on held-out
@@ -120,8 +125,8 @@ def plan(
     **budget: Any,
 ) -> str:
     """Find the plan for MODEL that loses least under a budget."""
+    from allocator.plan_files import save_plan
     from allocator.plan_query import plan as run
-    from allocator.plans import save_plan
 
     asked = parse(lambda: make_budget(**budget))
     if out is not None and out.is_dir():
@@ -166,7 +171,7 @@ def evaluate(model: str, low_memory: bool, plan_path: Path, text: str | None, as
     from dataclasses import asdict
 
     from allocator.pipeline import evaluate as run
-    from allocator.plans import load_plan
+    from allocator.plan_files import load_plan
 
     opened = _open(model, low_memory)
     evaluations = [asdict(e) for e in with_progress(run, opened, load_plan(plan_path), text=text)]
@@ -184,7 +189,7 @@ def evaluate(model: str, low_memory: bool, plan_path: Path, text: str | None, as
 def apply(model: str, low_memory: bool, plan_path: Path, out: Path, prefix: Path | None, as_json: bool) -> str:
     """Pack MODEL by a plan and write it to a directory."""
     from allocator.pipeline import apply as run
-    from allocator.plans import load_plan
+    from allocator.plan_files import load_plan
 
     applied = run(_open(model, low_memory), load_plan(plan_path), out, prefix=prefix)
     document = {
@@ -207,27 +212,16 @@ def generate(directory: Path, prompt: str, max_new_tokens: int, temperature: flo
     """Continue a text with the packed model in DIRECTORY, behind its prefix if it has one."""
     from allocator.generation import generate_text
     from allocator.pipeline import load
+    from runtime.compiled_decoder import find_obstacle
     from runtime.transforms.prefix_tokens import PREFIX_FILE, load_prefix
 
     model, tokenizer = load(directory)
+    obstacle = find_obstacle(model)
+    if obstacle is not None:
+        click.echo(f"generating module by module, several times slower. {obstacle}", err=True)
     path = directory / PREFIX_FILE
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     return generate_text(model, tokenizer, prompt, **sampling, prefix=load_prefix(path) if path.exists() else None)
-
-
-@cli.command()
-@click.argument("model")
-@low_memory_option
-@plan_option
-@click.option("--text", help="Evaluation text; default: the profile's.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the report.")
-@printed
-def report(model: str, low_memory: bool, plan_path: Path, text: str | None, out: Path) -> str:
-    """Write the report of a plan of MODEL: one HTML page and CSV files."""
-    from allocator.pipeline import report as run
-    from allocator.plans import load_plan
-
-    return str(with_progress(run, _open(model, low_memory), load_plan(plan_path), out, text=text))
 
 
 @cli.command()
@@ -240,7 +234,7 @@ def demo(out: Path, memory: str) -> None:
     with_progress(run_demo, out, parse(lambda: parse_bytes(memory)))
 
 
-for _command in (*FURTHER_COMMANDS, *ENGINE_COMMANDS):
+for _command in (*REPORT_COMMANDS, *FURTHER_COMMANDS, *ENGINE_COMMANDS, *SERVICE_COMMANDS):
     cli.add_command(_command)
 
 

@@ -29,7 +29,7 @@ def engines(as_json: bool) -> str:
 def export(model: str, plan_path: Path, engine: str, out: Path, imatrix: bool, as_json: bool) -> str:
     """Write a plan of MODEL as the files that an engine loads, and print the command that runs them."""
     from allocator.exporting import export as run
-    from allocator.plans import load_plan
+    from allocator.plan_files import load_plan
 
     exported = run(model, load_plan(plan_path), engine, out, imatrix=imatrix)
     document = {**vars(exported), "directory": str(exported.directory)}
@@ -49,7 +49,7 @@ def price(model: str, recipe: Path, metric: str | None, out: Path | None, as_jso
     A recipe is a file of llama.cpp's tensor types, a quantize_config.json of GPTQModel, a layer_config.json of
     AutoRound, or a config.json of AutoRound or compressed-tensors.
     """
-    from allocator.plans import save_plan
+    from allocator.plan_files import save_plan
     from allocator.pricing import price as run
 
     priced = run(model, recipe, metric=metric)

@@ -19,7 +19,7 @@ from allocator.cli_output import formats_text, render, table
 def prefix(model: str, plan_path: Path, length: int, candidates: int, out: Path, as_json: bool) -> str:
     """Find tokens before every text that lower the loss of a plan of MODEL, and measure what they do."""
     from allocator.cli_output import describe_prefix, prefix_text
-    from allocator.plans import load_plan
+    from allocator.plan_files import load_plan
     from allocator.prefixes import find_prefix
     from runtime.transforms.prefix_tokens import save_prefix
 

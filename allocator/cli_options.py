@@ -45,7 +45,10 @@ def measure_options(command: Command) -> Command:
         ),
         click.option("--selection", help="Text that chooses between plans; default: part of the calibration text."),
         click.option("--evaluation", help="Text of the final evaluation; default: another part."),
-        click.option("--formats", help="Comma-separated formats (int2_g64,…,bf16)."),
+        click.option(
+            "--formats",
+            help="Comma-separated formats (int2_g64,…,bf16), or 'menu': the few that do nearly as well as all.",
+        ),
         click.option("--engine", help="Measure the formats that an engine is planned with ('bitplan engines')."),
         click.option(
             "--embedding-formats", help="Comma-separated formats of embeddings and head (default: >= 4 bits)."
@@ -54,6 +57,11 @@ def measure_options(command: Command) -> Command:
             "--cache-formats",
             help="Comma-separated formats of the KV cache (int8_channel,int4_g32,…,bf16; int4_t32: along blocks of 32 "
             "tokens), measured for the keys and the values of each layer; default: the cache is left out.",
+        ),
+        click.option(
+            "--activation-formats",
+            help="Comma-separated formats of what linear layers read (int8_token,int8_tensor_static,fp8_token,…,bf16), "
+            "measured for every layer; default: activations are left out.",
         ),
         click.option("--fuse", multiple=True, help="Regular expression of weights that share a format; repeatable."),
         click.option(
@@ -124,7 +132,12 @@ def budget_options(command: Command) -> Command:
         click.option("--bits-per-weight", type=float, help="Most stored bits per weight, scales included."),
         click.option("--max-kl", type=float, help="Most KL in nats per token; the smallest plan that keeps it."),
         click.option(
-            "--limit", "limits", multiple=True, metavar="RESOURCE=VALUE", help="Further limit: latency_us, read_bytes."
+            "--limit",
+            "limits",
+            multiple=True,
+            metavar="RESOURCE=VALUE",
+            help="Further limit: latency_us, read_bytes, bit_operations (which "
+            "lets activations take formats; needs a profile measured with --activation-formats).",
         ),
     ]
     for option in reversed(options):
@@ -181,10 +194,12 @@ def make_budget(
 
 def make_request(options: dict[str, Any]) -> "MeasureRequest":
     from allocator.measuring import MeasureRequest
+    from allocator.shortlist import MENU
+    from runtime.activation_formats import find_activation_formats
     from runtime.cache_formats import find_cache_formats
     from runtime.device_types import choose_dtype
     from runtime.engines import find_engine
-    from runtime.formats import DEFAULT_FORMATS, find_formats
+    from runtime.formats import DEFAULT_FORMATS, FORMATS, find_formats
     from runtime.transforms import parse_transform
     from sensitivity.measure_config import MeasureConfig
 
@@ -210,14 +225,18 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
     menu = DEFAULT_FORMATS if options["engine"] is None else find_engine(options["engine"]).menu
     formats = _names(options["formats"]) or menu
     embedding_formats = _names(options["embedding_formats"])
-    find_formats([*formats])
-    find_formats([*(embedding_formats or formats)])
+    known = tuple(FORMATS) if formats == (MENU,) else formats
+    find_formats([*known])
+    find_formats([*(embedding_formats or known)])
     transforms = _names(options["transforms"]) or ()
     for transform in transforms:
         parse_transform(transform)
     cache_formats = _names(options["cache_formats"]) or ()
     if cache_formats:
         find_cache_formats(cache_formats)
+    activation_formats = _names(options["activation_formats"]) or ()
+    if activation_formats:
+        find_activation_formats(activation_formats)
     return MeasureRequest(
         **{name: options[name] for name in ("calibration", "selection", "evaluation", "fuse")},
         formats=formats,
@@ -227,6 +246,7 @@ def make_request(options: dict[str, Any]) -> "MeasureRequest":
         pins=_make_pins(options["pins"]),
         transforms=transforms,
         cache_formats=cache_formats,
+        activation_formats=activation_formats,
         config=MeasureConfig(**set_amounts),
     )
 

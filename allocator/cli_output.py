@@ -44,7 +44,11 @@ def describe_profile(profile: "SensitivityProfile") -> dict[str, Any]:
         "formats": [f.name for f in profile.candidates.formats],
         "metrics": list(profile.losses),
         "reference_bytes": profile.reference_bytes,
-        **({} if profile.cache is None else {"cache_formats": [f.name for f in profile.cache.candidates.formats]}),
+        **{
+            f"{name}_formats": [f.name for f in part.candidates.formats]
+            for name, part in (("cache", profile.cache), ("activation", profile.activations))
+            if part is not None
+        },
         "provenance": dict(profile.provenance),
     }
 
@@ -53,6 +57,7 @@ def profile_text(document: dict[str, Any]) -> str:
     return (
         f"profile {document['profile'][:16]}: {document['units']} units x {len(document['formats'])} formats, "
         + (f"caches x {len(document['cache_formats'])} formats, " if "cache_formats" in document else "")
+        + (f"activations x {len(document['activation_formats'])} formats, " if "activation_formats" in document else "")
         + f"metrics {', '.join(document['metrics'])}, measured in {document['provenance']['measured_in_s']} s"
     )
 
@@ -98,6 +103,7 @@ def plan_text(made: "Plan") -> str:
         f"predicted KL {made.predicted_kl:.4g}{error} nats per token, relative gap to the best possible {gap} "
         f"({made.termination}, {made.solve_s * 1e3:.1f} ms)",
         *([] if made.cache is None else [_cache_text(made)]),
+        *([] if made.activations is None else [made.activations.describe()]),
         "formats: " + ", ".join(f"{name} x {count}" for name, count in counts.most_common()),
         made.verdict,
         *([made.rules.describe()] if made.rules else []),

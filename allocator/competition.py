@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from allocator.assignments import Assignment, keep_widest_caches, list_uniform, use_of
+from allocator.assignments import Assignment, keep_best_activations, keep_widest_caches, list_uniform, use_of
 from allocator.budget import MEMORY, Budget, InfeasibleBudget
 from allocator.expert_blocks import find_block_assignment
 from allocator.improvement import Improve
@@ -53,7 +53,9 @@ def list_rivals(
                 continue
     if profile.logit_gram is not None and budget.max_kl is None and profile.table(best.metric).unit_of_measure == NATS:
         rivals.append(find_interacting_assignment(profile, budget, tables, metric=best.metric)[0])
-    by_blocks = None if only_metric else find_block_assignment(profile, budget, tables, best)
+    by_blocks = (
+        None if only_metric or profile.activations_joined else find_block_assignment(profile, budget, tables, best)
+    )
     rivals += [] if by_blocks is None else [by_blocks]
     limits = resolve_limits(profile, budget)
     fitting = [
@@ -61,7 +63,8 @@ def list_rivals(
         for a in list_uniform(profile.candidates, best.metric)
         if all(use_of(a.choice, tables)[name] <= limit for name, limit in limits.items())
     ]
-    rivals += keep_widest_caches(fitting, profile.candidates, tables[MEMORY])
+    fitting = keep_widest_caches(fitting, profile.candidates, tables[MEMORY])
+    rivals += keep_best_activations(fitting, profile, best.metric) if profile.activations_joined else fitting
     return _distinct([best, *rivals])[1:]
 
 

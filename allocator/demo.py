@@ -18,8 +18,8 @@ from allocator.demo_text import write_reference_text
 from allocator.generation import generate_text
 from allocator.measuring import MeasureRequest
 from allocator.pipeline import apply, load, measure, report
+from allocator.plan_files import save_plan
 from allocator.plan_query import plan
-from allocator.plans import save_plan
 from allocator.progress import Progress
 from allocator.store import Store
 from runtime.apply import simulated_formats

@@ -79,7 +79,8 @@ def export(
         raise ValueError(msg)
     check_legal(target, units_of_engine(reference.model, target, plan), plan.weights)
     rule = rendering_of_plan(plan, reference.model, store)
-    write(reference, plan.weights, out, exporter=target.exporter, quantizer=rule)
+    scheme = None if plan.activations is None else plan.activations.scheme
+    write(reference, plan.weights, out, exporter=target.exporter, quantizer=rule, activations=scheme)
     if imatrix:
         _write_imatrix(reference, plan, out, store)
     files = {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}

@@ -3,6 +3,7 @@
 import errno
 
 from allocator.plans import ArtefactMismatch
+from reports.browser import PrintingFailed
 from solvers import SolverFailure
 
 
@@ -17,6 +18,6 @@ def describe_failure(error: Exception) -> str | None:
         if error.filename is None:
             return str(error)
         return f"files must be readable and their places writable: got '{error.filename}' ({error.strerror or error})."
-    if isinstance(error, (ValueError, ArtefactMismatch, SolverFailure, ModuleNotFoundError)):
+    if isinstance(error, (ValueError, ArtefactMismatch, SolverFailure, PrintingFailed, ModuleNotFoundError)):
         return str(error)
     return None

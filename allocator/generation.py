@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runtime.greedy_generation import continue_greedily
 from runtime.packed_model import make_packed_cache
 
 if TYPE_CHECKING:
@@ -49,12 +50,16 @@ def generate_text(
         input_ids = torch.cat([prefix.tokens[None], input_ids], dim=1)
         mask = torch.cat([torch.ones(1, hidden, dtype=mask.dtype), mask], dim=1)
         sampling["past_key_values"] = prefix.make_cache(1)
-    tokens = model.generate(
-        input_ids=input_ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **sampling,
-    )
+    tokens = None
+    if temperature == 0 and sampling["past_key_values"] is None:
+        tokens = continue_greedily(model, input_ids, max_new_tokens=max_new_tokens)
+    if tokens is None:
+        tokens = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **sampling,
+        )
     text: str = tokenizer.decode(tokens[0, hidden:], skip_special_tokens=True)
     return text

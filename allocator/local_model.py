@@ -2,7 +2,7 @@
 
 For a further change of unit u to format f, around a plan,
 
-    change[u, f] = slope[u, f] + factor * curvature[u, f] + caution * std_error[u, f],
+    change[u, f] = slope[u, f] + factor * curvature[u, f],
 
 the slope of the measured KL at the plan (`sensitivity.sketches.plan_slope`), which holds the interactions with all
 units that the plan has changed, and the curvature of the Fisher sketch at the reference,
@@ -15,7 +15,8 @@ for changes of one unit, 1.9 to 2.2 for 5 to 60 at once. So the factor is fitted
 
     factor = sum_c curvature_c (measured_c - slope_c) / sum_c curvature_c^2,
 
-with the sums of slope and curvature over the units that plan c changes.
+with the sums of slope and curvature over the units that plan c changes. What is left of the measured losses corrects
+the single changes (`allocator.local_posterior`).
 """
 
 from collections.abc import Sequence
@@ -24,8 +25,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-FORGETTING = 0.35  # weight of a round's slopes against those of the round after it
-CAUTION = 0.5  # standard errors: an optimizer takes what looks good by chance first
+FORGETTING = 0.35  # weight of slopes at a plan against those at the plan after it
 FIRST_FACTOR = 2.0
 LEAST_FACTOR, LARGEST_FACTOR = 1.0, 4.0
 # A sequence whose slopes are larger than so many times the median sequence's counts for no more than that: where the
@@ -54,39 +54,62 @@ class LocalModel:
     curvature: FloatArray
     factor: float = FIRST_FACTOR
 
-    @property
-    def change(self) -> FloatArray:
-        """What each change of one unit adds to the loss [U, F], with the allowance for what is not known."""
-        return self.slope + self.factor * self.curvature + CAUTION * self.std_error
-
-    def fit(self, choices: Sequence[IntArray], measured: Sequence[float]) -> "LocalModel":
-        """Returns the model with the factor that plans near by give.
-
-        Args:
-            choices: [U] format indices each.
-            measured: What each of them loses more than the plan, nats per token.
-        """
-        units = np.arange(len(self.choice))
-        slopes = np.array([self.slope[units, choice].sum() for choice in choices])
-        curvatures = np.array([self.curvature[units, choice].sum() for choice in choices])
+    def fit(self, observed: "Observations") -> "LocalModel":
+        """Returns the model with the factor that measured plans near by give."""
+        slopes, curvatures = observed.sum_over(self.slope), observed.sum_over(self.curvature)
         if not curvatures.any():
             return self
-        factor = float(curvatures @ (np.asarray(measured) - slopes) / (curvatures @ curvatures))
+        factor = float(curvatures @ (observed.change - slopes) / (curvatures @ curvatures))
         return replace(self, factor=float(np.clip(factor, LEAST_FACTOR, LARGEST_FACTOR)))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Observations:
+    """What plans lose more than others that were measured on the same sequences, all of them near one plan.
+
+    Args:
+        choices: [C, U] format indices.
+        bases: [C, U] format indices of what each is compared with.
+        change: [C] what each choice loses more than its base, nats per token.
+        std_error: [C] of that.
+    """
+
+    choices: IntArray
+    bases: IntArray
+    change: FloatArray
+    std_error: FloatArray
+
+    def sum_over(self, single: FloatArray) -> FloatArray:
+        """Returns the sum [C] of single changes [U, F] from each base to its choice."""
+        units = np.arange(single.shape[0])
+        return np.asarray((single[units, self.choices] - single[units, self.bases]).sum(axis=1))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MeasuredSlope:
+    """A measured slope.
+
+    Args:
+        values: [S, U, F] nats per token of each sequence, relative to the plan it was taken at.
+        age: How many times the plan has changed since.
+    """
+
+    values: FloatArray
+    age: int = 0
+
+
 def build_local_model(
-    choice: IntArray, rounds: Sequence[FloatArray], sketch: NDArray[np.floating], factor: float
+    choice: IntArray, slopes: Sequence[MeasuredSlope], sketch: NDArray[np.floating], factor: float
 ) -> LocalModel:
     """Returns the model around a plan.
 
     Args:
         choice: [U] format indices of the plan.
-        rounds: Slopes [S, U, F] of several rounds, the latest last.
+        slopes: Slopes at it, and at plans before it.
         sketch: Fisher sketch [S, U, F].
         factor: Of the curvature.
     """
-    slope, std_error = combine_slopes(rounds, choice)
+    slope, std_error = combine_slopes(slopes, choice)
     units = np.arange(len(choice))
     wide = sketch.astype(np.float64)
     curvature = 0.5 * np.square(wide - wide[:, units, choice][:, :, None]).mean(axis=0)
@@ -101,17 +124,17 @@ def limit_norms(slope: FloatArray) -> FloatArray:
     return np.asarray(slope * scale[:, None, None])
 
 
-def combine_slopes(rounds: Sequence[FloatArray], choice: IntArray) -> tuple[FloatArray, FloatArray]:
-    """Returns the mean slope [U, F] at a choice and its standard error [U, F], later rounds weighing more.
+def combine_slopes(slopes: Sequence[MeasuredSlope], choice: IntArray) -> tuple[FloatArray, FloatArray]:
+    """Returns the mean slope [U, F] at a choice and its standard error [U, F], older slopes weighing less.
 
     Args:
-        rounds: [S, U, F] each, the earliest first, each relative to a choice of its own.
+        slopes: Each relative to a choice of its own.
         choice: [U] format indices that the result is relative to.
     """
-    weights = np.concatenate([np.full(len(r), FORGETTING**age) for age, r in enumerate(rounds[::-1])][::-1])
+    weights = np.concatenate([np.full(len(slope.values), FORGETTING**slope.age) for slope in slopes])
     weights /= weights.sum()
-    slopes = np.concatenate(rounds)
-    slopes -= slopes[:, np.arange(len(choice)), choice][:, :, None]
-    mean = np.einsum("s,suf->uf", weights, slopes)
-    variance = np.einsum("s,suf->uf", weights, np.square(slopes - mean))
+    values = np.concatenate([slope.values for slope in slopes])
+    values -= values[:, np.arange(len(choice)), choice][:, :, None]
+    mean = np.einsum("s,suf->uf", weights, values)
+    variance = np.einsum("s,suf->uf", weights, np.square(values - mean))
     return mean, np.sqrt(variance * np.square(weights).sum())

@@ -7,16 +7,21 @@ from pathlib import Path
 
 import torch
 
+from allocator.beside_weights import (
+    add_activations,
+    add_cache,
+    find_activation_candidates,
+    find_cache_candidates,
+)
 from allocator.progress import Progress
+from allocator.shortlist import MENU, find_shortlist
 from allocator.stability import PlanStability
 from allocator.store import Store
 from allocator.transformed import transform_
-from runtime.cache_units import find_cache_units, list_cache_candidates
 from runtime.candidates import Candidates, list_candidates
-from runtime.formats import DEFAULT_FORMATS
+from runtime.formats import DEFAULT_FORMATS, FORMATS
 from runtime.loading import ReferenceModel
 from runtime.units import find_units
-from sensitivity.cache_losses import cache_fingerprint, check_metrics_for_cache, measure_cache_losses
 from sensitivity.calibration import (
     TokenSequences,
     read_documents,
@@ -46,7 +51,7 @@ class MeasureRequest:
             ``SELF_BALANCED`` for text sampled so that it uses the experts of a mixture evenly.
         selection: Text source that chooses between plans; None to keep part of the calibration text apart for it.
         evaluation: Text source of the final evaluation; None to keep another part apart.
-        formats: Names of formats.
+        formats: Names of formats; ``menu`` alone for a shortlist of all that there are (``allocator.shortlist``).
         embedding_formats: Formats of embeddings and heads; None for those of 4 bits or more.
         fuse: Regular expressions of weights that must share a format.
         experts: What of a mixture of experts is one unit, a name in ``EXPERT_GRANULARITIES``.
@@ -55,6 +60,7 @@ class MeasureRequest:
         transforms: Transforms of the reference model with their options, in order, such as ``smoothquant:alpha=0.7``.
         cache_formats: Names of formats that the keys and values of each layer's cache may take; none to leave caches
             out of the profile.
+        activation_formats: Names of formats that the inputs of linear layers may take; none to leave activations out.
         config: Amounts and seed.
     """
 
@@ -69,6 +75,7 @@ class MeasureRequest:
     pins: Mapping[str, str] = field(default_factory=dict)
     transforms: tuple[str, ...] = ()
     cache_formats: tuple[str, ...] = ()
+    activation_formats: tuple[str, ...] = ()
     config: MeasureConfig = field(default_factory=MeasureConfig)
 
 
@@ -87,18 +94,32 @@ def run_measurement(
         progress: Called with (stage, done, total).
 
     Raises:
-        ValueError: If the request is wrong, or asks for what such a model cannot give, or for caches that the model or
-            the metrics have nothing to say of.
+        ValueError: If the request is wrong, or asks for what such a model cannot give, or for caches or
+            activations that the model or the metrics have nothing to say of.
     """
     if reference.stored_weights is not None:
         request = _make_blockwise(request)
     text = prepare_text(reference, request, kept=store.root / "texts")
     if request.transforms:
         reference = transform_(reference, request.transforms, text.fisher.tokens, store)
-    candidates, cache = find_candidates(reference, request), find_cache_candidates(reference, request)
-    profile = _measure_weights(reference, candidates, text, request.config, store, progress)
+    candidates, metrics = find_candidates(reference, request), request.config.metrics
+    cache = find_cache_candidates(reference, request.cache_formats, metrics)
+    activations = find_activation_candidates(reference, candidates.units, request.activation_formats, metrics)
+    notes = {}
+    if request.formats == (MENU,):
+        shortlist = find_shortlist(
+            reference,
+            candidates,
+            quantizer=request.config.quantizer,
+            kept=store.root / "shortlists",
+            progress=partial(progress, "shortlist"),
+        )
+        candidates, notes = shortlist.candidates, {"menu": shortlist.describe()}
+    profile = _measure_weights(reference, candidates, text, request.config, store, progress, notes=notes)
     if cache is not None:
-        profile = _add_cache(reference, profile, cache, text, store, progress)
+        profile = add_cache(reference, profile, cache, text, store, progress)
+    if activations is not None:
+        profile = add_activations(reference, profile, activations, request.config.seed, text, store, progress)
     store.make_latest(profile)
     return profile
 
@@ -110,6 +131,8 @@ def _measure_weights(
     config: MeasureConfig,
     store: Store,
     progress: Progress,
+    *,
+    notes: Mapping[str, str],
 ) -> SensitivityProfile:
     fingerprint = measurement_fingerprint(reference.weights_fingerprint, candidates, text, config)
     profile = store.find_profile(fingerprint)
@@ -124,30 +147,7 @@ def _measure_weights(
             rendering=store.rendering(fingerprint),
             is_stable=PlanStability(candidates).is_stable,
         )
-        store.save_profile(profile)
-    return profile
-
-
-def _add_cache(
-    reference: ReferenceModel,
-    weights: SensitivityProfile,
-    cache: Candidates,
-    text: MeasurementText,
-    store: Store,
-    progress: Progress,
-) -> SensitivityProfile:
-    """Returns the profile of the weights with the caches beside them, under a fingerprint of its own."""
-    fingerprint = cache_fingerprint(weights.fingerprint, cache)
-    profile = store.find_profile(fingerprint)
-    if profile is None:
-        losses = measure_cache_losses(
-            reference.model,
-            cache,
-            text.logit.tokens,
-            pieces=store.pieces(fingerprint),
-            progress=partial(progress, "cache"),
-        )
-        profile = replace(weights, cache=losses, provenance={**weights.provenance, "profile": fingerprint})
+        profile = replace(profile, provenance={**profile.provenance, **notes})
         store.save_profile(profile)
     return profile
 
@@ -163,28 +163,10 @@ def _make_blockwise(request: MeasureRequest) -> MeasureRequest:
 
 
 def find_candidates(reference: ReferenceModel, request: MeasureRequest) -> Candidates:
-    """Returns the units and allowed formats of a request."""
+    """Returns the units and allowed formats of a request; all formats where it asks for the menu."""
     units = find_units(reference.model, fuse=request.fuse, experts=request.experts, routers=request.routers)
-    return list_candidates(units, request.formats, embedding_formats=request.embedding_formats, pins=request.pins)
-
-
-def find_cache_candidates(reference: ReferenceModel, request: MeasureRequest) -> Candidates | None:
-    """Returns the cache units and their allowed formats, or None where a request names none.
-
-    Raises:
-        ValueError: If a format is unknown or fits no cache, the model caches in another way or is read block by block,
-            or no metric of the request is in the unit that the losses of caches have.
-    """
-    if not request.cache_formats:
-        return None
-    if reference.stored_weights is not None:
-        msg = (
-            "caches of a model that is read block by block cannot be measured: each pair of cache and format would "
-            f"read the model once. Leave the cache formats out: got {', '.join(request.cache_formats)}."
-        )
-        raise ValueError(msg)
-    check_metrics_for_cache(request.config.metrics)
-    return list_cache_candidates(find_cache_units(reference.model), request.cache_formats)
+    formats = tuple(FORMATS) if request.formats == (MENU,) else request.formats
+    return list_candidates(units, formats, embedding_formats=request.embedding_formats, pins=request.pins)
 
 
 def prepare_text(reference: ReferenceModel, request: MeasureRequest, *, kept: Path | None = None) -> MeasurementText:

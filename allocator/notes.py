@@ -7,21 +7,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
-from allocator.budget import MEMORY
-from allocator.planning import default_metric, predicting_metric
+from allocator.planning import default_metric
 from allocator.plans import Evaluation, Plan
-from allocator.problems import build_cost_tables
 from allocator.transformed import is_transformed
 from runtime.cached_attention import KEY_CACHE, VALUE_CACHE
-from runtime.costs import memory_cost
-from sensitivity.experts.granularity import list_granularities, merge_candidates
 from sensitivity.experts.shrinkage import LEAST_TOKENS
-from sensitivity.profile import NATS, SensitivityProfile
+from sensitivity.profile import SensitivityProfile
 from sensitivity.sketches.fisher_sketch import fisher_loss
-from solvers import AllocationProblem, solve
 
 _MOST_NAMED = 12
-_COMMUNITY_SEED = 0
 
 
 def list_notes(profile: SensitivityProfile, plan: Plan, evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
@@ -37,10 +31,10 @@ def list_notes(profile: SensitivityProfile, plan: Plan, evaluations: Sequence[Ev
         [
             *_transform_notes(plan),
             *_cache_notes(plan),
+            *([f"{plan.activations.describe().capitalize()}."] if plan.activations else []),
             *_prediction_notes(profile, plan, shipped),
             *_stability_notes(profile),
             *_expert_notes(profile),
-            *_granularity_notes(profile, plan),
             *([plan.rules.describe()] if plan.rules else []),
         ]
     )
@@ -127,36 +121,3 @@ def _expert_notes(profile: SensitivityProfile) -> Iterator[str]:
             f"Coverage: {len(rare)} experts were taken by fewer than {LEAST_TOKENS} calibration tokens; their losses "
             f"are mostly their layer's: {named}{more}. More calibration text would tell."
         )
-    for layer in routing.layers[:_MOST_NAMED]:
-        groups = routing.communities(layer, seed=_COMMUNITY_SEED)
-        yield (
-            f"Experts taken together in layer {layer}: "
-            + " | ".join(", ".join(map(str, group)) for group in groups)
-            + "."
-        )
-
-
-def _granularity_notes(profile: SensitivityProfile, plan: Plan) -> Iterator[str]:
-    """The price of coarser units at the plan's own bytes, from the same measurement."""
-    if profile.cache_load is not None:
-        # A coarser unit is of weights; their part of a budget that they share with a cache would be another.
-        return
-    names = list_granularities(profile.candidates.units)
-    metric = predicting_metric(profile, plan.metric)
-    if len(names) < 2 or profile.table(metric).unit_of_measure != NATS:
-        return
-    limit = plan.memory_bytes - build_cost_tables(profile)[MEMORY].fixed
-    parts = []
-    for name in names:
-        merged = merge_candidates(profile.candidates, name)
-        problem = AllocationProblem(
-            loss=merged.sum_table(profile.table(metric).loss),
-            cost=memory_cost(merged.candidates, 0).cost[None],
-            limit=np.array([limit]),
-            allowed=merged.candidates.allowed,
-            resources=(MEMORY,),
-        )
-        result = solve(problem)
-        price = "not possible" if result.choice is None else f"{result.objective:.4g}"
-        parts.append(f"{name.replace('_', ' ')} {price} ({len(merged.candidates.units)} units)")
-    yield "One format for each … at the plan's bytes, predicted loss: " + ", ".join(parts) + "."

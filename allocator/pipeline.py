@@ -14,8 +14,8 @@ from allocator.artefacts import (
     plans_routers,
     profile_of_plan,
 )
-from allocator.assignments import keep_widest_caches, list_uniform, use_of
-from allocator.budget import MEMORY
+from allocator.assignments import keep_best_activations, keep_widest_caches, list_uniform, use_of
+from allocator.budget import BIT_OPERATIONS, MEMORY
 from allocator.frontiers import frontier
 from allocator.measuring import MeasureRequest, run_measurement
 from allocator.plans import Evaluation, Plan, check_same_model
@@ -100,7 +100,12 @@ def evaluate(
         for a in list_uniform(profile.candidates, planned.metric)
         if use_of(a.choice, tables)[MEMORY] <= plan.memory_bytes and a.choice.tobytes() != planned.choice.tobytes()
     ]
-    assignments = [planned, *keep_widest_caches(fitting, profile.candidates, tables[MEMORY])]
+    fitting = keep_widest_caches(fitting, profile.candidates, tables[MEMORY])
+    if plan.activations is not None:
+        operations = plan.activations.bit_operations
+        fitting = [a for a in fitting if tables[BIT_OPERATIONS].use(a.choice) <= operations]
+        fitting = keep_best_activations(fitting, profile, planned.metric)
+    assignments = [planned, *fitting]
     formats: dict[str, Mapping[str, str]] = {REFERENCE: {}}
     formats |= {a.name: a.formats_by_name(profile.candidates) for a in assignments}
     load_model = partial(model_to_measure, model, plan, store)
@@ -162,6 +167,7 @@ def apply(
         metadata=plan.header_metadata(),
         quantizer=rendering_of_plan(plan, reference.model, store),
         formats_by_cache={} if plan.cache is None else plan.cache.formats,
+        activations={} if plan.activations is None else plan.activations.scheme,
     )
     if ships is not None:
         save_prefix(ships, out / PREFIX_FILE)
@@ -184,28 +190,50 @@ def report(
     out: Path,
     *,
     text: str | None = None,
+    parquet: bool = False,
+    pdf: bool = False,
     store: Store | None = None,
     progress: Progress = silent,
 ) -> Path:
-    """Writes the report of a plan, ``report.html`` and CSV files, and returns the page's path.
+    """Writes the report of a plan, ``report.html``, CSV files and a summary, and returns the page's path.
 
     Args:
         model: The model the plan was made for.
         plan: The plan.
         out: Directory of the files.
         text: Evaluation text; None for the profile's own.
+        parquet: Whether to write the tables as Parquet files too.
+        pdf: Whether to write ``report.pdf`` too, one page that an installed Chromium prints.
         store: Where profiles and scores are kept.
         progress: Called with (stage, done, total).
+
+    Raises:
+        ModuleNotFoundError: If pyarrow or a Chromium is needed and not installed.
+        PrintingFailed: If the Chromium does not print.
     """
     from allocator.tables import make_report
-    from reports import write_csv, write_html
+    from reports import write_csv, write_html, write_parquet, write_pdf, write_summary
+    from reports.browser import find_browser
+    from reports.parquet_files import import_pyarrow
 
+    # Before minutes of work, not after.
+    if parquet:
+        import_pyarrow()
+    if pdf:
+        find_browser()
     store = store or Store()
     model = open_model(model)
     evaluations = evaluate(model, plan, text=text, store=store, progress=progress)
-    profile = replace(profile_of_plan(plan, model, store, progress, own=False), fixed_bytes=plan.fixed_bytes)
+    # Its charts are of what takes bytes.
+    stored = replace(plan, activations=None)
+    profile = replace(profile_of_plan(stored, model, store, progress, own=False), fixed_bytes=plan.fixed_bytes)
     content = make_report(profile, plan, evaluations, frontier(profile, store=store))
     out.mkdir(parents=True, exist_ok=True)
     write_csv(content, out)
+    if parquet:
+        write_parquet(content, out)
+    if pdf:
+        write_pdf(content, out / "report.pdf")
+    write_summary(content, out)
     write_html(content, out / "report.html")
     return out / "report.html"

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from allocator.artefacts import Model, find_profile, model_to_measure, open_model, provenance
-from allocator.budget import LATENCY, Budget
+from allocator.budget import BIT_OPERATIONS, LATENCY, Budget
 from allocator.competition import Competition, list_rivals
 from allocator.engine_rules import Optimum, engine_fixed_bytes, price_rules, restrict_profile
 from allocator.evolution import Evolution
@@ -17,7 +17,9 @@ from allocator.progress import Progress, silent
 from allocator.refinement import Refinement
 from allocator.store import Store
 from allocator.timings import find_latency
+from runtime.engine_rules import Engine
 from runtime.engines import find_engine
+from sensitivity.activation_losses import join_activations
 from sensitivity.cache_losses import join_cache
 from sensitivity.profile import SensitivityProfile
 
@@ -64,10 +66,57 @@ def plan(
             measured formats in some unit.
     """
     target = None if engine is None else find_engine(engine)
+    _check_request(target, budget, verify=verify, refine=refine, evolve=evolve)
+    store = store or Store()
+    model = model if isinstance(model, SensitivityProfile) else open_model(model)
+    if refine and isinstance(model, Model) and model.low_memory:
+        msg = f"refinement needs the whole model in memory: got refine={refine} with low_memory. Leave out one of them."
+        raise ValueError(msg)
+    whole = _profile_to_plan(model, profile, budget, target, store, progress)
+
+    def optimum(of: SensitivityProfile) -> Optimum:
+        latency = find_latency(of, store, progress) if LATENCY in budget.limits else None
+        tables = build_cost_tables(of, latency, batch_tokens=budget.batch)
+        found = find_assignment(of, budget, tables, metric=metric or default_metric(whole), draft=not verify)
+        return Optimum(profile=of, tables=tables, assignment=found)
+
+    best = optimum(whole if target is None else restrict_profile(whole, target))
+    rules = None if target is None else price_rules(target, kept=best, free=optimum(whole))
+    if not verify:
+        made = make_plan(best.profile, best.assignment, budget, best.tables, provenance())
+        return replace(made, rules=rules)
+    load_model = partial(model_to_measure, model, whole, store)
+    shared = {"store": store, "progress": progress, "load_model": load_model}
+    made = _find_best_measured(best, budget, shared, refine=refine, evolve=evolve, only_metric=metric is not None)
+    return replace(made, rules=rules)
+
+
+def _find_best_measured(
+    best: Optimum, budget: Budget, shared: dict[str, Any], *, refine: int, evolve: int, only_metric: bool
+) -> Plan:
+    """Returns the best of an optimum, its rivals and what refinement and evolution make of them, all measured."""
+    shared = {**shared, "profile": best.profile, "budget": budget, "tables": best.tables}
+    improvements: list[Improve] = []
+    if refine:
+        improvements.append(Refinement(**shared, rounds=refine).run)
+    if evolve:
+        improvements.append(Evolution(**shared, passes=evolve).run)
+    rivals = list_rivals(best.profile, budget, best.tables, best.assignment, only_metric=only_metric)
+    return Competition(**shared, provenance=provenance()).run(best.assignment, rivals, improvements)
+
+
+def _check_request(target: Engine | None, budget: Budget, *, verify: bool, refine: int, evolve: int) -> None:
     if target is not None and budget.context is not None:
         msg = (
-            f"an engine's rules say nothing of caches: got engine='{engine}' and a budget with "
+            f"an engine's rules say nothing of caches: got engine='{target.name}' and a budget with "
             f"context={budget.context}. Leave one of them out."
+        )
+        raise ValueError(msg)
+    if BIT_OPERATIONS in budget.limits and (refine or evolve or target is not None):
+        engine = None if target is None else target.name
+        msg = (
+            f"a limit on bit operations is kept by the solve alone: got it with engine={engine}, refine={refine}, "
+            f"evolve={evolve}. Leave these out."
         )
         raise ValueError(msg)
     if (refine or evolve) and not verify:
@@ -76,47 +125,27 @@ def plan(
             "leave them out."
         )
         raise ValueError(msg)
-    store = store or Store()
-    model = model if isinstance(model, SensitivityProfile) else open_model(model)
-    if refine and isinstance(model, Model) and model.low_memory:
-        msg = f"refinement needs the whole model in memory: got refine={refine} with low_memory. Leave out one of them."
-        raise ValueError(msg)
+
+
+def _profile_to_plan(
+    model: Model | SensitivityProfile,
+    profile: SensitivityProfile | None,
+    budget: Budget,
+    target: Engine | None,
+    store: Store,
+    progress: Progress,
+) -> SensitivityProfile:
+    """Returns the profile that a budget is asked of: with the caches it names, and the bytes of the engine's file."""
     if profile is not None and isinstance(model, Model):
         check_same_profile(profile.provenance["model_fingerprint"], model.fingerprint, model.source)
     whole = profile or find_profile(model, store=store, progress=progress)
     if budget.context is not None:
         whole = join_cache(whole, context=budget.context, batch=budget.batch)
+    if BIT_OPERATIONS in budget.limits:
+        whole = join_activations(whole)
     if target is not None and isinstance(model, Model):
         # Bytes are those of the file that the engine loads, where they are known.
         routers = any(unit.kind == "router" for unit in whole.candidates.units)
         fixed = engine_fixed_bytes(target, model.reference_of(whole, store), routers=routers)
         whole = whole if fixed is None else replace(whole, fixed_bytes=fixed)
-    chosen = metric or default_metric(whole)
-
-    def optimum(of: SensitivityProfile) -> Optimum:
-        latency = find_latency(of, store, progress) if LATENCY in budget.limits else None
-        tables = build_cost_tables(of, latency, batch_tokens=budget.batch)
-        found = find_assignment(of, budget, tables, metric=chosen, draft=not verify)
-        return Optimum(profile=of, tables=tables, assignment=found)
-
-    best = optimum(whole if target is None else restrict_profile(whole, target))
-    rules = None if target is None else price_rules(target, kept=best, free=optimum(whole))
-    if not verify:
-        made = make_plan(best.profile, best.assignment, budget, best.tables, provenance())
-        return replace(made, rules=rules)
-    shared: dict[str, Any] = {
-        "profile": best.profile,
-        "budget": budget,
-        "tables": best.tables,
-        "store": store,
-        "progress": progress,
-        "load_model": partial(model_to_measure, model, whole, store),
-    }
-    improvements: list[Improve] = []
-    if refine:
-        improvements.append(Refinement(**shared, rounds=refine).run)
-    if evolve:
-        improvements.append(Evolution(**shared, passes=evolve).run)
-    rivals = list_rivals(best.profile, budget, best.tables, best.assignment, only_metric=metric is not None)
-    competition = Competition(**shared, provenance=provenance())
-    return replace(competition.run(best.assignment, rivals, improvements), rules=rules)
+    return whole

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from allocator.assignments import Assignment, bits_per_weight, cache_use, pick, use_of
+from allocator.assignments import Assignment, bits_per_weight, pick, use_of
 from allocator.budget import MEMORY, Budget, InfeasibleBudget
 from allocator.interactions import candidates_near, choose_shrinkage, sketch_from_gram
-from allocator.plans import CachePlan, Plan, UnitPlan
-from allocator.problems import build_problem, resolve_limits
+from allocator.plan_parts import make_activation_plan, make_cache_plan, make_unit_plans
+from allocator.plans import Plan
+from allocator.problems import build_problem, pose_problem, resolve_limits
 from allocator.reachable import MAX_KL, find_least_values
 from runtime.costs import CostTable
 from sensitivity.experts.expert_tables import FISHER_SHRUNK
@@ -61,14 +62,16 @@ def find_assignment(
         ValueError: If the metric says nothing of caches that are among the units, or cannot keep a ceiling on KL.
     """
     table = profile.table(metric)
-    if profile.cache_load is not None and table.unit_of_measure != NATS:
+    beside = profile.cache_load is not None or profile.activations_joined
+    if beside and table.unit_of_measure != NATS:
         msg = (
-            f"a plan with a cache needs a metric in {NATS}: got '{metric}' in {table.unit_of_measure}, which says "
-            f"nothing of caches. Plan with {FISHER} or {SINGLE_UNIT_KL}, or without a context."
+            f"a plan with a cache or activations needs a metric in {NATS}: got '{metric}' in {table.unit_of_measure}, "
+            f"which says nothing of them. Plan with {FISHER} or {SINGLE_UNIT_KL}, or for weights alone."
         )
         raise ValueError(msg)
     limits = resolve_limits(profile, budget)
-    problem = build_problem(profile, table.loss, limits, tables)
+    posed = pose_problem(profile, table.loss, limits, tables)
+    problem = posed.problem
     ceiling = None
     if budget.max_kl is None:
         several = draft and len(problem.binding) > 1
@@ -88,7 +91,7 @@ def find_assignment(
     over = ceiling is not None and result.objective > problem.ceiling[problem.resources.index(MEMORY)]
     if result.choice is None or over:
         raise _infeasible(profile, budget, find_least_values(problem, limits, tables, max_loss=ceiling))
-    return Assignment(name=metric, kind="plan", metric=metric, choice=result.choice, result=result)
+    return Assignment(name=metric, kind="plan", metric=metric, choice=posed.read(result.choice), result=result)
 
 
 def find_least_loss(
@@ -100,11 +103,12 @@ def find_least_loss(
         InfeasibleBudget: If no assignment keeps the limits.
     """
     limits = resolve_limits(profile, budget)
-    problem = build_problem(profile, profile.table(metric).loss, limits, tables)
-    result = solve(problem)
+    posed = pose_problem(profile, profile.table(metric).loss, limits, tables)
+    result = solve(posed.problem)
     if result.choice is None:
-        raise _infeasible(profile, budget, find_least_values(problem, limits, tables))
-    return Assignment(name=f"{metric}, least loss", kind="plan", metric=metric, choice=result.choice, result=result)
+        raise _infeasible(profile, budget, find_least_values(posed.problem, limits, tables))
+    choice = posed.read(result.choice)
+    return Assignment(name=f"{metric}, least loss", kind="plan", metric=metric, choice=choice, result=result)
 
 
 def find_interacting_assignment(
@@ -189,13 +193,14 @@ def make_plan(
     use = use_of(assignment.choice, {name: tables[name] for name in dict.fromkeys([MEMORY, *limits])})
     additive, with_interactions = predicted_kl(profile, assignment)
     memory_bytes = round(use[MEMORY])
-    cache = _cache_plan(profile, assignment, budget, tables[MEMORY])
-    fit = profile.prediction_fits.get(predicting_metric(profile, assignment.metric))
+    cache = make_cache_plan(profile, assignment, budget, tables[MEMORY])
+    metric = predicting_metric(profile, assignment.metric)
+    predicting, fit = profile.table(metric), profile.prediction_fits.get(metric)
     return Plan(
         name=assignment.name,
         metric=assignment.metric,
         weights=assignment.formats_by_weight(profile.candidates),
-        units=_unit_plans(profile, assignment, tables[MEMORY]),
+        units=make_unit_plans(profile, assignment, predicting, tables[MEMORY]),
         budget=budget.describe(),
         predicted_kl=additive,
         predicted_std_error=predicted_std_error(profile, assignment),
@@ -210,19 +215,7 @@ def make_plan(
         reference_memory_bytes=profile.reference_bytes,
         provenance={**profile.provenance, **provenance},
         cache=cache,
-    )
-
-
-def _cache_plan(
-    profile: SensitivityProfile, assignment: Assignment, budget: Budget, memory: CostTable
-) -> CachePlan | None:
-    if budget.context is None:
-        return None
-    return CachePlan(
-        context=budget.context,
-        batch=budget.batch,
-        memory_bytes=round(cache_use(profile.candidates, assignment.choice, memory)),
-        formats=assignment.formats_by_cache(profile.candidates),
+        activations=make_activation_plan(profile, assignment, predicting, tables),
     )
 
 
@@ -282,30 +275,3 @@ def _proof(
 def _shadow_prices(result: SolveResult) -> dict[str, float]:
     prices = zip(result.resources, result.shadow_price, strict=True)
     return {MAX_KL if name == LOSS else name: float(price) for name, price in prices if math.isfinite(price)}
-
-
-def _unit_plans(profile: SensitivityProfile, assignment: Assignment, memory: CostTable) -> tuple[UnitPlan, ...]:
-    table = profile.table(predicting_metric(profile, assignment.metric))
-    rows = zip(
-        profile.candidates.units,
-        assignment.choice,
-        pick(table.loss, assignment.choice),
-        pick(table.std_error, assignment.choice),
-        pick(memory.cost, assignment.choice),
-        strict=True,
-    )
-    return tuple(
-        UnitPlan(
-            unit=unit.name,
-            role=unit.role,
-            layer_index=unit.layer_index,
-            expert_index=unit.expert_index,
-            format=profile.candidates.formats[int(f)].name,
-            bits=profile.candidates.formats[int(f)].bits,
-            weights=unit.weight_count,
-            memory_bytes=round(float(memory_bytes)),
-            predicted_loss=float(loss),
-            std_error=float(std_error),
-        )
-        for unit, f, loss, std_error, memory_bytes in rows
-    )

@@ -1,23 +1,22 @@
-"""The plan: a named outcome of a solve, with its proof, its measurements and where it came from. Versioned JSON."""
+"""The plan: a named outcome of a solve, with its proof, its measurements and where it came from."""
 
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from runtime.files import write_text
+from allocator.notebook import plan_html
+from runtime.activation_names import module_of
 
 SCHEMA_VERSION = 3
 # Of the 8 KiB that runtime/checkpoint.py sets aside for all metadata besides the formats.
 _HEADER_BYTES = 6 * 1024
 _SHORTENED_CHARACTERS = (1000, 300, 100, 30, 10)
-# What null stands for.
-_UNKNOWN = {"relative_gap": math.inf, "lower_bound": -math.inf, "predicted_kl": math.nan}
-# What later steps look up.
-_PROVENANCE = ("model", "model_fingerprint", "profile", "quantizer")
+# Parts that only some plans have.
+OPTIONAL_PARTS = {"cache", "activations"}
 
 
 class ArtefactMismatch(Exception):
@@ -89,6 +88,39 @@ class CachePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActivationPlan:
+    """The activations' part of a plan.
+
+    Args:
+        formats: Input of a linear layer -> format name.
+        scales: Input -> scale of its format where that is static: one number, or one for each channel.
+        bit_operations: Bit operations of one token, weights that read unquantized inputs included.
+        predicted_loss: What the activations add to the predicted KL, nats per token.
+    """
+
+    formats: Mapping[str, str]
+    scales: Mapping[str, Sequence[float]]
+    bit_operations: float
+    predicted_loss: float
+
+    def describe(self) -> str:
+        """Returns the formats, the operations and the loss as one sentence."""
+        counts = Counter(self.formats.values()).most_common()
+        return (
+            f"activations: {', '.join(f'{name} x {count}' for name, count in counts)}; {self.bit_operations:.4g} bit "
+            f"operations a token; {self.predicted_loss:.4g} nats per token of the prediction"
+        )
+
+    @property
+    def scheme(self) -> dict[str, tuple[str, list[float] | None]]:
+        """Linear layer -> format of its input, and its scale where that is static."""
+        return {
+            module_of(name): (format_, [float(x) for x in self.scales[name]] if name in self.scales else None)
+            for name, format_ in self.formats.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class RulesPrice:
     """What the rules of an engine cost under a plan's budget: the optimum under them beside the one without.
 
@@ -150,6 +182,7 @@ class Plan:
         rules: What the rules of the engine it was made for cost; None where it was made for none.
         provenance: Names, fingerprints and versions.
         cache: Formats of the cache, or None where the budget named no context.
+        activations: Formats of the activations, or None where the budget named no bit operations.
     """
 
     name: str
@@ -180,6 +213,7 @@ class Plan:
     provenance: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
     cache: CachePlan | None = None
+    activations: ActivationPlan | None = None
 
     @property
     def file_bytes(self) -> int:
@@ -202,11 +236,23 @@ class Plan:
         """The measurement of what ships, or None before verification."""
         return next((e for e in self.evaluations if e.shipped), None)
 
+    def _repr_html_(self) -> str:
+        """Returns the plan as a notebook shows it."""
+        measured = self.shipped
+        lines = [
+            f"{self.memory_bytes / 2**20:.2f} MiB of {self.reference_memory_bytes / 2**20:.1f} MiB, "
+            f"{self.bits_per_weight:.3f} bits per weight",
+            f"predicted KL {self.predicted_kl:.4g} nats per token, gap to the best possible {self.relative_gap:.2g}",
+            *([f"measured KL {measured.kl:.4g} [{measured.kl_low:.4g}, {measured.kl_high:.4g}]"] if measured else []),
+            self.verdict,
+        ]
+        return plan_html(f"Plan '{self.name}' for {self.budget}", lines, self.units)
+
     def to_dict(self) -> dict[str, Any]:
-        """Returns the plan as JSON values; infinite and unknown numbers become null. A plan without cache says none."""
+        """Returns the plan as JSON values; infinite and unknown numbers become null. Parts it lacks are not named."""
         cleaned = jsonable(dataclasses.asdict(self))
         assert isinstance(cleaned, dict)
-        return {name: value for name, value in cleaned.items() if name != "cache" or value is not None}
+        return {name: value for name, value in cleaned.items() if name not in OPTIONAL_PARTS or value is not None}
 
     def header_metadata(self) -> dict[str, str]:
         """Returns the part of the plan that the packed file's header carries, besides the formats.
@@ -214,7 +260,7 @@ class Plan:
         Long texts (paths of calibration files, for one) are shortened as far as the header's reserve demands.
         """
         record = self.to_dict()
-        kept = {k: v for k, v in record.items() if k not in ("weights", "units", "evaluations", "cache")}
+        kept = {k: v for k, v in record.items() if k not in ("weights", "units", "evaluations", *OPTIONAL_PARTS)}
         text = _compact(kept)
         for most in _SHORTENED_CHARACTERS:
             # The header is JSON itself, so the text is escaped once more.
@@ -222,41 +268,6 @@ class Plan:
                 break
             text = _compact(_shorten(kept, most))
         return {"bitplan.plan": text}
-
-
-def save_plan(plan: Plan, path: Path) -> None:
-    """Writes a plan to a JSON file, whole or not at all."""
-    write_text(path, json.dumps(plan.to_dict(), indent=1) + "\n")
-
-
-def load_plan(path: Path) -> Plan:
-    """Returns the plan in a JSON file.
-
-    Raises:
-        ValueError: If the file is missing, no JSON, of another schema version, or damaged.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        msg = f"a plan must be a JSON file that 'bitplan plan' wrote: got '{path}' ({error}). Make the plan again."
-        raise ValueError(msg) from error
-    found = record.get("schema_version") if isinstance(record, dict) else None
-    if found != SCHEMA_VERSION:
-        msg = f"a plan must have schema_version={SCHEMA_VERSION}: got {found} in '{path}'. Make the plan again."
-        raise ValueError(msg)
-    known = {f.name for f in dataclasses.fields(Plan)}
-    missing, unknown = sorted(known - set(record) - {"cache"}), sorted(set(record) - known)
-    if missing or unknown:
-        msg = f"a plan must have the fields of its schema: '{path}' lacks {missing} and has unknown {unknown}."
-        raise ValueError(msg)
-    try:
-        return _plan(record)
-    except (AttributeError, KeyError, TypeError) as error:
-        msg = (
-            f"a plan must be complete: got '{path}', which is damaged ({type(error).__name__}: {error}). "
-            "Make the plan again."
-        )
-        raise ValueError(msg) from error
 
 
 def check_same_model(plan: Plan, model_fingerprint: str, model_name: str) -> None:
@@ -292,28 +303,6 @@ def check_same_profile(profile_model: str, model_fingerprint: str, model_name: s
             f"'{model_name}' ({model_fingerprint[:12]}). Measure this model, or name the other one."
         )
         raise ArtefactMismatch(msg)
-
-
-def _plan(record: dict[str, Any]) -> Plan:
-    numbers = {name: value if record[name] is None else record[name] for name, value in _UNKNOWN.items()}
-    weights = {str(name): str(format_) for name, format_ in record["weights"].items()}
-    provenance = {str(name): str(value) for name, value in record["provenance"].items()}
-    lacking = [name for name in _PROVENANCE if name not in provenance]
-    if lacking:
-        msg = f"its provenance lacks {lacking}"
-        raise KeyError(msg)
-    return Plan(
-        **{
-            **record,
-            **numbers,
-            "weights": weights,
-            "provenance": provenance,
-            "cache": CachePlan(**record["cache"]) if "cache" in record else None,
-            "units": tuple(UnitPlan(**unit) for unit in record["units"]),
-            "rules": record["rules"] and RulesPrice(**record["rules"]),
-            "evaluations": tuple(Evaluation(**evaluation) for evaluation in record["evaluations"]),
-        }
-    )
 
 
 def _compact(record: Mapping[str, Any]) -> str:

@@ -3,8 +3,10 @@
 The additive model is a model of single changes to the reference. Where plans lose much (4 bits and below) the changes
 interact, and around the plan another model is truer (`allocator.local_model`). Each round takes the slope of the
 measured KL at the plan, solves for the best plans with at most k changed units (a trust region, several k), measures
-them on calibration text that the slope was not taken from, fits the model to what was measured, solves and measures
-once more, and goes on from the best, if it is better at all. The slopes of earlier rounds count on, less and less.
+them beside the plan on other calibration text, corrects the model by what was measured (`allocator.local_posterior`),
+solves and measures once more, and goes on from the plan that all of that says is best. Slopes at earlier plans and
+comparisons of earlier rounds count on; what was measured before is not proposed again. The text is dealt anew in every
+round: plans chosen among many on always the same sequences suit only these.
 
 The narrowest format is worth less in the company of others than alone, so the first step is from the best measured of
 the start and of the plans that count the losses of that format more. Whether the refined plan ships is decided on
@@ -25,7 +27,16 @@ import torch
 from allocator.assignments import Assignment
 from allocator.budget import Budget
 from allocator.improvement import PassCount, check_lowers_loss, make_improved
-from allocator.local_model import FIRST_FACTOR, FloatArray, IntArray, LocalModel, build_local_model, limit_norms
+from allocator.local_model import (
+    FIRST_FACTOR,
+    FloatArray,
+    IntArray,
+    LocalModel,
+    MeasuredSlope,
+    build_local_model,
+    limit_norms,
+)
+from allocator.local_posterior import Comparison, LocalPosterior, observe
 from allocator.problems import build_problem, resolve_limits
 from allocator.progress import Progress
 from allocator.renderings import rendering_of
@@ -37,10 +48,10 @@ from sensitivity.sketches.plan_slope import measure_plan_slope
 from solvers import AllocationProblem, SolveParams, TrustRegion, solve
 
 MOST_CHANGES = (4, 8, 16, 32, 64)
-ACCEPTANCE_SHARE = 1 / 6  # of the calibration sequences, at least two
+JUDGED_SHARE = 1 / 6  # of the calibration sequences, at least two; others in every round, or plans suit only them
 ROUND_SEQUENCES = 32
-KEPT_ROUNDS = 3
-SOLVES = 2  # a round, the later ones with the model fitted to what the earlier ones proposed
+OLDEST = 2  # plans before the present one whose slopes still count
+SOLVES = 2  # a round, the later ones with what the proposals of the earlier ones have lost
 NARROW_FACTORS = (1.5, 2.0, 3.0)  # times the narrowest format's losses, for other starts
 FAILURES = 3  # rounds in a row without a better plan, after which there is no other
 SLOPE_VERSION = 1
@@ -88,25 +99,38 @@ class Refinement:
     def run(self, start: Assignment) -> Assignment:
         """Returns the refined assignment, or the start itself where no round found a better one."""
         assert self.profile.fisher_sketch is not None
-        tokens = self.profile.calibration_tokens
-        kept_apart = max(2, round(ACCEPTANCE_SHARE * len(tokens)))
-        acceptance, slope_tokens = tokens[:kept_apart], tokens[kept_apart:]
-        measured = _Measured.of(self._starts(start), lambda choices: self._measure(choices, acceptance))
-        rounds: list[FloatArray] = []
+        plan = self._first_plan(start)
+        slopes: list[MeasuredSlope] = []
+        comparisons: list[Comparison] = []
         factor, failures = FIRST_FACTOR, 0
         for r in range(self.rounds):
-            own = np.arange(r * ROUND_SEQUENCES, (r + 1) * ROUND_SEQUENCES) % len(slope_tokens)
-            slope = self._slope(measured.best, slope_tokens[np.unique(own)], r)
-            rounds = [*rounds, limit_norms(slope)][-KEPT_ROUNDS:]
-            model = build_local_model(measured.best, rounds, self.profile.fisher_sketch, factor)
-            before = measured.least
-            factor = self._improve(model, measured).factor
-            failures = 0 if measured.least < before else failures + 1
+            judged, own, rng = self._deal(r)
+            values = limit_norms(self._slope(plan, own, r))
+            slopes = [*(s for s in slopes if s.age <= OLDEST), MeasuredSlope(values=values)]
+            model = build_local_model(plan, slopes, self.profile.fisher_sketch, factor)
+            better, factor = self._improve(model, comparisons, judged, rng)
+            failures = failures + 1 if better is None else 0
             if failures == FAILURES:
                 break
-        if np.array_equal(measured.best, start.choice):
+            if better is not None:
+                plan = better
+                slopes = [MeasuredSlope(values=s.values, age=s.age + 1) for s in slopes]
+        if np.array_equal(plan, start.choice):
             return start
-        return make_improved(self.profile, self.tables, start, measured.best, how="refined")
+        return make_improved(self.profile, self.tables, start, plan, how="refined")
+
+    def _deal(self, r: int) -> tuple[IntArray, IntArray, np.random.Generator]:
+        """Returns the sequences that a round measures plans on, those of its slope, and its random numbers."""
+        tokens, rng = self.profile.calibration_tokens, np.random.default_rng(r)
+        order = rng.permutation(len(tokens))
+        judged = max(2, round(JUDGED_SHARE * len(tokens)))
+        return tokens[np.sort(order[:judged])], tokens[np.sort(order[judged : judged + ROUND_SEQUENCES])], rng
+
+    def _first_plan(self, start: Assignment) -> IntArray:
+        """Returns the best measured of the starts."""
+        judged, _, _ = self._deal(0)
+        starts = self._starts(start)
+        return starts[int(np.argmin([losses.mean() for losses in self._measure(starts, judged)]))]
 
     def _starts(self, start: Assignment) -> list[IntArray]:
         """Returns the start and the plans by its metric that count the losses of the narrowest format more."""
@@ -119,18 +143,51 @@ class Refinement:
             starts += [] if found is None else [found]
         return starts
 
-    def _improve(self, model: LocalModel, measured: "_Measured") -> LocalModel:
-        """Measures what the model proposes, again with the model fitted to that, and returns the fitted model."""
-        before = measured.least
-        tried: list[IntArray] = []
-        losses: list[float] = []
+    def _improve(
+        self, model: LocalModel, comparisons: list[Comparison], tokens: IntArray, rng: np.random.Generator
+    ) -> tuple[IntArray | None, float]:
+        """Measures what the model proposes, again with what that says, and returns the best plan and the factor.
+
+        Args:
+            model: Around the plan.
+            comparisons: Those of earlier rounds; takes those of this one.
+            tokens: [S, T] text that plans are measured on.
+            rng: For draws.
+
+        Returns:
+            The plan that all that is known says is best, or None where that is the plan of the model; the factor.
+        """
+        plan, tried = model.choice, [c.choice for c in comparisons]
+        own: list[IntArray] = []
+        base: FloatArray | None = None
         for _ in range(SOLVES):
-            proposed = [c for c in self._propose(model) if not any(np.array_equal(c, other) for other in tried)]
+            model, posterior = self._know(model, comparisons)
+            proposed = _list_new(self._propose(plan, posterior.cautious), [*tried, *own])
+            if len(proposed) < len(MOST_CHANGES):
+                drawn = _list_new(self._propose(plan, posterior.draw(rng)), [*tried, *own, *proposed])
+                proposed = [*proposed, *drawn][: len(MOST_CHANGES)]
             if not proposed:
                 break
-            tried, losses = [*tried, *proposed], [*losses, *measured.add(proposed)]
-            model = model.fit(tried, [loss - before for loss in losses])
-        return model
+            if base is None:
+                base, *losses = self._measure([plan, *proposed], tokens)
+            else:
+                losses = self._measure(proposed, tokens)
+            own += proposed
+            comparisons += [
+                Comparison(choice=choice, base=plan, difference=loss - base)
+                for choice, loss in zip(proposed, losses, strict=True)
+            ]
+        model, posterior = self._know(model, comparisons)
+        units = np.arange(len(plan))
+        change = [float(posterior.mean[units, choice].sum()) for choice in own]
+        if not own or min(change) >= 0.0:
+            return None, model.factor
+        return own[int(np.argmin(change))], model.factor
+
+    def _know(self, model: LocalModel, comparisons: list[Comparison]) -> tuple[LocalModel, LocalPosterior]:
+        observed = observe(model.choice, comparisons, within=MOST_CHANGES[-1])
+        model = model.fit(observed)
+        return model, LocalPosterior(model, observed)
 
     def _slope(self, choice: IntArray, tokens: IntArray, round_index: int) -> FloatArray:
         key = fingerprint_of(
@@ -161,22 +218,22 @@ class Refinement:
             shutil.rmtree(self.store.pieces(key), ignore_errors=True)
         return found["slope"]
 
-    def _propose(self, model: LocalModel) -> list[IntArray]:
-        """Returns the best choices with at most so many changes each, without repetition."""
+    def _propose(self, plan: IntArray, change: FloatArray) -> list[IntArray]:
+        """Returns the best choices with at most so many changes of a plan each, without repetition."""
         # One more nat for every unit: an objective near zero has no relative gap to speak of.
-        problem = self._problem(1.0 + model.change)
+        problem = self._problem(1.0 + change - change.min())
         found: dict[bytes, IntArray] = {}
         for most in MOST_CHANGES:
-            region = TrustRegion(reference=model.choice, max_changes=most)
+            region = TrustRegion(reference=plan, max_changes=most)
             result = solve(problem, params=SolveParams(trust_region=region))
-            if result.choice is not None and not np.array_equal(result.choice, model.choice):
+            if result.choice is not None and not np.array_equal(result.choice, plan):
                 found.setdefault(result.choice.tobytes(), result.choice)
         return list(found.values())
 
     def _problem(self, loss: FloatArray) -> AllocationProblem:
         return build_problem(self.profile, loss, resolve_limits(self.profile, self.budget), self.tables)
 
-    def _measure(self, choices: list[IntArray], tokens: IntArray) -> list[float]:
+    def _measure(self, choices: list[IntArray], tokens: IntArray) -> list[FloatArray]:
         named = {
             str(i): Assignment(name=str(i), kind="plan", metric="", choice=choice).formats_by_weight(
                 self.profile.candidates
@@ -187,34 +244,10 @@ class Refinement:
         scores = score_cached(
             self.profile, named, tokens, load_model=self.load_model, store=self.store, progress=self.progress
         )
-        return [float(scores[name].kl.mean()) for name in named]
+        return [np.asarray(scores[name].kl, dtype=np.float64) for name in named]
 
 
-@dataclass(kw_only=True)
-class _Measured:
-    """The best of the choices measured so far.
-
-    Args:
-        best: [U] format indices.
-        least: What it loses, nats per token.
-        measure: Gives what each choice loses.
-    """
-
-    best: IntArray
-    least: float
-    measure: Callable[[list[IntArray]], list[float]]
-
-    @classmethod
-    def of(cls, choices: list[IntArray], measure: Callable[[list[IntArray]], list[float]]) -> "_Measured":
-        """Returns the best of some choices; the first of those that lose as much."""
-        measured = cls(best=choices[0], least=float("inf"), measure=measure)
-        measured.add(choices)
-        return measured
-
-    def add(self, choices: list[IntArray]) -> list[float]:
-        """Measures choices and returns what they lose."""
-        losses = self.measure(choices)
-        for choice, loss in zip(choices, losses, strict=True):
-            if loss < self.least:
-                self.best, self.least = choice, loss
-        return losses
+def _list_new(choices: list[IntArray], known: list[IntArray]) -> list[IntArray]:
+    """Returns the choices that are not known."""
+    seen = {choice.tobytes() for choice in known}
+    return [choice for choice in choices if choice.tobytes() not in seen]

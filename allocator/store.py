@@ -8,6 +8,7 @@
     <root>/latencies/<hash>.safetensors       microseconds of every candidate on one device
     <root>/latest/<model fingerprint>.json    which profile was measured last for a model
     <root>/texts/sampled-<hash>.safetensors   calibration text that a model sampled
+    <root>/shortlists/<hash>.safetensors      errors of all formats on a few rows, of which a shortlist is taken
 
 Everything is keyed by content, written whole or not at all, and safe to delete at any time. What no profile needs any
 more is deleted by ``prune``: renderings of profiles that are neither there nor being measured, and what a killed
@@ -28,7 +29,7 @@ from runtime.files import atomic_path, write_text
 from sensitivity.profile import SensitivityProfile, load_profile, save_profile
 
 CACHE_VARIABLE = "BITPLAN_CACHE"
-KINDS = ("profiles", "pieces", "renderings", "evaluations", "latencies", "latest", "texts")
+KINDS = ("profiles", "pieces", "renderings", "evaluations", "latencies", "latest", "texts", "shortlists")
 
 
 def default_root() -> Path:

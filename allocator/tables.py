@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from allocator.expert_tables import affinity_table, expert_table
 from allocator.notes import list_notes
-from allocator.planning import UNIFORM_RULE
+from allocator.planning import UNIFORM_RULE, predicting_metric
 from allocator.plans import Evaluation, Plan
-from reports import Headline, Report
+from allocator.rule_prices import price_rules_of
+from reports import Calibration, Headline, Report
 from sensitivity.profile import NATS, SensitivityProfile
 
 if TYPE_CHECKING:
@@ -44,7 +46,24 @@ def make_report(
         sensitivities=_sensitivity_table(profile),
         provenance={k: str(v) for k, v in {**plan.provenance, "solver": plan.solver}.items()},
         notes=list_notes(profile, plan, evaluations),
+        calibration=_calibration(profile, plan),
+        **{name: table for name, table in _optional_tables(profile, plan).items() if len(table)},
     )
+
+
+def _optional_tables(profile: SensitivityProfile, plan: Plan) -> dict[str, pd.DataFrame]:
+    return {
+        "experts": expert_table(profile, plan),
+        "affinity": affinity_table(profile.routing),
+        "rule_prices": pd.DataFrame([asdict(price) for price in price_rules_of(profile, plan)]),
+    }
+
+
+def _calibration(profile: SensitivityProfile, plan: Plan) -> Calibration | None:
+    fit = profile.prediction_fits.get(predicting_metric(profile, plan.metric))
+    if fit is None:
+        return None
+    return Calibration(factor=fit.factor, exponent=fit.exponent, error_factor=fit.error_factor, plans=fit.plans)
 
 
 def _headline(profile: SensitivityProfile, plan: Plan, evaluations: Sequence[Evaluation]) -> Headline:

@@ -21,13 +21,38 @@ def find_latency(profile: SensitivityProfile, store: Store, progress: Progress) 
         store: Where tables are kept.
         progress: Called with (stage, done, total).
     """
-    candidates = profile.candidates
+    kept = find_kept_latency(profile, store)
+    if kept is not None:
+        return kept
+    table = measure_latency(
+        profile.candidates,
+        expert_share=profile.expert_share,
+        expert_frequency=_frequency(profile),
+        progress=lambda done, total: progress("latency", done, total),
+    )
+    store.save_latency(_timing_key(profile), table.cost)
+    return table
+
+
+def find_kept_latency(profile: SensitivityProfile, store: Store) -> CostTable | None:
+    """Returns the latency table of a profile's candidates on this device, or None where it was not measured yet."""
+    kept = store.find_latency(_timing_key(profile))
+    if kept is None:
+        return None
     device = device_name()
-    frequency = None if profile.routing is None else profile.routing.frequency_by_expert()
-    key = fingerprint_of(
+    return CostTable(resource=LATENCY, cost=kept, fixed=0.0, unit_of_measure="us", source="measured", device=device)
+
+
+def _frequency(profile: SensitivityProfile) -> dict[tuple[int, int], float] | None:
+    return None if profile.routing is None else profile.routing.frequency_by_expert()
+
+
+def _timing_key(profile: SensitivityProfile) -> str:
+    candidates, frequency = profile.candidates, _frequency(profile)
+    return fingerprint_of(
         {
             "version": TIMING_VERSION,
-            "device": device,
+            "device": device_name(),
             "weights": [[asdict(weight) for weight in unit.weights] for unit in candidates.units],
             "formats": [f.name for f in candidates.formats],
             "allowed": candidates.allowed.astype(int).tolist(),
@@ -35,14 +60,3 @@ def find_latency(profile: SensitivityProfile, store: Store, progress: Progress) 
             "expert_frequency": frequency and sorted(frequency.items()),
         }
     )
-    kept = store.find_latency(key)
-    if kept is not None:
-        return CostTable(resource=LATENCY, cost=kept, fixed=0.0, unit_of_measure="us", source="measured", device=device)
-    table = measure_latency(
-        candidates,
-        expert_share=profile.expert_share,
-        expert_frequency=frequency,
-        progress=lambda done, total: progress("latency", done, total),
-    )
-    store.save_latency(key, table.cost)
-    return table

@@ -16,6 +16,7 @@ from allocator.plans import Evaluation
 from allocator.renderings import needs_statistics, rendering_of
 from allocator.store import Store
 from allocator.transformed import TRANSFORMS_CONTENT, is_transformed
+from runtime.activation_names import is_activation
 from runtime.costs import CostTable
 from runtime.units import count_weights
 from sensitivity.cache_losses import reference_cache_bytes
@@ -40,7 +41,8 @@ def score_cached(
 
     Args:
         profile: The profile the assignments were made from.
-        formats_by_name: Name -> name of a weight or cache unit -> format name; an empty mapping is the reference.
+        formats_by_name: Name -> name of a weight, a cache unit or an input -> format name; none for the
+            reference.
         tokens: [S, T] int64 text.
         load_model: Gives the reference model; called only when something must be measured.
         store: Where scores are kept.
@@ -55,6 +57,8 @@ def score_cached(
                 **({"transforms": profile.provenance[TRANSFORMS_CONTENT]} if is_transformed(profile) else {}),
                 # What a quantizer renders from weights alone is the same for every profile.
                 **({"statistics": profile.fingerprint} if needs_statistics(profile) else {}),
+                # So are static scales of activations.
+                **({"scales": profile.fingerprint} if any(map(is_activation, formats)) else {}),
                 "tokens": fingerprint_of({"tokens": tokens.tolist()}),
                 "formats": dict(formats),
             }
@@ -76,6 +80,7 @@ def score_cached(
             missing,
             torch.from_numpy(tokens),
             quantizer=rendering_of(profile, model, store),
+            activation_scales=None if profile.activations is None else profile.activations.scales,
             progress=lambda done, total: progress("verify", done, total),
         )
         for name, score in measured.items():

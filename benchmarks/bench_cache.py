@@ -49,12 +49,14 @@ class Case:
         source: The model.
         request: What is measured.
         shares: Budgets / bytes of the 16-bit model and cache.
+        evaluated: Sequences of the evaluation text that plans are measured on.
     """
 
     title: str
     source: str
     request: MeasureRequest
     shares: tuple[float, ...]
+    evaluated: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,28 +114,19 @@ def small_mixture() -> Case:
         config=config,
     )
     title = "A small trained mixture of experts (`tests/data/small_moe`, 3.5 million parameters)"
-    return Case(title=title, source=str(MIXTURE), request=request, shares=(0.2, 0.3, 0.4))
+    return Case(title=title, source=str(MIXTURE), request=request, shares=(0.2, 0.3, 0.4), evaluated=6)
 
 
 def smollm2(store: Store) -> Case:
-    """Returns the demonstration's model and texts; fewer and shorter sequences than its measurement."""
+    """Returns the demonstration's model, texts and measurement (that of ``bench_allocation.py``)."""
     request = demo_request(store)
-    config = replace(
-        request.config,
-        metrics=(FISHER,),
-        fisher_sequences=16,
-        logit_sequences=2,
-        logit_sequence_tokens=96,
-        fit_plans=None,
-        evaluation_sequences=4,
-        evaluation_sequence_tokens=128,
-    )
-    formats = ("int3_t32", "int4_t32", "int4_g32", "int8_channel", "bf16")
+    request = replace(request, config=replace(request.config, logit_passes=None))
     return Case(
         title="SmolLM2-135M",
         source=str(prepare_demo_model(store.root)),
-        request=replace(request, cache_formats=formats, config=config),
+        request=replace(request, cache_formats=("int3_t32", "int4_t32", "int8_channel")),
         shares=(0.3,),
+        evaluated=4,
     )
 
 
@@ -143,18 +136,19 @@ def run_case(case: Case, store: Store, progress: Progress) -> str:
     profile = measure(model, request=case.request, store=store, progress=progress)
     scenarios = [make_scenario(profile, *pair, share) for share in case.shares for pair in LOADS]
     scores: dict[str, SequenceScores] = {}
+    tokens = profile.evaluation_tokens[: case.evaluated]
     for i, scenario in enumerate(scenarios):
         # One after the other: what is scored is kept, and an interrupt loses one scenario.
         candidates = scenario.profile.candidates
         scores |= score_cached(
             profile,
             {f"{i} {name}": plan.formats_by_name(candidates) for name, plan in scenario.plans.items()},
-            profile.evaluation_tokens,
+            tokens,
             load_model=lambda: model.reference.model,
             store=store,
             progress=progress,
         )
-    return render(case.title, profile, scenarios, scores)
+    return render(case.title, profile, tokens, scenarios, scores)
 
 
 def make_scenario(measured: SensitivityProfile, context: int, batch: int, share: float) -> Scenario:
@@ -207,23 +201,27 @@ def introduction() -> str:
         "",
         f"Budget: a share of the 16-bit model and its full 16-bit cache. *{ONE_SOLVE}*: weights and cache in one "
         f"budget; *{APART}*: the same share for each, solved alone; *{UNIFORM}*: of the uniform formats that fit, each "
-        "with a cache of its own format, 8 and 16 bits, the one that is predicted best. Bits: stored bits per weight, "
-        "and per number cached. KL in nats per token on text that nothing else saw, every token decoded from the "
-        "quantized cache. The context prices bytes alone: the measured sequences are shorter than it.",
+        "with a cache of its own format and of 8 bits or more, the one that is predicted best. Bits: stored bits per "
+        "weight, and per number cached. KL in nats per token on text that nothing else saw, every token decoded from "
+        "the quantized cache. The context prices bytes alone: the measured sequences are shorter than it.",
         "",
     ]
     return "\n".join(lines)
 
 
 def render(
-    title: str, profile: SensitivityProfile, scenarios: list[Scenario], scores: Mapping[str, SequenceScores]
+    title: str,
+    profile: SensitivityProfile,
+    tokens: np.ndarray,
+    scenarios: list[Scenario],
+    scores: Mapping[str, SequenceScores],
 ) -> str:
     """Returns the section of one model as Markdown."""
-    sequences, tokens = profile.evaluation_tokens.shape
     lines = [
         f"## {title}",
         "",
-        f"Metric of the weights: {default_metric(profile)}. Measured on {sequences} x {tokens} tokens.",
+        f"Metric of the weights: {default_metric(profile)}. Measured on {len(tokens)} x {tokens.shape[1]} "
+        "tokens; caches alone on 2 sequences of the calibration text.",
         "",
         "| share | context | batch | plan | MiB | weights MiB | cache MiB | bits of weights | of keys | of values | "
         "predicted KL | measured KL (95 %) |",

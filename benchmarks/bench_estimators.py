@@ -10,11 +10,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from bench_allocation import pin_embedding, width_budget
 from machine import describe_machine
 from scipy.stats import pearsonr, spearmanr
+from torch import Tensor
 
 from allocator.artefacts import Model
 from allocator.demo import demo_request
@@ -29,17 +31,20 @@ from allocator.verification import score_cached
 from runtime.files import atomic_path
 from sensitivity.criteria.estimator_input import EstimatorInput
 from sensitivity.estimators import ESTIMATORS
-from sensitivity.measure_config import FISHER, SINGLE_UNIT_KL
+from sensitivity.measure_config import FISHER, SINGLE_UNIT_KL, MeasureConfig
 from sensitivity.prediction.conversion import fit_conversion
 from sensitivity.prediction.cross_validation import judge
 from sensitivity.prediction.predictor import Features, build_features, fit_predictor, predict_loss
 from sensitivity.profile import NATS, LossTable, SensitivityProfile
 from sensitivity.sketches.combination import COMBINED
+from sensitivity.sketches.fisher_sketch import measure_streamed_fisher_sketch
+from sensitivity.sketches.logit_pieces import measure_single_unit_kl
 
 SEQUENCES = 16
 GRADIENT_SEQUENCES = 8  # of these, for estimators that take a backward pass of each
 OF_EXPERTS = ("affinity_error",)  # the model has none
 PLAN_WIDTHS = (3.0, 3.5, 4.0, 4.5)
+TIMED_UNITS = 9  # one in so many, prime to the seven projections of a layer: every role at every depth
 FEW_UNITS = (20, 40, 80)
 DRAWS = 5
 DATA_FREE, ONE_PASS = "predictor_data_free", "predictor_one_pass"
@@ -54,6 +59,8 @@ PREDICTOR_SCORES = {
 NEEDS = {
     **{name: estimator.inputs for name, estimator in ESTIMATORS.items()},
     FISHER: "gradients",
+    SINGLE_UNIT_KL: "measured",
+    COMBINED: "gradients + measured",
     DATA_FREE: "measured units + weights",
     ONE_PASS: "measured units + forward",
 }
@@ -80,6 +87,7 @@ def main() -> None:
         tables[name] = estimator.estimate(given(GRADIENT_SEQUENCES if estimator.inputs == "gradients" else SEQUENCES))
         seconds[name] = time.process_time() - started
         sys.stderr.write(f"{name}: {seconds[name]:.1f} s\n")
+    seconds |= measured_seconds(model, profile, tokens)
     features = {name: make_features(profile, tables, given(), name) for name in PREDICTOR_TABLES}
     tables |= {name: predict_table(profile, features[name]) for name in features}
     tables |= {metric: profile.table(metric) for metric in (FISHER, SINGLE_UNIT_KL, COMBINED)}
@@ -89,6 +97,41 @@ def main() -> None:
     text = render(profile, tables, seconds, tokens.shape, held_out) + render_few_units(profile, features)
     (Path(__file__).parent / "estimators.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
+
+
+def measured_seconds(model: Model, profile: SensitivityProfile, tokens: Tensor) -> dict[str, float]:
+    """Returns the processor seconds of the metrics that the profile holds; single-unit KL from a part of the units."""
+    config = MeasureConfig()
+    seconds: dict[str, float] = {}
+    with TemporaryDirectory() as directory:
+        started = time.process_time()
+        measure_streamed_fisher_sketch(
+            model.reference.model,
+            profile.candidates,
+            tokens[:GRADIENT_SEQUENCES],
+            seed=0,
+            directory=Path(directory) / "fisher",
+            progress=lambda *_: None,
+        )
+        seconds[FISHER] = time.process_time() - started
+        pairs = profile.candidates.allowed.copy()
+        # Not from the first on, the embedding, which would count for as many of its size.
+        pairs[np.arange(len(pairs)) % TIMED_UNITS != TIMED_UNITS // 2] = False
+        started = time.process_time()
+        measure_single_unit_kl(
+            model.reference.model,
+            profile.candidates,
+            tokens[: config.logit_sequences, : config.logit_sequence_tokens],
+            pairs=pairs,
+            cross_terms=False,
+            top_tokens=config.top_tokens,
+            quantizer=profile.provenance["quantizer"],
+            pieces=Path(directory) / "single_unit_kl",
+            progress=lambda *_: None,
+        )
+        share = pairs.sum() / profile.candidates.allowed.sum()
+        seconds[SINGLE_UNIT_KL] = (time.process_time() - started) / float(share)
+    return {**seconds, COMBINED: seconds[FISHER] + seconds[SINGLE_UNIT_KL]}
 
 
 def plan_columns(
@@ -233,7 +276,7 @@ def render(
         text_shape: Sequences and tokens of the text.
         further: Title of a further column -> estimator -> cell.
     """
-    measured = profile.table(SINGLE_UNIT_KL)
+    measured, config = profile.table(SINGLE_UNIT_KL), MeasureConfig()
     columns: dict[str, Mapping[str, str]] = {
         "needs": NEEDS,
         "CPU s": {name: f"{value:.1f}" for name, value in seconds.items()},
@@ -253,7 +296,9 @@ def render(
         "R² and factor: log-log fit to the measured KL (`sensitivity/prediction/conversion.py`), its slope, its R² and "
         "the factor that half of the pairs are within, in five-fold cross-validation by unit. KL at a width: held-out "
         "KL of the plan by that estimator at the bytes of the uniform format, embedding at 8 bits as in allocation.md. "
-        f"Estimators that need gradients saw {GRADIENT_SEQUENCES} of the sequences, those of the profile its own.",
+        f"Estimators that need gradients saw {GRADIENT_SEQUENCES} of the sequences, those of the profile "
+        f"{config.fisher_sequences} (the Fisher sketch, timed on {GRADIENT_SEQUENCES}) and {config.logit_sequences} of "
+        f"{config.logit_sequence_tokens} tokens (single-unit KL of all pairs, timed on one unit in {TIMED_UNITS}).",
         "",
         "| estimator | " + " | ".join(columns) + " |",
         "|---|" + "---|" * len(columns),

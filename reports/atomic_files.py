@@ -12,11 +12,15 @@ def write_atomically(path: Path, text: str) -> None:
     Folders are made where they are missing. Text that is not valid Unicode (a file name with stray bytes) is
     written with backslash escapes.
     """
+    write_bytes_atomically(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Writes bytes likewise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            file.write(text)
+        temporary.write_bytes(content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

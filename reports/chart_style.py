@@ -70,6 +70,33 @@ def apply_style_(figure: go.Figure, palette: Palette, *, height: int, narrow: bo
     return figure
 
 
+# Height of a colour bar that lies above a narrow chart, with its title and labels.
+NARROW_BAR_PX = 80
+
+
+def colour_bar(title: str, palette: Palette, narrow: bool) -> dict[str, Any]:
+    """The bar that explains a chart's colours: on the right, or lying above a narrow chart."""
+    bar: dict[str, Any] = {"thickness": 12, "outlinewidth": 0, "tickfont": {"color": palette.muted}}
+    if not narrow:
+        return bar | {"title": {"text": title, "side": "right", "font": {"size": 13}}}
+    # Its title stands above it by itself (title_bar_): plotly draws that of a bar at the edge onto the bar.
+    place = {"x": 0.5, "xanchor": "center", "y": 1, "yref": "container", "yanchor": "top", "ypad": 24}
+    return bar | place | {"orientation": "h"}
+
+
+def title_bar_(figure: go.Figure, title: str, palette: Palette) -> None:
+    """Makes room above a narrow chart for its colour bar and writes what the bar shows."""
+    place = {"x": 0.5, "xref": "paper", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 4}}
+    font = {"color": palette.muted, "size": 12}
+    figure.update_layout(margin_t=NARROW_BAR_PX, title={"text": title, "font": font, "automargin": False, **place})
+
+
+def share_axis(title: str, palette: Palette, narrow: bool) -> dict[str, Any]:
+    """A colour axis of shares from zero on, in another colour than bits."""
+    bar = colour_bar(title, palette, narrow) | {"tickformat": ".0%", "nticks": 5}
+    return {"colorscale": [[0, palette.page], [1, palette.accent]], "cmin": 0, "colorbar": bar}
+
+
 def log_axis(title: str, values: Iterable[float | None], *, narrow: bool = False) -> dict[str, Any]:
     """A log axis whose labels are as dense as the span of `values` allows: never too many, never one.
 

@@ -7,17 +7,20 @@ about quality are here; those about what the plan stores are in `reports.plan_ch
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from reports.chart_style import apply_style_, drawable, drawable_on_log, error_bars, log_axis, safe_label
 from reports.palettes import LIGHT, Palette
-from reports.plan_charts import bytes_figure, plan_figure
+from reports.plan_charts import bytes_figure, formats_figure, plan_figure
+from reports.report import Calibration
 from reports.wording import interval, number, size
 
 __all__ = [
     "bytes_figure",
+    "formats_figure",
     "frontier_figure",
     "layer_loss_figure",
     "plan_figure",
@@ -45,6 +48,10 @@ GROUPS = {
 }
 
 
+# The part of a wide chart that a label takes, along x and y.
+LABEL_SHARE = (0.3, 0.15)
+
+
 def _group_colour(group: str, palette: Palette) -> str:
     return {"shipped": palette.text, "plan": palette.accent, "uniform": palette.contrast}[group]
 
@@ -64,7 +71,7 @@ def _measured_traces(points: pd.DataFrame, x: str, palette: Palette, *, names_at
                 y=drawable_on_log(rows["measured_kl"]),
                 error_y=error_bars(rows["measured_kl"], rows["kl_low"], rows["kl_high"], colour),
                 mode="markers+text" if names_at and group == "uniform" else "markers",
-                text=[safe_label(name) for name in rows["name"]],
+                text=_labels(rows, x) if group == "uniform" else None,
                 textposition=names_at,
                 textfont={"color": palette.muted, "size": 11},
                 name=legend,
@@ -78,6 +85,21 @@ def _measured_traces(points: pd.DataFrame, x: str, palette: Palette, *, names_at
             )
         )
     return [trace for trace in traces if trace.x]
+
+
+def _labels(rows: pd.DataFrame, x: str) -> list[str]:
+    """The names of points, but of points that lie close together in the wide chart only the first one's."""
+    places = pd.DataFrame({"x": rows[x], "y": rows["measured_kl"].where(rows["measured_kl"] > 0).map(math.log10)})
+    spans = (places.max() - places.min()).replace(0, 1)
+    labels: list[str] = []
+    taken: list[tuple[float, float]] = []
+    for name, place_x, place_y in zip(rows["name"], places["x"] / spans["x"], places["y"] / spans["y"], strict=True):
+        # A label covers about so much of the chart: it stands to the right of its point.
+        free = all(abs(place_x - a) > LABEL_SHARE[0] or abs(place_y - b) > LABEL_SHARE[1] for a, b in taken)
+        if free:
+            taken.append((place_x, place_y))
+        labels.append(safe_label(str(name).removeprefix("uniform ")) if free else "")
+    return labels
 
 
 def _curve_traces(curve: pd.DataFrame, palette: Palette) -> list[go.Scatter]:
@@ -142,10 +164,18 @@ def _loss_range(curve: pd.DataFrame, points: pd.DataFrame) -> tuple[float, float
     return (float(losses.min()) / 5, float(losses.max()) * 3) if len(losses) else (1e-3, 1.0)
 
 
-def prediction_figure(check: pd.DataFrame, palette: Palette = LIGHT, *, narrow: bool = False) -> go.Figure:
+def prediction_figure(
+    check: pd.DataFrame,
+    palette: Palette = LIGHT,
+    *,
+    calibration: Calibration | None = None,
+    narrow: bool = False,
+) -> go.Figure:
     """Measured against predicted KL, both on log scales, with the line where they agree.
 
-    Takes `tables.prediction_check`.
+    Args:
+        check: from `tables.prediction_check`.
+        calibration: the law of measured plans, drawn with its error as a band; None to leave it out.
     """
     figure = go.Figure()
     shown = check[(check["predicted_kl"] > 0) & (check["measured_kl"] > 0)]
@@ -160,10 +190,30 @@ def prediction_figure(check: pd.DataFrame, palette: Palette = LIGHT, *, narrow: 
             name="Prediction and measurement agree",
             hoverinfo="skip",
         )
+        if calibration is not None:
+            figure.add_traces(_law_traces(calibration, ends, palette))
     figure.add_traces(_measured_traces(shown, "predicted_kl", palette, names_at=None if narrow else "bottom right"))
     figure.update_xaxes(**log_axis("predicted KL (nats per token)", shown["predicted_kl"], narrow=narrow))
     figure.update_yaxes(**log_axis("measured KL (nats per token)", shown["measured_kl"]))
     return apply_style_(figure, palette, height=400 if narrow else 440, narrow=narrow)
+
+
+def _law_traces(calibration: Calibration, ends: list[float], palette: Palette) -> list[go.Scatter]:
+    """The corrected prediction and the band that holds two of three measured plans; straight on log scales."""
+    law = [calibration.factor * end**calibration.exponent for end in ends]
+    edge: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
+    low = go.Scatter(x=ends, y=[kl / calibration.error_factor for kl in law], showlegend=False, **edge)
+    high = go.Scatter(
+        x=ends,
+        y=[kl * calibration.error_factor for kl in law],
+        fill="tonexty",
+        fillcolor=palette.accent_soft,
+        showlegend=False,
+        **edge,
+    )
+    line = {"color": palette.accent, "width": 1.5}
+    best = go.Scatter(x=ends, y=law, mode="lines", line=line, name="Corrected prediction", hoverinfo="skip")
+    return [low, high, best]
 
 
 def layer_loss_figure(

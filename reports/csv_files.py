@@ -1,7 +1,7 @@
 """The report's tables as CSV files.
 
-A spreadsheet runs a cell that starts with = + - @ or a tab as a formula. Such text gets a leading
-apostrophe; numbers stay numbers.
+A spreadsheet runs a cell that starts with = + - @ (or their full-width forms) or a tab as a formula. Such text gets a
+leading apostrophe; numbers stay numbers.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 from reports.atomic_files import write_atomically
-from reports.report import COLUMNS, Report
+from reports.report import COLUMNS, OPTIONAL_TABLES, Report
 
-_STARTS_A_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_STARTS_A_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def neutralise(value: object) -> object:
@@ -43,15 +43,22 @@ def provenance_table(report: Report) -> pd.DataFrame:
     return pd.DataFrame(list(report.provenance.items()), columns=["name", "value"], dtype=object)
 
 
+def named_tables(report: Report) -> dict[str, pd.DataFrame]:
+    """The report's tables by the names of their files; those that a report need not have only with rows."""
+    found = {name: getattr(report, name) for name in COLUMNS}
+    kept = {name: table for name, table in found.items() if len(table) or name not in OPTIONAL_TABLES}
+    return kept | {"provenance": provenance_table(report)}
+
+
 def write_csv(report: Report, directory: Path | str) -> tuple[Path, ...]:
     """Writes one CSV file for each table of the report, each of them atomically.
 
     Returns:
-        The paths: plan.csv, frontier.csv, evaluations.csv, sensitivities.csv, provenance.csv.
+        The paths: plan.csv, frontier.csv, evaluations.csv, sensitivities.csv, provenance.csv, and for a mixture of
+        experts or under rules experts.csv, affinity.csv, rule_prices.csv.
     """
-    named = {name: getattr(report, name) for name in COLUMNS} | {"provenance": provenance_table(report)}
     paths = []
-    for name, table in named.items():
+    for name, table in named_tables(report).items():
         path = Path(directory) / f"{name}.csv"
         write_atomically(path, csv_text(table))
         paths.append(path)

@@ -1,8 +1,10 @@
-"""Writes the report as one HTML file that opens from disk and loads nothing from anywhere."""
+"""Writes a report as one HTML file that opens from disk and loads nothing from anywhere."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -11,48 +13,77 @@ from plotly.offline import get_plotlyjs
 from reports import wording
 from reports.atomic_files import write_atomically
 from reports.glossary import GLOSSARY
-from reports.page_parts import Section
+from reports.page_parts import Chart, Section
 from reports.palettes import DARK, LIGHT, css_variables
 from reports.report import Report
 from reports.sections import build_sections
 
+# Beside the sections, in the list of links.
+_REPORT_LINKS = (("provenance", "Where the numbers come from"), ("glossary", "Glossary"))
 
-def render_html(report: Report) -> str:
-    """The whole page as text."""
-    environment = Environment(
+
+@cache
+def _environment() -> Environment:
+    return Environment(
         loader=PackageLoader("reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections = build_sections(report)
-    headline = report.headline
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        headline=headline,
-        sections=sections,
-        wording=wording,
-        glossary=GLOSSARY,
-        share=headline.memory_bytes / headline.reference_memory_bytes,
-        light_variables=Markup(css_variables(LIGHT)),
-        dark_variables=Markup(css_variables(DARK)),
-        plotly_script=Markup(script_safe(get_plotlyjs())),
-        chart_data=Markup(chart_data(sections)),
+
+
+@cache
+def _plotly_script() -> Markup:
+    return Markup(script_safe(get_plotlyjs()))
+
+
+def render_page(template: str, sections: tuple[Section, ...], **values: Any) -> str:
+    """A page of a template as text, everything that it shows inside it.
+
+    Args:
+        template: name of the template's file.
+        sections: the sections with charts.
+        values: what else the template names.
+    """
+    charts = [chart for section in sections for chart in section.charts]
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            sections=sections,
+            wording=wording,
+            light_variables=Markup(css_variables(LIGHT)),
+            dark_variables=Markup(css_variables(DARK)),
+            plotly_script=_plotly_script() if charts else "",
+            chart_data=Markup(figures_json(charts)),
+            **values,
+        )
     )
 
 
-def chart_data(sections: tuple[Section, ...]) -> str:
-    """The figures of all sections as JSON that cannot end the script element it stands in.
+def render_html(report: Report) -> str:
+    """The whole page as text."""
+    headline = report.headline
+    return render_page(
+        "report.html.j2",
+        build_sections(report),
+        title=report.title,
+        report=report,
+        headline=headline,
+        glossary=GLOSSARY,
+        share=headline.memory_bytes / headline.reference_memory_bytes,
+        further_links=_REPORT_LINKS,
+    )
+
+
+def figures_json(charts: list[Chart]) -> str:
+    """Figures as JSON that cannot end the script element it stands in.
 
     Returns:
         {chart key: {"wide": figure, "narrow": figure}}; < > & are written as escapes.
     """
-    entries = [
-        f'"{chart.key}":{{"wide":{chart.wide.to_json()},"narrow":{chart.narrow.to_json()}}}'
-        for section in sections
-        for chart in section.charts
-    ]
+    entries = [f'"{chart.key}":{{"wide":{chart.wide.to_json()},"narrow":{chart.narrow.to_json()}}}' for chart in charts]
     text = "{" + ",".join(entries) + "}"
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -92,12 +93,10 @@ def make_download(file_name: str, table: pd.DataFrame) -> Download:
 def make_listing(caption: str, table: pd.DataFrame, headers: dict[str, str]) -> Listing:
     """The columns named in `headers` as text, cut at `MOST_ROWS_SHOWN` rows."""
     numeric = tuple(bool(pd.api.types.is_numeric_dtype(table[column])) for column in headers)
+    whole = tuple(bool(pd.api.types.is_integer_dtype(table[column])) for column in headers)
     shown = table[list(headers)].head(MOST_ROWS_SHOWN)
     rows = tuple(
-        tuple(
-            number(value) if is_number else ("–" if pd.isna(value) else str(value))
-            for value, is_number in zip(row, numeric, strict=True)
-        )
+        tuple(_cell(value, is_number, is_whole) for value, is_number, is_whole in zip(row, numeric, whole, strict=True))
         for row in shown.itertuples(index=False, name=None)
     )
     return Listing(
@@ -107,6 +106,14 @@ def make_listing(caption: str, table: pd.DataFrame, headers: dict[str, str]) -> 
         numeric=numeric,
         rows_left_out=len(table) - len(shown),
     )
+
+
+def _cell(value: Any, is_number: bool, is_whole: bool) -> str:
+    if pd.isna(value):
+        return "–"
+    if is_whole:
+        return f"{value:,}"
+    return number(value) if is_number else str(value)
 
 
 def make_format_listing(grid: pd.DataFrame, outside: pd.DataFrame) -> Listing:

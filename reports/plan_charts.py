@@ -9,35 +9,28 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from reports import tables
-from reports.chart_style import apply_style_, drawable, safe_label
+from reports.chart_style import NARROW_BAR_PX, apply_style_, colour_bar, drawable, safe_label, title_bar_
 from reports.palettes import LIGHT, SEQUENTIAL_STEPS, Palette, bits_colour, bits_position
 from reports.wording import number, percent, size
 
+LOW_CHART_PX = 230
+BITS = "bits per weight"
 # Above this many layers the numbers no longer fit into the cells of the wide heat map.
 LAYERS_WITH_NUMBERS = 44
 
 
-def _bits_axis(palette: Palette, narrow: bool) -> dict[str, Any]:
-    """The colour axis of bits per weight, logarithmic so that 16 bits do not swallow the rest."""
-    ticks = [2, 3, 4, 5, 6, 8, 12, 16]
-    bar: dict[str, Any] = {
-        "title": {"text": "bits per weight", "side": "top" if narrow else "right"},
-        "tickvals": [bits_position(bits) for bits in ticks],
-        "ticktext": [str(bits) for bits in ticks],
-        "thickness": 12,
-        "outlinewidth": 0,
-        "tickfont": {"color": palette.muted},
-    }
-    if narrow:
-        bar |= {
-            "orientation": "h",
-            "x": 0.5,
-            "xanchor": "center",
-            "y": 1,
-            "yref": "container",
-            "yanchor": "top",
-        }
+def bits_axis(palette: Palette, narrow: bool, height: int) -> dict[str, Any]:
+    """The colour axis of bits per weight, logarithmic so that 16 bits do not swallow the rest.
+
+    Args:
+        palette: its colours.
+        narrow: whether the bar lies above the chart.
+        height: of the chart, px; a low one has room for few labels.
+    """
+    ticks = [2, 3, 4, 5, 6, 8, 12, 16] if narrow or height > LOW_CHART_PX else [2, 4, 8, 16]
+    labels = {"tickvals": [bits_position(bits) for bits in ticks], "ticktext": [str(bits) for bits in ticks]}
     steps = [[i / (SEQUENTIAL_STEPS - 1), colour] for i, colour in enumerate(palette.sequential)]
+    bar = colour_bar(BITS, palette, narrow) | labels
     return {"colorscale": steps, "cmin": 0, "cmax": 1, "colorbar": bar}
 
 
@@ -55,7 +48,7 @@ def plan_figure(
     main_px = (18 * len(layers) if narrow else 36 * len(roles)) if len(grid) else 0
     strip_px = 34 * len(outside)
     # In the narrow shape the names of the roles stand between the two.
-    gap_px = (70 if narrow else 12) if main_px and strip_px else 0
+    gap_px = (_turned_px(roles) if narrow else 12) if main_px and strip_px else 0
     total_px = main_px + strip_px + gap_px
     figure = make_subplots(
         rows=2,
@@ -67,14 +60,21 @@ def plan_figure(
         figure.add_trace(_strip(outside), row=1, col=1)
     if len(grid):
         figure.add_trace(_cells(grid, layers, roles, narrow), row=2, col=1)
-    figure.update_layout(coloraxis=_bits_axis(palette, narrow))
-    apply_style_(figure, palette, height=total_px + (130 if narrow else 60), narrow=narrow, legend=False)
+    height = total_px + (NARROW_BAR_PX + 54 + (0 if strip_px else _turned_px(roles)) if narrow else 60)
+    figure.update_layout(coloraxis=bits_axis(palette, narrow, height))
+    apply_style_(figure, palette, height=height, narrow=narrow, legend=False)
+    if narrow:
+        title_bar_(figure, BITS, palette)
     _set_axes_(figure, layers, narrow=narrow)
     return figure
 
 
+def _turned_px(roles: list[str]) -> int:
+    """Height of the roles' names when they stand turned above the columns."""
+    return 20 + 6 * max((len(role) for role in roles), default=0)
+
+
 def _set_axes_(figure: go.Figure, layers: list[int], *, narrow: bool) -> None:
-    figure.update_layout(margin_t=76 if narrow else 8)
     figure.update_xaxes(showgrid=False, showline=False)
     figure.update_yaxes(showgrid=False, showline=False, autorange="reversed")
     figure.update_xaxes(visible=False, row=1, col=1)
@@ -84,7 +84,7 @@ def _set_axes_(figure: go.Figure, layers: list[int], *, narrow: bool) -> None:
         figure.update_yaxes(visible=False)
         return
     step = -(-len(layers) // 32)
-    layer_axis = {"title": {"text": "layer"}, "dtick": step, "tick0": layers[0]}
+    layer_axis = {"title": {"text": "layer"}, "dtick": step, "tick0": layers[0], "tickangle": 0}
     if narrow:
         figure.update_xaxes(side="top", tickangle=-50, type="category", row=2, col=1)
         figure.update_yaxes(**layer_axis, row=2, col=1)
@@ -107,8 +107,8 @@ def _cells(grid: pd.DataFrame, layers: list[int], roles: list[str], narrow: bool
     """Roles down and layers across; in a narrow place the other way round."""
     position = {(row["role"], row["layer_index"]): row for _, row in grid.iterrows()}
 
-    def matrix(make: Any) -> list[list[Any]]:
-        rows = [[make(position[r, n]) if (r, n) in position else None for n in layers] for r in roles]
+    def matrix(make: Any, nothing: str | None = None) -> list[list[Any]]:
+        rows = [[make(position[r, n]) if (r, n) in position else nothing for n in layers] for r in roles]
         return [list(column) for column in zip(*rows, strict=True)] if narrow else rows
 
     labels = [safe_label(role) for role in roles]
@@ -116,7 +116,7 @@ def _cells(grid: pd.DataFrame, layers: list[int], roles: list[str], narrow: bool
         x=labels if narrow else layers,
         y=layers if narrow else labels,
         z=matrix(lambda row: bits_position(row["bits_per_weight"])),
-        text=matrix(lambda row: f"{row['bits']:.1f}".removesuffix(".0")),
+        text=matrix(lambda row: f"{row['bits']:.1f}".removesuffix(".0"), ""),
         customdata=matrix(lambda row: _hover(row, f"layer {row['layer_index']} {row['role']}")),
         texttemplate="%{text}" if narrow or len(layers) <= LAYERS_WITH_NUMBERS else None,
         hovertemplate="%{customdata}<extra></extra>",
@@ -140,6 +140,46 @@ def _strip(outside: pd.DataFrame) -> go.Heatmap:
         coloraxis="coloraxis",
         ygap=2,
     )
+
+
+def formats_figure(shares: pd.DataFrame, palette: Palette = LIGHT, *, narrow: bool = False) -> go.Figure:
+    """Heat map of formats and roles: units as numbers, the share of the role's weights as colour.
+
+    Takes `tables.format_shares`.
+    """
+    formats, roles = (list(dict.fromkeys(shares[column])) for column in ("format", "role"))
+    cells = {(row["format"], row["role"]): row for row in shares.to_dict("records")}
+
+    def matrix(make: Any, nothing: str | None = None) -> list[list[Any]]:
+        return [[make(cells[name, role]) if (name, role) in cells else nothing for role in roles] for name in formats]
+
+    figure = go.Figure(
+        go.Heatmap(
+            x=[safe_label(role) for role in roles],
+            y=[safe_label(name) for name in formats],
+            z=matrix(lambda row: row["percent"]),
+            text=matrix(lambda row: f"{row['units']}", ""),
+            customdata=matrix(
+                lambda row: (
+                    f"<b>{safe_label(row['role'])}</b> in {safe_label(row['format'])}<br>{row['units']} units, "
+                    f"{percent(row['percent'] / 100)} of the role's weights"
+                )
+            ),
+            texttemplate="%{text}",
+            hovertemplate="%{customdata}<extra></extra>",
+            hoverongaps=False,
+            colorscale=[[0, palette.surface], [1, palette.accent]],
+            zmin=0,
+            zmax=100,
+            showscale=False,
+            xgap=2,
+            ygap=2,
+        )
+    )
+    apply_style_(figure, palette, height=30 * len(formats) + (100 if narrow else 60), narrow=narrow, legend=False)
+    figure.update_xaxes(showgrid=False, showline=False, side="top", type="category", tickangle=-50 if narrow else 0)
+    figure.update_yaxes(showgrid=False, showline=False, autorange="reversed", type="category")
+    return figure
 
 
 def bytes_figure(by_role: pd.DataFrame, palette: Palette = LIGHT, *, narrow: bool = False) -> go.Figure:
@@ -196,5 +236,5 @@ def _add_totals_(figure: go.Figure, by_role: pd.DataFrame, roles: list[str], pal
         showlegend=False,
     )
     # Room for the text beyond the longest bar.
-    room = 1.8 if narrow else 1.25
+    room = 2.2 if narrow else 1.25
     figure.update_xaxes(range=[0, room * float(totals["memory_bytes"].max()) / tables.MIB])

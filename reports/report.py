@@ -1,9 +1,9 @@
-"""The report as a value: headline numbers and five tables, checked once when it is built."""
+"""The report as a value: headline numbers and tables, checked once when it is built."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import pandas as pd
 
@@ -56,7 +56,34 @@ COLUMNS: dict[str, dict[str, str]] = {
         "std_error": "number?",
         "metric": "text",
     },
+    "experts": {
+        "layer_index": "integer",
+        "expert_index": "integer",
+        "tokens": "number",
+        "frequency": "number",
+        "community": "integer",
+        "bits": "number",
+        "bits_per_weight": "number",
+        "weights": "number",
+        "memory_bytes": "number",
+        "formats": "text",
+    },
+    "affinity": {
+        "layer_index": "integer",
+        "expert_index": "integer",
+        "other_index": "integer",
+        "tokens": "number",
+    },
+    "rule_prices": {
+        "rule": "text",
+        "against": "text?",
+        "units": "number",
+        "predicted_loss": "number?",
+        "memory_bytes": "number?",
+    },
 }
+# Tables that many reports have no use for.
+OPTIONAL_TABLES = ("experts", "affinity", "rule_prices")
 
 _IS_KIND = {
     "text": lambda column: pd.api.types.infer_dtype(column, skipna=True) == "string",
@@ -102,10 +129,10 @@ class Headline:
     objective_unit: str = "nats per token"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "predicted_kl" and isinstance(value, float) and math.isnan(value):
-                msg = f"every headline number must be known: got {field.name}=nan. Measure it first."
+        for named in fields(self):
+            value = getattr(self, named.name)
+            if named.name != "predicted_kl" and isinstance(value, float) and math.isnan(value):
+                msg = f"every headline number must be known: got {named.name}=nan. Measure it first."
                 raise ValueError(msg)
         for name in ("memory_bytes", "reference_memory_bytes"):
             if getattr(self, name) <= 0:
@@ -125,6 +152,32 @@ class Headline:
             raise ValueError(msg)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What whole plans, measured on calibration text, said of the predictions: KL = factor * predicted^exponent.
+
+    Two of three such plans measured within `error_factor` of that law, which was fitted to `plans` of them.
+    """
+
+    factor: float
+    exponent: float
+    error_factor: float
+    plans: int
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0 or self.error_factor < 1:
+            msg = (
+                f"factor must be positive and error_factor 1 or more: got factor={self.factor}, "
+                f"error_factor={self.error_factor}. Fit the predictions again."
+            )
+            raise ValueError(msg)
+
+
+def empty_table(name: str) -> pd.DataFrame:
+    """Returns a table of no rows with the columns of `COLUMNS[name]`."""
+    return pd.DataFrame(columns=list(COLUMNS[name]))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Report:
     """Everything that the page and the CSV files show.
@@ -140,6 +193,11 @@ class Report:
         sensitivities: one row per measured candidate (unit, format); may be empty.
         provenance: where the numbers come from, name to value.
         notes: plain sentences that the reader should know.
+        experts: one row per expert of a mixture: how often it is taken, with which others, what it is stored in.
+        affinity: one row per pair of experts of a layer that tokens take together.
+        rule_prices: one row per rule on which parts share a format: the least loss under it at the plan's bytes;
+            the first row is without rules.
+        calibration: how predictions were corrected by measured plans; None where none were measured.
     """
 
     title: str
@@ -151,27 +209,34 @@ class Report:
     sensitivities: pd.DataFrame
     provenance: dict[str, str]
     notes: tuple[str, ...] = ()
+    experts: pd.DataFrame = field(default_factory=lambda: empty_table("experts"))
+    affinity: pd.DataFrame = field(default_factory=lambda: empty_table("affinity"))
+    rule_prices: pd.DataFrame = field(default_factory=lambda: empty_table("rule_prices"))
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         for table_name in COLUMNS:
-            _check_table(table_name, getattr(self, table_name))
+            check_table(table_name, getattr(self, table_name), COLUMNS[table_name])
         if self.plan.empty:
             msg = "plan must have at least one unit: got an empty table. Pass one row per unit."
             raise ValueError(msg)
         _check_evaluations(self.evaluations)
+        _check_rule_prices(self.rule_prices)
 
 
-def _check_table(table_name: str, table: pd.DataFrame) -> None:
-    missing = [column for column in COLUMNS[table_name] if column not in table.columns]
+def check_table(table_name: str, table: pd.DataFrame, columns: dict[str, str]) -> None:
+    """Checks that a table has certain columns of certain kinds, as in `COLUMNS`.
+
+    Raises:
+        ValueError: if a column is missing, of another kind, or lacks a value that must be known.
+    """
+    missing = [column for column in columns if column not in table.columns]
     if missing:
-        msg = (
-            f"{table_name} must have the columns {', '.join(COLUMNS[table_name])}: "
-            f"got no {', '.join(missing)}. Add them."
-        )
+        msg = f"{table_name} must have the columns {', '.join(columns)}: got no {', '.join(missing)}. Add them."
         raise ValueError(msg)
     if table.empty:
         return
-    for column, spec in COLUMNS[table_name].items():
+    for column, spec in columns.items():
         kind = spec.removesuffix("?")
         if not _IS_KIND[kind](table[column]):
             msg = (
@@ -183,6 +248,16 @@ def _check_table(table_name: str, table: pd.DataFrame) -> None:
             row = int(table[column].isna().to_numpy().argmax())
             msg = f"{table_name}.{column} must be known in every row: got a missing value in row {row}."
             raise ValueError(msg)
+
+
+def _check_rule_prices(rule_prices: pd.DataFrame) -> None:
+    unknown = sorted(set(rule_prices["against"].dropna()) - set(rule_prices["rule"]))
+    if unknown:
+        msg = (
+            f"rule_prices.against must name rules of the table: got {', '.join(unknown)}, known are "
+            f"{', '.join(rule_prices['rule'])}. Add their rows."
+        )
+        raise ValueError(msg)
 
 
 def _check_evaluations(evaluations: pd.DataFrame) -> None:

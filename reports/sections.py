@@ -5,12 +5,10 @@ The template only lays these out; nothing is computed there.
 
 from __future__ import annotations
 
-import pandas as pd
-
 from reports import charts, tables, wording
+from reports.expert_sections import affinity_section, expert_section, rule_section
 from reports.page_parts import (
     Listing,
-    Menu,
     Section,
     make_chart,
     make_download,
@@ -18,11 +16,9 @@ from reports.page_parts import (
     make_listing,
 )
 from reports.palettes import NAMED
+from reports.quality_sections import prediction_section, sensitivity_section
 from reports.report import Report
 from reports.wording import number
-
-# The chart of the most sensitive units names so many.
-WORST_UNITS = 15
 
 
 def comparison_section(report: Report) -> Section:
@@ -174,93 +170,29 @@ def bytes_section(report: Report) -> Section:
     )
 
 
-def sensitivity_section(report: Report) -> Section:
-    """Loss of each candidate: by layer and role, and the worst units."""
-    sensitivities = report.sensitivities
-    names, shown = tables.series_names(sensitivities), tables.usual_series(report.plan, sensitivities)
-    by_layer = tables.loss_by_layer(sensitivities)
-    by_layer = by_layer[by_layer["series"].isin(names)]
-    worst = tables.most_sensitive_units(sensitivities, WORST_UNITS)
-    worst = worst[worst["series"].isin(names)]
-    roles = [str(role) for role in dict.fromkeys(by_layer["role"])]
-    wide = tables.loss_table(sensitivities)
-    menus = _sensitivity_menus(names, shown, roles)
-    lines = make_chart(
-        "layers",
-        "Loss by layer, one line for each role, for the format chosen in the menu; the table has all.",
-        lambda narrow: charts.layer_loss_figure(by_layer, shown, NAMED, narrow=narrow),
+def formats_section(report: Report) -> Section:
+    """Which formats were chosen where."""
+    by_role = tables.bytes_by_role(report.plan)
+    shares = tables.format_shares(by_role)
+    drawn = (
+        f"{wording.count(shares['format'].nunique(), 'format')} by {wording.count(shares['role'].nunique(), 'role')}"
     )
-    points = make_chart(
-        "worst",
-        f"The {WORST_UNITS} units with the largest loss, for the format chosen in the menu.",
-        lambda narrow: charts.worst_units_figure(worst, shown, NAMED, narrow=narrow),
-    )
+    headers = {"format": "Format", "role": "Role", "units": "Units", "percent": "Share of the role's weights (%)"}
     return Section(
-        key="sensitivities",
-        title="How sensitive each part is",
-        paragraphs=_sensitivity_paragraphs(sensitivities, names),
-        charts=(*((lines,) if len(by_layer) else ()), points),
-        menus=menus,
-        listing=make_listing(
-            "Loss of each unit in each format, the most sensitive first",
-            wide,
-            {column: "Unit" if column == "unit" else str(column) for column in wide.columns},
-        ),
-        download=make_download("sensitivities.csv", sensitivities),
-    )
-
-
-def _sensitivity_menus(names: list[str], shown: str | None, roles: list[str]) -> tuple[Menu, ...]:
-    formats = Menu(axis="series", label="Format", options=tuple((name, name) for name in names), selected=shown or "")
-    every = (("", "all roles"), *((role, role) for role in roles))
-    return formats, Menu(axis="role", label="Role", options=every, selected="")
-
-
-def _sensitivity_paragraphs(sensitivities: pd.DataFrame, names: list[str]) -> tuple[str, ...]:
-    several = sensitivities["expert_index"].notna().any()
-    bars = "the smallest and largest loss among the experts" if several else "two standard errors"
-    paragraphs = [
-        "Each point is the predicted loss if only that part is stored in the chosen format and all else "
-        f"stays as it was. The bars are {bars}. Parts high up deserve more bits. "
-        "The second chart names the units that suffer most.",
-    ]
-    drawn = tables.with_series(sensitivities)
-    hidden = int(((drawn["loss"] <= 0) & drawn["series"].isin(names)).sum())
-    if hidden:
-        paragraphs.append(
-            f"Not drawn, for this scale cannot show them: {hidden:,} losses at or below zero (noise around "
-            "no loss at all). The table has them."
-        )
-    return tuple(paragraphs)
-
-
-def prediction_section(report: Report) -> Section:
-    """Predicted against measured KL."""
-    check = tables.prediction_check(report.evaluations)
-    headers = {
-        "name": "Name",
-        "predicted_kl": "Predicted KL",
-        "measured_kl": "Measured KL",
-        "kl_low": "Interval from",
-        "kl_high": "to",
-        "ratio": "Measured / predicted",
-    }
-    return Section(
-        key="predictions",
-        title="Did the predictions hold?",
+        key="formats",
+        title="Which formats were chosen where",
         paragraphs=(
-            "The solver works with predictions, made from what each part was measured to lose alone. This "
-            "chart holds them against the measured loss of whole models. On the dotted line they agree; "
-            "above it, the parts hurt each other more than was predicted.",
+            "Each row is a format, each column a role; the number says how many of the role's units got the format, "
+            "the colour how much of the role's weights that is.",
         ),
         charts=(
             make_chart(
-                "predictions",
-                f"Predicted against measured KL of {wording.count(len(check), 'model')}; see the table.",
-                lambda narrow: charts.prediction_figure(check, NAMED, narrow=narrow),
+                "formats",
+                f"{drawn}; the table below has all counts.",
+                lambda narrow: charts.formats_figure(shares, NAMED, narrow=narrow),
             ),
         ),
-        listing=make_listing("Predictions and measurements", check, headers),
+        listing=make_listing("Units of each role in each format", shares, headers),
     )
 
 
@@ -270,8 +202,15 @@ def build_sections(report: Report) -> tuple[Section, ...]:
         comparison_section(report),
         frontier_section(report),
         plan_section(report),
+        formats_section(report),
         bytes_section(report),
     ]
+    if len(report.rule_prices) > 1:
+        sections.append(rule_section(report))
+    if len(report.experts):
+        sections.append(expert_section(report))
+    if len(report.affinity):
+        sections.append(affinity_section(report))
     if len(report.sensitivities):
         sections.append(sensitivity_section(report))
     if report.evaluations["predicted_kl"].notna().any():

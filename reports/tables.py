@@ -6,10 +6,13 @@ of weights, and the smallest and largest value are kept beside them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+
+from reports.report import Calibration
 
 MIB = 1024 * 1024
 
@@ -88,6 +91,47 @@ def bytes_by_role(plan: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns="role_bytes").reset_index(drop=True)
 
 
+def role_totals(plan: pd.DataFrame, *, most_formats: int) -> pd.DataFrame:
+    """One row per role: units, memory_bytes, share of all bytes, bits_per_weight, and its formats as text.
+
+    Args:
+        plan: the plan's table.
+        most_formats: so many are named, those with the most units; the others are counted.
+    """
+    rows = []
+    for role, cells in plan.groupby("role", sort=False):
+        counts = cells["format"].value_counts()
+        named = ", ".join(f"{name} × {count}" for name, count in counts.head(most_formats).items())
+        more = len(counts) - most_formats
+        rows.append(
+            {
+                "role": role,
+                "units": len(cells),
+                "memory_bytes": float(cells["memory_bytes"].sum()),
+                "share": float(cells["memory_bytes"].sum() / plan["memory_bytes"].sum()),
+                "bits_per_weight": _weighted_mean(cells["bits_per_weight"], cells["weights"]),
+                "formats": f"{named} and {more} more" if more > 0 else named,
+            }
+        )
+    return pd.DataFrame(rows).sort_values("memory_bytes", ascending=False, kind="stable", ignore_index=True)
+
+
+def format_shares(by_role: pd.DataFrame) -> pd.DataFrame:
+    """What part of each role's weights is in each format, from `bytes_by_role`.
+
+    Returns:
+        Columns format, role, units, bits_per_weight, percent (of the role's weights; of its bytes where it has none,
+        as a cache). The format with the fewest bits comes first, roles in the order of `by_role`.
+    """
+    amounts = by_role["weights"].astype("float64")
+    role_amounts = amounts.groupby(by_role["role"]).transform("sum")
+    amounts = amounts.where(role_amounts > 0, by_role["memory_bytes"])
+    percent = 100 * amounts / amounts.groupby(by_role["role"]).transform("sum")
+    bits = by_role.groupby("format")["bits_per_weight"].transform("mean")
+    table = by_role[["format", "role", "units", "bits_per_weight"]].assign(percent=percent, bits=bits)
+    return table.sort_values(["bits", "format"], kind="stable").drop(columns="bits").reset_index(drop=True)
+
+
 def frontier_curve(frontier: pd.DataFrame) -> pd.DataFrame:
     """The frontier by increasing size, with memory_mib beside memory_bytes."""
     curve = frontier.sort_values("memory_bytes", kind="stable").reset_index(drop=True)
@@ -115,18 +159,22 @@ def measured_points(evaluations: pd.DataFrame) -> pd.DataFrame:
     return points.assign(memory_mib=points["memory_bytes"] / MIB, group=group).reset_index(drop=True)
 
 
-def prediction_check(evaluations: pd.DataFrame) -> pd.DataFrame:
+def prediction_check(evaluations: pd.DataFrame, calibration: Calibration | None = None) -> pd.DataFrame:
     """Predicted beside measured KL for everything that has a prediction.
 
     Returns:
         Columns name, group, predicted_kl, measured_kl, kl_low, kl_high, ratio (measured / predicted,
-        missing where the prediction is not positive).
+        missing where the prediction is not positive), corrected_kl and corrected_ratio (missing without calibration).
     """
     points = measured_points(evaluations)
     points = points[points["predicted_kl"].notna()].reset_index(drop=True)
     ratio = points["measured_kl"] / points["predicted_kl"].where(points["predicted_kl"] > 0)
     columns = ["name", "group", "predicted_kl", "measured_kl", "kl_low", "kl_high"]
-    return points[columns].assign(ratio=ratio.astype("float64"))
+    predicted = points["predicted_kl"].where(points["predicted_kl"] > 0).astype("float64")
+    corrected = predicted * math.nan if calibration is None else calibration.factor * predicted**calibration.exponent
+    return points[columns].assign(
+        ratio=ratio.astype("float64"), corrected_kl=corrected, corrected_ratio=points["measured_kl"] / corrected
+    )
 
 
 def with_series(sensitivities: pd.DataFrame) -> pd.DataFrame:

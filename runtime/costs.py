@@ -39,7 +39,7 @@ class CostTable:
         resource: Name of the resource.
         cost: [U, F]; NaN where the pair is not allowed.
         fixed: Use that no choice changes.
-        unit_of_measure: ``bytes`` or ``us``.
+        unit_of_measure: ``bytes``, ``us`` or ``bit operations``.
         source: Whether the numbers are exact, measured here, or modelled.
         device: Device the numbers hold for, or None.
     """
@@ -50,6 +50,10 @@ class CostTable:
     unit_of_measure: str
     source: CostSource
     device: str | None = None
+
+    def use(self, choice: NDArray[np.int64]) -> float:
+        """Returns the use of the whole model by a choice [U] of formats."""
+        return float(self.cost[np.arange(len(choice)), choice].sum() + self.fixed)
 
 
 def unit_bytes(unit: Unit, format_: Format, load: CacheLoad | None = None) -> int:

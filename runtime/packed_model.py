@@ -21,19 +21,23 @@ from runtime.checkpoint import (
     read_metadata,
     save_checkpoint,
 )
+from runtime.compiled_decoder import install_compiled_decoder_
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.formats import find_format
 from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
 from runtime.quantized_cache import QuantizedCache
 from runtime.rendering import RenderingRule
+from runtime.simulated_activations import ActivationScheme, install_activations_, simulated_activations
 from runtime.stored_weights import build_empty_model
 from runtime.transforms import has_map, install_map_
 from runtime.units import list_weights
+from runtime.weight_memory import gather_weights_
 
 FORMATS_KEY = "bitplan.formats"
 # In the configuration: a rotated model whose embedding is tied has a matrix behind its last norm.
 MAP_KEY = "matrix_after_norm"
 _CACHE_FORMATS = "cache_formats"
+ACTIVATIONS_KEY = "activations"
 
 
 def save_packed_(
@@ -44,6 +48,7 @@ def save_packed_(
     metadata: Mapping[str, str],
     quantizer: RenderingRule = "rtn",
     formats_by_cache: Mapping[str, str] = MappingProxyType({}),
+    activations: ActivationScheme = MappingProxyType({}),
 ) -> int:
     """Packs the model in place, writes it to a directory, and returns the bytes of the weight file.
 
@@ -54,6 +59,7 @@ def save_packed_(
         metadata: Strings kept in the checkpoint's header.
         quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
         formats_by_cache: Cache unit -> format name, for all of them or none; kept in the configuration.
+        activations: Linear layer -> format of its input and static scale; kept in the configuration.
 
     Raises:
         ValueError: If a weight has no format or one it cannot take, the metadata does not fit the header, or the
@@ -70,6 +76,8 @@ def save_packed_(
     if formats_by_cache:
         # Refuses names that are no caches of this model, and caches without a format, before anything is packed.
         QuantizedCache(reference.model, formats_by_cache)
+    with simulated_activations(reference.model, activations):
+        pass  # Refuses likewise.
     weights = list_weights(reference.model, routers=True)
     routers = any(weight.kind == "router" and name in formats_by_weight for name, weight in weights.items())
     header_bytes = header_reserve_bytes(reference.model, routers=routers)
@@ -84,6 +92,7 @@ def save_packed_(
             "schema_version": 1,
             **({MAP_KEY: True} if has_map(reference.model) else {}),
             **({_CACHE_FORMATS: dict(formats_by_cache)} if formats_by_cache else {}),
+            **({ACTIVATIONS_KEY: dict(activations)} if activations else {}),
         }
         write_text(temporary / "config.json", json.dumps(config, indent=2, default=str) + "\n")
         formats = json.dumps(dict(formats_by_weight), separators=(",", ":"))
@@ -125,8 +134,21 @@ def load_packed(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str
     model = call_transformers(directory, lambda: _build_empty(directory))
     install_empty_formats_(model, json.loads(metadata[FORMATS_KEY]))
     _load_tensors_(model, load_tensors(path), path)
+    install_activations_(model, getattr(model.config, PACKED_CONFIG_KEY, {}).get(ACTIVATIONS_KEY, {}))
     tokenizer = call_transformers(directory, lambda: AutoTokenizer.from_pretrained(directory))
-    return model.eval().requires_grad_(False), tokenizer, metadata
+    model.eval().requires_grad_(False)
+    prepare_generation_(model)
+    return model, tokenizer, metadata
+
+
+def prepare_generation_(model: Any) -> None:
+    """Lets a packed model generate by the compiled decoder, its weights in large pages, where it has the shape for it.
+
+    Args:
+        model: With its weights.
+    """
+    if install_compiled_decoder_(model) is None:
+        gather_weights_(model)
 
 
 def _build_empty(directory: Path) -> Any:

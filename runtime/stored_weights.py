@@ -22,6 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from runtime.decoder_layers import find_layers
+from runtime.heap import return_freed_blocks_
 from runtime.loading import (
     ReferenceModel,
     call_transformers,
@@ -50,6 +51,7 @@ def load_stored_reference(source: str) -> ReferenceModel:
             "file, or load it as a whole."
         )
         raise ValueError(msg)
+    return_freed_blocks_()
     tokenizer = call_transformers(path, lambda: AutoTokenizer.from_pretrained(path))
     model = call_transformers(path, lambda: build_empty_model(path))
     weights = StoredWeights(model, path)

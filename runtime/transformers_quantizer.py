@@ -14,7 +14,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from runtime.apply import install_empty_formats_
 from runtime.formats import find_format
 from runtime.loading import PACKED_CONFIG_KEY
-from runtime.packed_model import MAP_KEY
+from runtime.packed_model import ACTIVATIONS_KEY, MAP_KEY, prepare_generation_
+from runtime.simulated_activations import install_activations_
 from runtime.units import list_weights
 
 
@@ -71,6 +72,11 @@ class PackedQuantizer(HfQuantizer):
         # They are one module already: nothing is tied or marked, and the report must not miss the second name.
         model.mark_tied_weights_as_initialized = lambda _: None
         model.tie_weights = lambda missing_keys=None, **_: missing_keys and missing_keys.difference_update(tied)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        install_activations_(model, getattr(model.config, PACKED_CONFIG_KEY, {}).get(ACTIVATIONS_KEY, {}))
+        prepare_generation_(model)
+        return model
 
     def is_serializable(self, **_: Any) -> bool:
         """Whether transformers may save it again: bitplan does."""

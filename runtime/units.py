@@ -26,7 +26,7 @@ from typing import Any, Literal
 import networkx as nx
 from torch import Tensor, nn
 
-UnitKind = Literal["linear", "embedding", "head", "expert", "router", "key_cache", "value_cache"]
+UnitKind = Literal["linear", "embedding", "head", "expert", "router", "key_cache", "value_cache", "activation"]
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 # Embeddings that multiply the rows they read (Gemma, Bart) keep the factor under this name.
 EMBEDDING_SCALE = "embed_scale"
@@ -79,7 +79,7 @@ EXPERT_GRANULARITIES: dict[str, Callable[[Weight], Hashable]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One or more weights, or what one layer caches of past tokens, that get one format together.
+    """What gets one format: one or more weights, what a layer caches of past tokens, or what linear layers read.
 
     Args:
         name: Readable and unique in its model.
@@ -88,7 +88,8 @@ class Unit:
         layer_index: Index of the decoder layer, or None outside of the layers.
         expert_index: Index of the expert, or None.
         kind: Kind of its weights.
-        cache_shape: (heads, head_dim) of what a cache keeps of one token; None for weights. A cache has no weights.
+        cache_shape: (heads, head_dim) of what a cache keeps of one token; None for others. A cache has no weights.
+        modules: Linear layers whose inputs an activation unit is; it has no weights either.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Unit:
     expert_index: int | None
     kind: UnitKind
     cache_shape: tuple[int, int] | None = None
+    modules: tuple[str, ...] = ()
 
     @property
     def weight_count(self) -> int:

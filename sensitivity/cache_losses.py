@@ -3,7 +3,7 @@
 The keys, or the values, of one layer are quantized at a time, with the tokens of the text past to each other as in
 decoding (``runtime.cached_attention``), and the model is run from that layer on. Every pair costs one suffix pass.
 
-Limits: the text is as long as the logit sketch's sequences. Longer contexts average the errors of values over more
+Limits: the text is as long as the Fisher sketch's sequences. Longer contexts average the errors of values over more
 tokens and offer those of keys more tokens to mislead; only the bytes of a budget know its context.
 """
 
@@ -22,6 +22,7 @@ from runtime.cache_formats import CacheLoad
 from runtime.cached_attention import simulated_cache
 from runtime.candidates import Candidates
 from sensitivity.estimators import find_estimator
+from sensitivity.joined_candidates import JoinedCandidates
 from sensitivity.measure_config import FISHER, SINGLE_UNIT_KL
 from sensitivity.pieces import Piece, read_or_measure
 from sensitivity.profile import NATS, CacheLosses, LossTable, SensitivityProfile, fingerprint_of
@@ -29,21 +30,27 @@ from sensitivity.sketches.joint_kl import kl_by_position
 from sensitivity.streaming.suffix import SuffixRunner
 
 # Raised whenever a change makes the same inputs give other numbers.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
+# Of the Fisher sketch's text.
+CACHE_SEQUENCES = 2
 _KL_METRICS = (FISHER, SINGLE_UNIT_KL)
 _REFERENCE_BYTES = 2  # of a number in an unquantized cache
 
 
-def check_metrics_for_cache(metrics: Sequence[str]) -> None:
-    """Checks that some metric's losses add up with those of caches.
+def check_metrics_beside_weights(metrics: Sequence[str], what: str) -> None:
+    """Checks that some metric's losses add up with those of caches or activations.
+
+    Args:
+        metrics: Names of metrics.
+        what: What is measured beside the weights, for the message.
 
     Raises:
         ValueError: If none is in nats per token.
     """
     if not any(metric in _KL_METRICS or find_estimator(metric).unit_of_measure == NATS for metric in metrics):
         msg = (
-            f"losses of caches are in {NATS} and need a metric of weights that is too: got metrics "
-            f"{', '.join(metrics)}. Add '{FISHER}' or '{SINGLE_UNIT_KL}', or leave the cache formats out."
+            f"losses of {what} are in {NATS} and need a metric of weights that is too: got metrics "
+            f"{', '.join(metrics)}. Add '{FISHER}' or '{SINGLE_UNIT_KL}', or leave the formats of {what} out."
         )
         raise ValueError(msg)
 
@@ -119,7 +126,7 @@ def join_cache(profile: SensitivityProfile, *, context: int, batch: int) -> Sens
             "Measure with cache formats (--cache-formats int8_channel,int4_channel,bf16)."
         )
         raise ValueError(msg)
-    both = _JoinedCandidates(profile.candidates, cache.candidates)
+    both = JoinedCandidates(profile.candidates, cache.candidates, words=("weights", "caches"))
     joined = replace(
         profile,
         candidates=both.candidates,
@@ -160,63 +167,3 @@ class _CacheMeasurer:
             by_position = kl_by_position(self._log_p, self._p, logits).double()
             kl[f] = by_position.view(self._sequences, -1).mean(dim=1).numpy()
         return kl
-
-
-class _JoinedCandidates:
-    """Weights and caches over the formats of both, and tables that follow them.
-
-    Args:
-        weights: Candidates of the weights; their formats come first.
-        caches: Candidates of the caches.
-    """
-
-    def __init__(self, weights: Candidates, caches: Candidates) -> None:
-        formats = tuple(dict.fromkeys([*weights.formats, *caches.formats]))
-        self._shape = (len(weights.units) + len(caches.units), len(formats))
-        self._weights = np.ix_(np.arange(len(weights.units)), np.arange(len(weights.formats)))
-        cache_rows = np.arange(len(weights.units), self._shape[0])
-        columns = np.array([formats.index(f) for f in caches.formats])
-        self._caches = np.ix_(cache_rows, columns)
-        reasons = {
-            **weights.reasons,
-            **{(int(cache_rows[u]), int(columns[f])): reason for (u, f), reason in caches.reasons.items()},
-        }
-        allowed = self._fill(weights.allowed, caches.allowed, False)
-        for u, f in zip(*np.nonzero(~allowed), strict=True):
-            reasons.setdefault((int(u), int(f)), "a format of weights" if u in cache_rows else "a format of caches")
-        units = (*weights.units, *caches.units)
-        self.candidates = Candidates(units=units, formats=formats, allowed=allowed, reasons=reasons)
-
-    def join(self, weights: LossTable, caches: LossTable) -> LossTable:
-        """Returns the table of both, with NaN for caches where the metric is not in nats per token."""
-        if weights.unit_of_measure != NATS:
-            nothing = np.full_like(caches.loss, np.nan)
-            caches = LossTable(loss=nothing, std_error=nothing, unit_of_measure=weights.unit_of_measure)
-        measured = weights.measured
-        return LossTable(
-            loss=self._fill(weights.loss, caches.loss, 0.0),
-            std_error=self._fill(weights.std_error, caches.std_error, 0.0),
-            unit_of_measure=weights.unit_of_measure,
-            measured=None if measured is None else self._fill(measured, np.ones_like(caches.loss, dtype=bool), True),
-        )
-
-    def pad_sketch(self, sketch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns [S, U, F] of both, zero for caches, from that of the weights."""
-        padded = np.zeros((len(sketch), *self._shape), dtype=np.float32)
-        for own, part in zip(padded, sketch, strict=True):
-            own[self._weights] = part
-        return padded
-
-    def pad_gram(self, gram: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns [2, U * F, U * F] of both, zero for caches, from that of the weights."""
-        flat = np.arange(self._shape[0] * self._shape[1]).reshape(self._shape)[self._weights].ravel()
-        padded = np.zeros((len(gram), self._shape[0] * self._shape[1], self._shape[0] * self._shape[1]), np.float32)
-        for own, part in zip(padded, gram, strict=True):
-            own[np.ix_(flat, flat)] = part
-        return padded
-
-    def _fill(self, weights: NDArray[Any], caches: NDArray[Any], rest: Any) -> NDArray[Any]:
-        table = np.full(self._shape, rest, dtype=weights.dtype)
-        table[self._weights] = weights
-        table[self._caches] = caches
-        return table

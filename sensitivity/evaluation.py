@@ -15,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from runtime.activation_names import is_activation, module_of
 from runtime.apply import KeptRenderings, simulated_formats
 from runtime.cached_attention import simulated_cache, split_cache_formats
 from runtime.rendering import RenderingRule
+from runtime.simulated_activations import ActivationScheme, simulated_activations
 
 _GROUP_TOKENS = 512
 
@@ -42,16 +44,18 @@ def score_assignments(
     tokens: Tensor,
     *,
     quantizer: RenderingRule = "rtn",
+    activation_scales: Mapping[str, Mapping[str, NDArray[np.float32]]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, SequenceScores]:
     """Returns the scores of every assignment by name.
 
     Args:
         model: The reference model.
-        assignments: Name -> name of a weight or cache -> format name; an empty mapping is the reference itself.
-            With a quantized cache every token sees the others before it as in decoding.
+        assignments: Name -> name of a weight, a cache or a linear layer's input -> format name; an empty mapping is the
+            reference itself. With a quantized cache every token sees the others before it as in decoding.
         tokens: [S, T] int64 held-out text.
         quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
+        activation_scales: Linear layer -> static format of its input -> scale, for those that are named.
         progress: Called with (passes done, passes in all).
     """
     group = max(1, _GROUP_TOKENS // tokens.shape[1])
@@ -62,10 +66,12 @@ def score_assignments(
         batch = tokens[start : start + group]
         reference = _log_probabilities(model, batch)
         for name, formats in assignments.items():
-            weights, caches = split_cache_formats(formats)
+            rest, caches = split_cache_formats(formats)
+            weights = {name: format_ for name, format_ in rest.items() if not is_activation(name)}
             with (
                 simulated_formats(model, weights, quantizer=quantizer, kept=kept),
                 simulated_cache(model, caches),
+                simulated_activations(model, make_scheme(rest, activation_scales or {})),
             ):
                 log_q = _log_probabilities(model, batch) if formats else reference
             parts[name].append((_kl(reference, log_q), _nll(log_q, batch)))
@@ -76,6 +82,23 @@ def score_assignments(
         )
         for name, pairs in parts.items()
     }
+
+
+def make_scheme(
+    formats: Mapping[str, str], scales: Mapping[str, Mapping[str, NDArray[np.float32]]]
+) -> ActivationScheme:
+    """Returns the formats of inputs among the formats of a plan's parts, with their static scales.
+
+    Args:
+        formats: Name of a weight, a cache or a linear layer's input -> format name.
+        scales: Linear layer -> static format -> scale.
+    """
+    scheme: dict[str, tuple[str, list[float] | None]] = {}
+    for name, format_ in formats.items():
+        if is_activation(name):
+            scale = scales.get(module_of(name), {}).get(format_)
+            scheme[module_of(name)] = (format_, None if scale is None else scale.tolist())
+    return scheme
 
 
 def mean_interval(values: NDArray[np.float64], level: float = 0.95) -> tuple[float, float, float]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from runtime.activation_formats import find_activation_formats
 from runtime.cache_formats import CacheLoad, find_cache_formats
 from runtime.candidates import Candidates
 from runtime.files import atomic_directory, check_replaceable, write_text
@@ -23,9 +24,11 @@ from runtime.formats import Format, find_formats
 from runtime.units import Unit, Weight
 from sensitivity.experts.routing import RoutingStatistics
 from sensitivity.prediction.prediction_fit import PredictionFit
+from sensitivity.profile_html import profile_html
 
 SCHEMA_VERSION = 2
 NATS = "nats/token"
+_SCALE = "activations.scale/"
 _ROUTING_ARRAYS = ("tokens", "visits", "gate_weight", "together")
 
 
@@ -61,6 +64,21 @@ class CacheLosses:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActivationLosses:
+    """What was measured of the activations of a model.
+
+    Args:
+        candidates: Activation units, formats, allowed pairs.
+        table: Loss of each pair, in nats per token.
+        scales: Linear layer -> static format -> its scale, [1] or [in_features] float32.
+    """
+
+    candidates: Candidates
+    table: LossTable
+    scales: Mapping[str, Mapping[str, NDArray[np.float32]]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SensitivityProfile:
     """Losses of every candidate by every metric, with what is needed to price and to verify a plan.
 
@@ -83,6 +101,8 @@ class SensitivityProfile:
         cache: What was measured of the caches, or None where no formats of theirs were asked for.
         cache_load: How full the caches among the candidates are (``sensitivity.cache_losses.join_cache``); None in a
             profile as it is measured, whose candidates are weights alone.
+        activations: What was measured of the activations, or None where no formats of theirs were asked for.
+        activations_joined: Whether they are among the candidates (``sensitivity.activation_losses.join_activations``).
     """
 
     candidates: Candidates
@@ -101,6 +121,8 @@ class SensitivityProfile:
     provenance: Mapping[str, str]
     cache: CacheLosses | None = None
     cache_load: CacheLoad | None = None
+    activations: ActivationLosses | None = None
+    activations_joined: bool = False
 
     def table(self, metric: str) -> LossTable:
         """Returns the table of a metric.
@@ -116,6 +138,17 @@ class SensitivityProfile:
             raise ValueError(msg)
         return self.losses[metric]
 
+    def _repr_html_(self) -> str:
+        """Returns the profile as a notebook shows it, by the last metric that predicts KL."""
+        predicting = [name for name, table in self.losses.items() if table.unit_of_measure == NATS]
+        metric = predicting[-1] if predicting else next(iter(self.losses))
+        lines = [
+            f"{len(self.candidates.units)} units, {len(self.candidates.formats)} formats, {', '.join(self.losses)}",
+            f"Mean loss of a unit by '{metric}', {self.losses[metric].unit_of_measure}:",
+        ]
+        title = f"Sensitivity profile of {self.provenance['model']}"
+        return profile_html(title, lines, self.candidates, self.losses[metric].loss)
+
     @property
     def fingerprint(self) -> str:
         """Hash of what the profile was measured from (the key it is stored under)."""
@@ -128,7 +161,7 @@ def save_profile(profile: SensitivityProfile, directory: Path) -> None:
     Raises:
         ValueError: If the directory holds anything else.
     """
-    assert profile.cache_load is None, "what is saved is what was measured"
+    assert profile.cache_load is None and not profile.activations_joined, "what is saved is what was measured"
     check_profile_place(directory)
     arrays: dict[str, NDArray[Any]] = {
         "allowed": profile.candidates.allowed,
@@ -153,6 +186,8 @@ def save_profile(profile: SensitivityProfile, directory: Path) -> None:
             "cache.loss": profile.cache.table.loss,
             "cache.std_error": profile.cache.table.std_error,
         }
+    if profile.activations is not None:
+        arrays |= _activation_arrays(profile.activations)
     document = {
         "schema_version": SCHEMA_VERSION,
         **_candidate_record(profile.candidates),
@@ -165,6 +200,7 @@ def save_profile(profile: SensitivityProfile, directory: Path) -> None:
         "routing": profile.routing and {"layers": profile.routing.layers, "domains": profile.routing.domains},
         "provenance": dict(profile.provenance),
         **({} if profile.cache is None else {"cache": _candidate_record(profile.cache.candidates)}),
+        **({} if profile.activations is None else {"activations": _candidate_record(profile.activations.candidates)}),
     }
     with atomic_directory(directory) as temporary:
         save_file(
@@ -271,6 +307,7 @@ def _profile(document: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Se
         routing=_routing(document["routing"], arrays),
         provenance=document["provenance"],
         cache=_cache(document.get("cache"), arrays),
+        activations=_activations(document.get("activations"), arrays),
     )
 
 
@@ -280,6 +317,31 @@ def _cache(record: dict[str, Any] | None, arrays: Mapping[str, NDArray[Any]]) ->
     table = LossTable(loss=arrays["cache.loss"], std_error=arrays["cache.std_error"], unit_of_measure=NATS)
     candidates = _candidates(record, find_cache_formats(record["formats"]), arrays["cache.allowed"])
     return CacheLosses(candidates=candidates, table=table)
+
+
+def _activation_arrays(activations: ActivationLosses) -> dict[str, NDArray[Any]]:
+    return {
+        "activations.allowed": activations.candidates.allowed,
+        "activations.loss": activations.table.loss,
+        "activations.std_error": activations.table.std_error,
+        **{
+            f"{_SCALE}{module}/{name}": scale
+            for module, own in activations.scales.items()
+            for name, scale in own.items()
+        },
+    }
+
+
+def _activations(record: dict[str, Any] | None, arrays: Mapping[str, NDArray[Any]]) -> ActivationLosses | None:
+    if record is None:
+        return None
+    scales: dict[str, dict[str, NDArray[Any]]] = {}
+    for key in (key for key in arrays if key.startswith(_SCALE)):
+        module, _, name = key.removeprefix(_SCALE).rpartition("/")
+        scales.setdefault(module, {})[name] = arrays[key]
+    table = LossTable(loss=arrays["activations.loss"], std_error=arrays["activations.std_error"], unit_of_measure=NATS)
+    candidates = _candidates(record, find_activation_formats(record["formats"]), arrays["activations.allowed"])
+    return ActivationLosses(candidates=candidates, table=table, scales=scales)
 
 
 def _routing(names: dict[str, Any] | None, arrays: Mapping[str, NDArray[Any]]) -> RoutingStatistics | None:
@@ -298,4 +360,5 @@ def _unit(record: dict[str, Any]) -> Unit:
         for weight in record["weights"]
     )
     shape = record.get("cache_shape")
-    return Unit(**{**record, "weights": weights, "cache_shape": shape and tuple(shape)})
+    modules = tuple(record.get("modules", ()))
+    return Unit(**{**record, "weights": weights, "cache_shape": shape and tuple(shape), "modules": modules})

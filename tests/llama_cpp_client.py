@@ -91,18 +91,24 @@ class LlamaCpp:
 
     def logits(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Returns the logits [T, vocabulary] of a sequence of tokens [T]."""
+        return self.append(tokens, past=0, wanted=len(tokens))
+
+    def append(self, tokens: NDArray[np.int64], *, past: int, wanted: int = 1) -> NDArray[np.float32]:
+        """Returns the logits [wanted, vocabulary] of the last of some tokens behind ``past`` others; 0 begins anew."""
         library = _library()
-        library.llama_memory_clear(library.llama_get_memory(self._context), True)
+        if past == 0:
+            library.llama_memory_clear(library.llama_get_memory(self._context), True)
         batch = library.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(token), i, 1, 1
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = int(token), past + i, 1
+            batch.logits[i] = len(tokens) - i <= wanted
             batch.seq_id[i][0] = 0
         code = library.llama_decode(self._context, batch)
         library.llama_batch_free(batch)
         assert code == 0, f"llama_decode returned {code}"
         pointer = library.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, (len(tokens), self.vocabulary_size)).copy()
+        return np.ctypeslib.as_array(pointer, (wanted, self.vocabulary_size)).copy()
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the tokens of a text, special ones at its ends included."""
@@ -113,15 +119,15 @@ class LlamaCpp:
 
 
 @contextmanager
-def loaded(path: Path, *, context_tokens: int = 512) -> Iterator[LlamaCpp]:
-    """Gives a GGUF file loaded by llama.cpp, on one thread."""
+def loaded(path: Path, *, context_tokens: int = 512, threads: int = 1) -> Iterator[LlamaCpp]:
+    """Gives a GGUF file loaded by llama.cpp."""
     library = _library()
     model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
     assert model, f"llama.cpp does not load {path}"
     params = library.llama_context_default_params()
     params.n_ctx = context_tokens
     context = library.llama_init_from_model(model, params)
-    library.llama_set_n_threads(context, 1, 1)
+    library.llama_set_n_threads(context, threads, threads)
     try:
         yield LlamaCpp(model, context)
     finally:

@@ -38,6 +38,9 @@
     const figure = withColours(figures[holder.dataset.chart][shape], getComputedStyle(document.documentElement));
     choose(figure, [...holder.closest("section").querySelectorAll("select[data-axis]")]);
     figure.layout.width = width;
+    // What plotly keeps of the other shape (a colour bar lying down, turned labels) would spoil this one.
+    if (holder.dataset.shape !== shape) window.Plotly.purge(holder);
+    holder.dataset.shape = shape;
     holder.style.minHeight = `${figure.layout.height}px`;
     holder.dataset.width = width;
     window.Plotly.react(holder, figure.data, figure.layout, config);

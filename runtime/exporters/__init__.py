@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from runtime.apply import FormatsByWeight, check_formats_by_weight
 from runtime.exporters.auto_round import export_auto_round
@@ -24,6 +25,7 @@ from runtime.exporters.torchao import export_torchao
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.loading import ReferenceModel
 from runtime.rendering import RenderingRule
+from runtime.simulated_activations import ActivationScheme
 from runtime.units import list_weights
 
 Exporter = Callable[..., None]
@@ -40,6 +42,8 @@ EXPORTERS: dict[str, Exporter] = {
     "hqq": export_hqq,
     "bitsandbytes": export_bitsandbytes,
 }
+# Those that write what layers do to their inputs.
+ACTIVATION_EXPORTERS = ("compressed-tensors", "compressed-tensors for vLLM")
 # Exporters whose file is known to the byte beforehand -> its bytes besides those of the weights' formats, a function
 # ``(reference, *, routers)`` of the model and of whether routers take formats too.
 FIXED_BYTES: dict[str, Callable[..., int]] = {
@@ -59,6 +63,7 @@ def export(
     *,
     exporter: str,
     quantizer: RenderingRule = "rtn",
+    activations: ActivationScheme | None = None,
 ) -> None:
     """Writes a model in its chosen formats to a directory, which is replaced as a whole.
 
@@ -68,10 +73,11 @@ def export(
         directory: It must be free or hold an earlier export.
         exporter: Name in ``EXPORTERS``.
         quantizer: Name in ``QUANTIZERS``, or a ``Rendering``.
+        activations: Linear layer -> format of its input and static scale; None where they are unquantized.
 
     Raises:
-        ValueError: If the exporter is unknown, a weight has no format or one it cannot take, or the directory holds
-            something else.
+        ValueError: If the exporter is unknown or knows nothing of activations that are given, a weight has no format or
+            one it cannot take, or the directory holds something else.
     """
     if exporter not in EXPORTERS:
         msg = f"exporter must be one of {', '.join(EXPORTERS)}: got '{exporter}'. Correct the name."
@@ -85,8 +91,15 @@ def export(
             f"'{reference.name}'. Use the plan that was made for this model."
         )
         raise ValueError(msg)
+    if activations and exporter not in ACTIVATION_EXPORTERS:
+        msg = (
+            f"activations can be written by {', '.join(ACTIVATION_EXPORTERS)} alone: got formats of {len(activations)} "
+            f"for '{exporter}'. Plan without a limit on bit operations."
+        )
+        raise ValueError(msg)
+    options: dict[str, Any] = {"activations": activations} if activations else {}
     with atomic_directory(directory) as temporary:
-        EXPORTERS[exporter](reference, formats_by_weight, temporary, quantizer=quantizer)
+        EXPORTERS[exporter](reference, formats_by_weight, temporary, quantizer=quantizer, **options)
         manifest = {"exporter": exporter, "model": reference.name, "formats": dict(formats_by_weight)}
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 

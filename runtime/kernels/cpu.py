@@ -100,6 +100,8 @@ class CpuKernels:
         self._dequantize = library.bitplan_dequantize
         self._dequantize.restype = None
         self._dequantize.argtypes = (*[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
+        self._step = library.bitplan_step
+        self._step.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
 
     def multiply(self, products: Sequence[Product]) -> list[Tensor]:
         """Returns float32 [tokens, rows] of every product; all are computed in one call, rows shared among threads.
@@ -151,6 +153,16 @@ class CpuKernels:
         indices = _NULL if rows is None else rows.data_ptr()
         self._dequantize(ctypes.addressof(weight), indices, count, out.data_ptr(), torch.get_num_threads())
         return out
+
+    def step(self, decoder: ctypes.Structure, step: ctypes.Structure) -> None:
+        """Runs a whole decoder over some tokens, see ``runtime.kernels.decoder_step``.
+
+        Raises:
+            MemoryError: If there is no memory for the states of the tokens.
+        """
+        if self._step(ctypes.addressof(decoder), ctypes.addressof(step), self._level, torch.get_num_threads()):
+            msg = "memory for the states of the tokens must be there. Use shorter prompts."
+            raise MemoryError(msg)
 
 
 @functools.cache

@@ -78,7 +78,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         product = packed_linear(x, weight, bias)
         if product is not None:
             return product
-    if not _has_kernel(weight.format) or x.dtype not in _KERNEL_DTYPES:
+    if not has_kernel(weight.format) or x.dtype not in _KERNEL_DTYPES:
         return linear_reference(x, weight(), bias)
     if torch.compiler.is_compiling():
         stored = stored_matrix(weight)
@@ -99,7 +99,7 @@ def linear_many(xs: Sequence[Tensor], weights: Sequence[Packed]) -> list[Tensor]
         weights: As many packed weights [rows, columns].
     """
     kernels = selected_kernels()
-    found = [find_matrix(w, x.device) if _has_kernel(w.format) else None for x, w in zip(xs, weights, strict=True)]
+    found = [find_matrix(w, x.device) if has_kernel(w.format) else None for x, w in zip(xs, weights, strict=True)]
     if kernels is None or any(x.dtype not in _KERNEL_DTYPES for x in xs):
         found = [None] * len(xs)
     products = [
@@ -121,7 +121,7 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
         weight: The packed weight.
         rows: [n] int64, or None.
     """
-    if not _has_kernel(weight.format) or torch.compiler.is_compiling():
+    if not has_kernel(weight.format) or torch.compiler.is_compiling():
         return None
     matrix = find_matrix(weight, torch.device("cpu") if rows is None else rows.device)
     kernels = None if matrix is None else selected_kernels()
@@ -160,7 +160,7 @@ def stored_matrix(weight: Packed) -> StoredMatrix:
     return StoredMatrix(codes, scale, weight._buffers.get("zero_point"), weight.format.bits, weight.shape[1])
 
 
-def _has_kernel(format_: Format) -> bool:
+def has_kernel(format_: Format) -> bool:
     # Scales of other types are read by their codecs alone.
     return format_.kind == "int" and format_.scale_type == "fp16"
 

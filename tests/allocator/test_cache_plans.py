@@ -16,8 +16,9 @@ from allocator.evolution import Evolution, SelectionStep
 from allocator.expert_blocks import find_block_assignment
 from allocator.measuring import MeasureRequest
 from allocator.notes import list_notes
+from allocator.plan_files import load_plan, save_plan
 from allocator.planning import find_assignment, make_plan
-from allocator.plans import Evaluation, Plan, load_plan, save_plan
+from allocator.plans import Evaluation, Plan
 from allocator.problems import build_cost_tables
 from allocator.refinement import Refinement
 from allocator.store import Store
@@ -233,7 +234,9 @@ def test_what_cannot_be_planned_with_caches_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="needs the losses of caches: got context=96 and a profile without them"):
         allocator.plan(tiny_profile, CACHE_BUDGET, verify=False)
-    with pytest.raises(ValueError, match="a plan with a cache needs a metric in nats/token: got 'weight_error' in"):
+    with pytest.raises(
+        ValueError, match="a plan with a cache or activations needs a metric in nats/token: got 'weight_error' in"
+    ):
         allocator.plan(cache_profile, CACHE_BUDGET, verify=False, metric="weight_error")
     with pytest.raises(ValueError, match=r"and a cache has none: got 'memory <= 0.14 MiB, context 96 tokens, batch 4'"):
         Refinement(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from allocator.cli import run
 from allocator.store import Store
+from runtime.kernels.dispatch import kernel_path
 from sensitivity.profile import SensitivityProfile
 from tests.tiny_measurements import FLAGS
 
@@ -131,6 +132,9 @@ def test_apply_and_generate(model: str, plan_path: Path, tmp_path: Path, capsys:
     assert "difference_bytes: 0" in capsys.readouterr().out
     assert run(["generate", str(out), "--prompt", "The cache", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("The cache")
+    with kernel_path("reference"):
+        assert run(["generate", str(out), "--prompt", "The cache", "--max-new-tokens", "1"]) == 0
+    assert "generating module by module, several times slower" in capsys.readouterr().err
 
 
 def test_report(model: str, plan_path: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -13,7 +13,8 @@ from allocator import Budget, MeasureRequest, Plan, SensitivityProfile, Store
 from allocator.artefacts import Model
 from allocator.cli import run
 from allocator.generation import generate_text
-from allocator.plans import ArtefactMismatch, CachePlan, save_plan
+from allocator.plan_files import save_plan
+from allocator.plans import ArtefactMismatch, CachePlan
 from allocator.prefixes import PrefixFound, check_prefix
 from runtime.apply import simulated_formats
 from runtime.transforms.prefix_tokens import PREFIX_FILE, load_prefix, save_prefix

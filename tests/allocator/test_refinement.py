@@ -1,4 +1,4 @@
-"""Refinement: never worse on the text it accepts by, within the limits, taken up from the store, honest about proof."""
+"""Refinement: better on the text it measures on, within the limits, taken up from the store, honest about proof."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +15,7 @@ from allocator.assignments import Assignment, list_uniform, use_of
 from allocator.budget import MEMORY, Budget
 from allocator.planning import find_assignment
 from allocator.problems import build_cost_tables
-from allocator.refinement import ACCEPTANCE_SHARE, Refinement
+from allocator.refinement import Refinement
 from allocator.store import Store
 from sensitivity.evaluation import score_assignments
 from sensitivity.profile import SensitivityProfile
@@ -39,11 +39,13 @@ def make_refinement(
     return Refinement(**{**settings, **changes})
 
 
-def acceptance_kl(profile: SensitivityProfile, model: Any, assignment: Assignment) -> float:
-    count = max(2, round(ACCEPTANCE_SHARE * len(profile.calibration_tokens)))
-    tokens = torch.from_numpy(profile.calibration_tokens[:count])
-    scores = score_assignments(model, {"a": assignment.formats_by_weight(profile.candidates)}, tokens)
-    return float(scores["a"].kl.mean())
+def calibration_kl(profile: SensitivityProfile, model: Any, assignment: Assignment) -> float:
+    return kl_on(profile.calibration_tokens, profile, model, assignment)
+
+
+def kl_on(tokens: np.ndarray, profile: SensitivityProfile, model: Any, assignment: Assignment) -> float:
+    named = {"a": assignment.formats_by_weight(profile.candidates)}
+    return float(score_assignments(model, named, torch.from_numpy(tokens))["a"].kl.mean())
 
 
 def refuse() -> Any:
@@ -61,7 +63,7 @@ def test_a_poor_start_is_improved_within_the_budget_and_from_the_store_again(
     refined = make_refinement(tiny_profile, store, lambda: model).run(start)
     assert refined.name == f"{start.name}, refined"
     assert refined.kind == "plan"
-    assert acceptance_kl(tiny_profile, model, refined) < acceptance_kl(tiny_profile, model, start)
+    assert calibration_kl(tiny_profile, model, refined) < calibration_kl(tiny_profile, model, start)
     limit = tiny_profile.fixed_bytes + 3.6 * sum(u.weight_count for u in tiny_profile.candidates.units) / 8
     assert use_of(refined.choice, tables)[MEMORY] <= limit
     assert tiny_profile.candidates.allowed[np.arange(len(refined.choice)), refined.choice].all()
@@ -139,9 +141,22 @@ def test_of_plans_by_tilted_losses_the_best_measured_is_the_first_step(
     assert counts[-1] < counts[0]
     limit = tiny_profile.fixed_bytes + 3.6 * sum(u.weight_count for u in tiny_profile.candidates.units) / 8
     assert all(use_of(choice, tables)[MEMORY] <= limit for choice in starts)
-    refined = refinement.run(start)
-    best = min(
-        acceptance_kl(tiny_profile, model, replace(start, name=str(i), choice=choice))
-        for i, choice in enumerate(starts)
-    )
-    assert acceptance_kl(tiny_profile, model, refined) <= best * (1 + 1e-6)
+    judged, _, _ = refinement._deal(0)
+    losses = [kl_on(judged, tiny_profile, model, replace(start, choice=choice)) for choice in starts]
+    np.testing.assert_array_equal(refinement._first_plan(start), starts[int(np.argmin(losses))])
+
+
+def test_text_is_dealt_anew_and_no_plan_is_measured_on_the_text_of_its_slope(
+    tiny_profile: SensitivityProfile, tmp_path: Path
+) -> None:
+    refinement = make_refinement(tiny_profile, Store(tmp_path), refuse)
+    dealt = [refinement._deal(r)[:2] for r in range(4)]
+    known = {row.tobytes() for row in tiny_profile.calibration_tokens}
+    for judged, own in dealt:
+        rows = [{row.tobytes() for row in part} for part in (judged, own)]
+        assert rows[0] and rows[1] and rows[0] | rows[1] <= known
+        assert not rows[0] & rows[1]
+    assert len({judged.tobytes() for judged, _ in dealt}) > 1
+    for (judged, own), again in zip(dealt, (refinement._deal(r) for r in range(4)), strict=True):
+        np.testing.assert_array_equal(judged, again[0])
+        np.testing.assert_array_equal(own, again[1])

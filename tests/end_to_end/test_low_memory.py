@@ -173,7 +173,10 @@ def peak_memory_bytes() -> int:
 def test_memory_stays_below_that_of_the_model(tiny_text: Path, tmp_path: Path) -> None:
     model_bytes = write_large_model(tmp_path / "model")
     assert model_bytes > 380 << 20
-    for verb in ("measure", "apply"):
+    # In layers of float32. Measuring: weights, the file they are read from, errors of two formats, gradients of four
+    # sequences, one more while it is differentiated, hidden states: 10. Applying: weights, as read, file, a candidate,
+    # and the packed model, 4 of 32 bits of all layers: 7. Two fifths more for libraries that load on first use.
+    for verb, layers in (("measure", 14), ("apply", 10)):
         arguments = [verb, str(tmp_path / "model"), str(tiny_text), str(tmp_path)]
         done = subprocess.run(
             [sys.executable, "-m", "tests.end_to_end.test_low_memory", *arguments],
@@ -184,8 +187,7 @@ def test_memory_stays_below_that_of_the_model(tiny_text: Path, tmp_path: Path) -
             timeout=300,
         )
         peak = int(done.stdout)
-        # Peaks of one and the same verb vary from run to run (apply: 0.28 to 0.93 of the model); why is not known yet.
-        assert 0 < peak < model_bytes, (verb, peak, model_bytes)
+        assert 0 < peak < layers * model_bytes / LAYERS, (verb, peak, model_bytes)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from allocator.artefacts import Model
 from allocator.cli import run
 from allocator.pipeline import load
-from allocator.plans import load_plan
+from allocator.plan_files import load_plan
 from runtime.apply import simulated_formats
 from runtime.kernels.dispatch import kernel_path
 from sensitivity.profile import load_profile

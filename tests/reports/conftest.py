@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from reports.report import Headline, Report
+from reports.report import COLUMNS, Calibration, Headline, Report
 
 MIB = 1024 * 1024
 ROLES = {
@@ -198,3 +198,57 @@ def dense_report() -> Report:
 def moe_report() -> Report:
     """4 layers of 16 experts."""
     return build_report(Shape(layers=4, experts=16))
+
+
+def list_experts(plan: pd.DataFrame, random: np.random.Generator) -> pd.DataFrame:
+    """A mixture's experts, in communities of four, the last expert of each layer taken by no token."""
+    experts = plan[plan["expert_index"].notna()]
+    rows = []
+    for (layer, expert), group in experts.groupby(["layer_index", "expert_index"]):
+        tokens = 0 if expert == experts["expert_index"].max() else int(random.integers(50, 400))
+        bits = float((group["bits"] * group["weights"]).sum() / group["weights"].sum())
+        memory_bytes = float(group["memory_bytes"].sum())
+        weights = int(group["weights"].sum())
+        rows.append((layer, expert, tokens, tokens / 2000, expert // 4, bits, 8 * memory_bytes / weights, weights))
+        rows[-1] += (memory_bytes, ", ".join(group["format"]))
+    table = pd.DataFrame(rows, columns=list(COLUMNS["experts"]))
+    return table.astype({"layer_index": "int64", "expert_index": "int64", "community": "int64"})
+
+
+def list_affinity(experts: pd.DataFrame) -> pd.DataFrame:
+    """Half of the rarer expert's tokens inside a community, none outside."""
+    pairs = experts.merge(experts, on=["layer_index", "community"], suffixes=("", "_other"))
+    pairs = pairs[(pairs["expert_index"] < pairs["expert_index_other"]) & (pairs["tokens"] * pairs["tokens_other"] > 0)]
+    both = pairs[["tokens", "tokens_other"]].min(axis=1) // 2
+    return pd.DataFrame(
+        {
+            "layer_index": pairs["layer_index"],
+            "expert_index": pairs["expert_index"],
+            "other_index": pairs["expert_index_other"],
+            "tokens": both,
+        }
+    ).reset_index(drop=True)
+
+
+RULE_PRICES = pd.DataFrame(
+    [
+        ("Every unit by itself", None, 209, 0.10, 50.0 * MIB),
+        ("One format for each expert", "Every unit by itself", 81, 0.12, 49.9 * MIB),
+        ("Formats of an engine, every expert free", "Every unit by itself", 209, 0.15, 50.0 * MIB),
+        ("All rules of an engine", "Formats of an engine, every expert free", 17, 0.18, 50.0 * MIB),
+    ],
+    columns=list(COLUMNS["rule_prices"]),
+)
+
+
+@pytest.fixture(scope="session")
+def expert_report(moe_report: Report) -> Report:
+    """`moe_report` with its routing, the prices of rules, and predictions that measured plans corrected."""
+    experts = list_experts(moe_report.plan, np.random.default_rng(1))
+    return replace(
+        moe_report,
+        experts=experts,
+        affinity=list_affinity(experts),
+        rule_prices=RULE_PRICES,
+        calibration=Calibration(factor=1.3, exponent=1.05, error_factor=1.2, plans=12),
+    )

@@ -10,16 +10,16 @@ import pandas as pd
 import pytest
 
 from reports.csv_files import csv_text, neutralise, write_csv
-from reports.report import COLUMNS, Report
+from reports.report import COLUMNS, OPTIONAL_TABLES, Report
 
-TABLES = [*COLUMNS, "provenance"]
+TABLES = [*(name for name in COLUMNS if name not in OPTIONAL_TABLES), "provenance"]
 
 
 def test_files_hold_the_tables(dense_report: Report, tmp_path: Path) -> None:
     paths = write_csv(dense_report, tmp_path / "tables")
     assert [path.name for path in paths] == [f"{name}.csv" for name in TABLES]
     assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == sorted(path.name for path in paths)
-    for name in COLUMNS:
+    for name in TABLES[:-1]:
         table = getattr(dense_report, name)
         whole = {c: "Int64" for c in table.columns if c.endswith("_index")}
         read = pd.read_csv(tmp_path / "tables" / f"{name}.csv", dtype=whole)
@@ -28,7 +28,13 @@ def test_files_hold_the_tables(dense_report: Report, tmp_path: Path) -> None:
     assert dict(zip(provenance["name"], provenance["value"], strict=True)) == dense_report.provenance
 
 
-@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "  ="])
+def test_a_mixture_has_the_files_of_its_experts(expert_report: Report, tmp_path: Path) -> None:
+    paths = write_csv(expert_report, tmp_path)
+    assert {path.name for path in paths} == {f"{name}.csv" for name in [*COLUMNS, "provenance"]}
+    assert len(pd.read_csv(tmp_path / "experts.csv")) == 64
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "  =", "\uff1d", "\uff20"])
 def test_text_that_a_spreadsheet_would_run_is_neutralised(dense_report: Report, tmp_path: Path, start: str) -> None:
     formula = f"{start}HYPERLINK(1)"
     report = replace(

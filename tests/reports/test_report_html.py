@@ -14,8 +14,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from reports.html import chart_data, render_html, script_safe, write_html
-from reports.page_parts import make_download
+from reports.csv_files import write_csv
+from reports.html import figures_json, render_html, script_safe, write_html
+from reports.page_parts import Chart, make_download
 from reports.report import Report
 from reports.sections import build_sections
 
@@ -24,6 +25,7 @@ SECTIONS = [
     "comparison",
     "frontier",
     "plan",
+    "formats",
     "bytes",
     "sensitivities",
     "predictions",
@@ -66,6 +68,10 @@ class Page(HTMLParser):
         """All visible text, blanks collapsed."""
         parts = [text for tag, text in self.texts if tag not in ("script", "style")]
         return re.sub(r"\s+", " ", " ".join(parts))
+
+
+def all_charts(report: Report) -> list[Chart]:
+    return [chart for section in build_sections(report) for chart in section.charts]
 
 
 def parse(text: str) -> Page:
@@ -134,13 +140,13 @@ def test_each_chart_has_data_a_description_and_a_table_or_numbers(page: Page) ->
     charts = json.loads(page.script(1))
     holders = [attributes for _, attributes in page.tags if "data-chart" in attributes]
     assert [holder["data-chart"] for holder in holders] == list(charts)
-    assert len(charts) == 6
+    assert len(charts) == 7
     for holder in holders:
         assert holder["role"] == "img"
         assert len(holder["aria-label"] or "") > 20
     for shapes in charts.values():
         assert all(shapes[shape]["data"] for shape in ("wide", "narrow"))
-    assert len(page.find("table")) == 6
+    assert len(page.find("table")) == 7
 
 
 def test_named_colours_of_the_charts_are_in_the_style_sheet(page: Page) -> None:
@@ -195,9 +201,31 @@ def test_hostile_names_stay_text(dense_report: Report) -> None:
     assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;") in json.dumps(json.loads(page.script(1)))
 
 
+@pytest.mark.parametrize("name", ["=cmd()", "+1", "@x", "<script>alert(1)</script>", "{{ 7 * 7 }}", "{% raw %}"])
+def test_names_of_models_and_units_are_harmless(expert_report: Report, tmp_path: Path, name: str) -> None:
+    """On the page as text, in the figures escaped, in its CSV files behind an apostrophe where they start a formula."""
+    report = replace(
+        expert_report,
+        model_name=name,
+        plan=expert_report.plan.assign(unit=name),
+        sensitivities=expert_report.sensitivities.assign(unit=name),
+        provenance={"model": name},
+    )
+    page = parse(render_html(report))
+    assert len(page.find("script")) == 3
+    assert ("p", name) in page.texts
+    assert page.words.count(name) > 2
+    assert "<script" not in page.script(1)
+    write_csv(report, tmp_path)
+    shown = f"'{name}" if name[0] in "=+@" else name
+    for file, column in (("plan.csv", "unit"), ("sensitivities.csv", "unit"), ("provenance.csv", "value")):
+        assert set(pd.read_csv(tmp_path / file, dtype=str)[column]) == {shown}
+    assert pd.read_csv(tmp_path / "plan.csv")["memory_bytes"].tolist() == report.plan["memory_bytes"].tolist()
+
+
 def test_figures_cannot_end_their_script(dense_report: Report) -> None:
     report = replace(dense_report, plan=dense_report.plan.assign(format="<!--<script>\u2028"))
-    text = chart_data(build_sections(report))
+    text = figures_json(all_charts(report))
     assert not set("<>&\u2028\u2029") & set(text)
     assert json.loads(text)["bytes"]["wide"]["data"][0]["name"] == "&lt;!--&lt;script&gt;\u2028"
 
@@ -209,7 +237,7 @@ def test_scripts_are_made_safe_to_inline() -> None:
 @pytest.mark.parametrize(("layers", "experts"), [(4, 16), (2, 64), (1, 1), (61, 0)])
 def test_models_of_any_shape_have_a_page(make_report: Callable[..., Report], layers: int, experts: int) -> None:
     report = make_report(layers=layers, experts=experts)
-    charts = json.loads(chart_data(build_sections(report)))
+    charts = json.loads(figures_json(all_charts(report)))
     strip, cells = charts["plan"]["wide"]["data"]
     assert len(cells["x"]) == layers
     assert len(cells["y"]) == 7
@@ -235,7 +263,7 @@ def test_sections_without_data_are_left_out(dense_report: Report) -> None:
         notes=(),
     )
     page = parse(render_html(report))
-    assert list(json.loads(page.script(1))) == ["frontier", "plan", "bytes"]
+    assert list(json.loads(page.script(1))) == ["frontier", "plan", "formats", "bytes"]
     assert "Worth knowing" not in page.words
 
 

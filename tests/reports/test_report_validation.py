@@ -82,9 +82,22 @@ def test_headline_is_checked(dense_report: Report, changes: dict[str, float | No
         replace(dense_report.headline, **changes)
 
 
+@pytest.mark.parametrize("changes", [{"factor": 0.0}, {"error_factor": 0.9}])
+def test_calibration_is_checked(expert_report: Report, changes: dict[str, float]) -> None:
+    assert expert_report.calibration is not None
+    with pytest.raises(ValueError, match=r"factor must be positive and error_factor 1 or more: got factor="):
+        replace(expert_report.calibration, **changes)
+
+
+def test_rules_are_compared_with_rules_of_the_table(expert_report: Report) -> None:
+    table = expert_report.rule_prices.assign(against="another")
+    with pytest.raises(ValueError, match=r"against must name rules of the table: got another, known are Every unit"):
+        replace(expert_report, rule_prices=table)
+
+
 def test_unknown_name_of_the_package_is_refused() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'write_pdf'. It has Headline, Report"):
-        _ = reports.write_pdf
+    with pytest.raises(AttributeError, match="no attribute 'write_docx'. It has Calibration, Headline, Report"):
+        _ = reports.write_docx
 
 
 def test_table_of_contents_is_complete() -> None:

@@ -14,7 +14,7 @@ from runtime.candidates import Candidates
 from runtime.quantized_cache import QuantizedCache
 from sensitivity.cache_losses import (
     cache_fingerprint,
-    check_metrics_for_cache,
+    check_metrics_beside_weights,
     join_cache,
     measure_cache_losses,
     reference_cache_bytes,
@@ -184,6 +184,6 @@ def test_a_profile_without_caches_cannot_be_joined(whole: SensitivityProfile) ->
 
 def test_some_metric_must_be_in_nats() -> None:
     for metrics in (("fisher",), ("weight_error", "single_unit_kl"), ("output_fisher",)):
-        check_metrics_for_cache(metrics)
+        check_metrics_beside_weights(metrics, "caches")
     with pytest.raises(ValueError, match="got metrics weight_error, kurtosis. Add 'fisher' or 'single_unit_kl'"):
-        check_metrics_for_cache(("weight_error", "kurtosis"))
+        check_metrics_beside_weights(("weight_error", "kurtosis"), "caches")

@@ -73,127 +73,181 @@ void quantize(const float* x, const Activations& a, int64_t first_token, int64_t
   for (int64_t t = first_token; t < last_token; ++t) quantize_token(x + t * a.columns, a, t);
 }
 
-// Factors of the blocks of a row for each token, and what the zero points take away from the sums.
-template <int BITS, int TOKENS>
-BITPLAN_INLINE void prepare_row(const Matrix& w, const Activations& a, int64_t token, int64_t row, float* scratch,
-                                float* factor, float* taken) {
-  float *scale = scratch, *shift = scratch + a.block_stride;
-  read_groups<BITS>(w, row, scale, shift);
-  const bool by_row = w.groups() == 1;
-  for (int t = 0; t < TOKENS; ++t) {
-    const float* step = a.step + (token + t) * a.block_stride;
-    const float* sum = a.sum + (token + t) * a.block_stride;
-    __m512 total = _mm512_setzero_ps();
-    for (int64_t b = 0; b < a.blocks; b += 16) {
-      const __m512 s = by_row ? _mm512_set1_ps(scale[0]) : _mm512_loadu_ps(scale + b);
-      const __m512 z = by_row ? _mm512_set1_ps(shift[0]) : _mm512_loadu_ps(shift + b);
-      _mm512_storeu_ps(factor + t * a.block_stride + b, _mm512_mul_ps(s, _mm512_loadu_ps(step + b)));
-      total = _mm512_fmadd_ps(z, _mm512_loadu_ps(sum + b), total);
+// Blocks whose factors are in the lanes of one vector.
+constexpr int kChunk = 16;
+// Bytes between what is multiplied and what is fetched, at least: the latency of memory times its bandwidth.
+constexpr int64_t kLeastAhead = 4096;
+
+// Zero points of sixteen groups, the first at a multiple of 16; those past the last are not read and any number.
+template <int BITS>
+BITPLAN_INLINE __m512 load_zero_points(const uint8_t* stream, int64_t left) {
+  static constexpr Bytes kPlace = place_bytes(BITS), kShift = shift_bytes(BITS, 0);
+  const __mmask16 present = left >= 2 * BITS ? (1 << 2 * BITS) - 1 : (1 << left) - 1;
+  const __m128i place = _mm_load_si128(reinterpret_cast<const __m128i*>(kPlace.values));
+  const __m128i shift = _mm_load_si128(reinterpret_cast<const __m128i*>(kShift.values));
+  const __m128i words = _mm_shuffle_epi8(_mm_maskz_loadu_epi8(present, stream), place);
+  const __m128i codes = _mm_multishift_epi64_epi8(shift, words);
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(codes, _mm_set1_epi8((1 << BITS) - 1))));
+}
+
+// factor = scale * step of the blocks of a chunk for each row and token; total -= what the zero points take away.
+template <int BITS, int ROWS, int TOKENS>
+BITPLAN_INLINE void begin_chunk(const Matrix& w, const Activations& a, int64_t token, int64_t row, int64_t chunk,
+                                float (&factor)[ROWS][TOKENS][kChunk], __m512 (&total)[ROWS][TOKENS]) {
+  const int64_t groups = w.groups(), bytes = w.zero_point_bytes(), offset = chunk * 2 * BITS;
+  const bool by_row = groups == 1;
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t n = row + r;
+    const __m512 scale = by_row ? _mm512_cvtph_ps(_mm256_set1_epi16(w.scale[n]))
+                                : load_scale(w.scale + n * groups + chunk * kChunk, groups - chunk * kChunk);
+    __m512 zero_point = _mm512_set1_ps(1 << (BITS - 1));
+    if (w.zero_point)
+      zero_point = by_row ? _mm512_set1_ps(w.zero_point[n])
+                          : load_zero_points<BITS>(w.zero_point + n * bytes + offset, bytes - offset);
+    const __m512 shift = _mm512_mul_ps(scale, zero_point);
+    for (int t = 0; t < TOKENS; ++t) {
+      const int64_t place = (token + t) * a.block_stride + chunk * kChunk;
+      _mm512_store_ps(factor[r][t], _mm512_mul_ps(scale, _mm512_loadu_ps(a.step + place)));
+      total[r][t] = _mm512_fnmadd_ps(shift, _mm512_loadu_ps(a.sum + place), total[r][t]);
     }
-    taken[t] = _mm512_reduce_add_ps(total);
   }
 }
 
-// Adds the products of one vector of codes in each row to the sums of high and low bytes.
-template <int OCTETS, int ROWS, int TOKENS, class Unpacker>
-BITPLAN_INLINE void add_products(const Unpacker& unpacker, const __m512i (&words)[ROWS], const uint8_t* values,
-                                 int64_t stride, __m512i (&high)[ROWS][TOKENS], __m512i (&low)[ROWS][TOKENS]) {
-  for (int i = 0; i < OCTETS; ++i)
+// sums[r][t] = 256 * (codes . high bytes) + codes . low bytes of VECTORS vectors. Where the unpacked codes stay in
+// registers the sum of high bytes is shifted before the low ones are added to it, else there are two sums.
+template <int OCTETS, int VECTORS, int ROWS, int TOKENS, class Unpacker>
+BITPLAN_INLINE void multiply_vectors(const Unpacker& unpacker, const __m512i (&words)[VECTORS][ROWS],
+                                     const uint8_t* values, int64_t stride, __m512i (&sums)[ROWS][TOKENS]) {
+  constexpr int kParts = OCTETS * VECTORS;
+  constexpr bool kKeeps = kParts * ROWS <= 8;
+  __m512i low[ROWS][TOKENS], codes[kKeeps ? kParts : 1][ROWS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int t = 0; t < TOKENS; ++t) sums[r][t] = low[r][t] = _mm512_setzero_si512();
+  for (int i = 0; i < kParts; ++i) {
+    __m512i(&unpacked)[ROWS] = codes[kKeeps ? i : 0];
+    for (int r = 0; r < ROWS; ++r) unpacked[r] = unpacker.octet(words[i / OCTETS][r], i % OCTETS);
     for (int t = 0; t < TOKENS; ++t) {
       const uint8_t* planes = values + t * stride + i * 2 * kVector;
-      const __m512i h = _mm512_load_si512(planes), l = _mm512_load_si512(planes + kVector);
-      for (int r = 0; r < ROWS; ++r) {
-        const __m512i codes = unpacker.octet(words[r], i);
-        high[r][t] = _mm512_dpbusd_epi32(high[r][t], codes, h);
-        low[r][t] = _mm512_dpbusd_epi32(low[r][t], codes, l);
-      }
+      const __m512i h = _mm512_load_si512(planes);
+      for (int r = 0; r < ROWS; ++r) sums[r][t] = _mm512_dpbusd_epi32(sums[r][t], unpacked[r], h);
+      if (kKeeps) continue;
+      const __m512i l = _mm512_load_si512(planes + kVector);
+      for (int r = 0; r < ROWS; ++r) low[r][t] = _mm512_dpbusd_epi32(low[r][t], unpacked[r], l);
     }
-}
-
-// total[ROWS][TOKENS] += sums of the blocks of one step; a step is a block, or the blocks of a vector.
-template <bool BY_LANE, int ROWS, int TOKENS>
-BITPLAN_INLINE void scale_sums(const __m512i (&high)[ROWS][TOKENS], const __m512i (&low)[ROWS][TOKENS],
-                               const float* factor, int64_t stride, __m512i part_of_lane,
-                               __m512 (&total)[ROWS][TOKENS]) {
+  }
   for (int r = 0; r < ROWS; ++r)
+    for (int t = 0; t < TOKENS; ++t) sums[r][t] = _mm512_add_epi32(_mm512_slli_epi32(sums[r][t], 8), low[r][t]);
+  if (!kKeeps) return;
+  for (int i = 0; i < kParts; ++i)
     for (int t = 0; t < TOKENS; ++t) {
-      const float* f = factor + (r * TOKENS + t) * stride;
-      const __m512 by_lane = BY_LANE ? _mm512_permutexvar_ps(part_of_lane, _mm512_loadu_ps(f)) : _mm512_set1_ps(*f);
-      const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[r][t], 8), low[r][t]);
-      total[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), by_lane, total[r][t]);
+      const __m512i l = _mm512_load_si512(values + t * stride + i * 2 * kVector + kVector);
+      for (int r = 0; r < ROWS; ++r) sums[r][t] = _mm512_dpbusd_epi32(sums[r][t], codes[i][r], l);
     }
 }
 
-// ROWS x TOKENS outputs. Either a vector is some blocks, each in its share of the 16 lanes (BY_LANE), or a block is
-// one or more vectors.
-template <int BITS, int OCTETS, bool BY_LANE, int ROWS, int TOKENS>
-BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t row,
-                                float* scratch) {
-  constexpr int kBytes = Unpacker<BITS, OCTETS>::kBytes, kCodes = kVector * OCTETS;
-  const Unpacker<BITS, OCTETS> unpacker;
-  const int64_t row_bytes = w.row_bytes(), vectors = divide_up(w.columns, kCodes), whole = row_bytes / kBytes;
-  const int64_t stride = a.block_stride;
-  float* factor = scratch + 2 * stride;
-  float taken[ROWS * TOKENS];
-  for (int r = 0; r < ROWS; ++r)
-    prepare_row<BITS, TOKENS>(w, a, token, row + r, scratch, factor + r * TOKENS * stride, taken + r * TOKENS);
+// The sums of the lanes of four vectors.
+BITPLAN_INLINE __m128 sum_four(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+  const __m512 high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+  const __m512 four = _mm512_add_ps(low, high);
+  const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
+}
 
-  const int64_t together = BY_LANE ? 1 : a.block / kCodes, parts = BY_LANE ? kCodes / a.block : 1;
+template <int ROWS, int TOKENS>
+BITPLAN_INLINE void write_totals(const __m512 (&total)[ROWS][TOKENS], const Output& out, int64_t token, int64_t row) {
+  if constexpr (ROWS == 4 && TOKENS == 1) {
+    __m128 sums = sum_four(total[0][0], total[1][0], total[2][0], total[3][0]);
+    if (out.bias) sums = _mm_add_ps(sums, _mm_loadu_ps(out.bias + row));
+    _mm_storeu_ps(out.values + token * out.stride + row, sums);
+  } else {
+    for (int r = 0; r < ROWS; ++r)
+      for (int t = 0; t < TOKENS; ++t)
+        out.values[(token + t) * out.stride + row + r] =
+            _mm512_reduce_add_ps(total[r][t]) + (out.bias ? out.bias[row + r] : 0.0f);
+  }
+}
+
+// ROWS x TOKENS outputs. A step is VECTORS vectors, which are one block, or one vector of `parts` blocks.
+template <int BITS, int OCTETS, int VECTORS, bool BY_LANE, int ROWS, int TOKENS>
+BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t row) {
+  constexpr int kBytes = Unpacker<BITS, OCTETS>::kBytes, kPlanes = OCTETS * 2 * kVector;
+  const Unpacker<BITS, OCTETS> unpacker;
+  const int64_t row_bytes = w.row_bytes(), vectors = divide_up(w.columns, kVector * OCTETS), whole = row_bytes / kBytes;
+  const int64_t ahead = 2 * ROWS * row_bytes > kLeastAhead ? 2 * ROWS * row_bytes : kLeastAhead;
+  const int parts = BY_LANE ? kVector * OCTETS / a.block : 1;
+  // The block that a lane belongs to, within the first step.
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i part_of_lane = _mm512_srli_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(parts)), 4);
+  const __m512i first = _mm512_srli_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(parts)), 4);
   const uint8_t* stream = w.codes + row * row_bytes;
   const uint8_t* values = a.values + token * a.value_stride;
   __m512 total[ROWS][TOKENS];
   for (int r = 0; r < ROWS; ++r)
     for (int t = 0; t < TOKENS; ++t) total[r][t] = _mm512_setzero_ps();
 
-  for (int64_t v = 0; v < vectors; factor += parts) {
-    __m512i high[ROWS][TOKENS], low[ROWS][TOKENS];
-    for (int r = 0; r < ROWS; ++r)
-      for (int t = 0; t < TOKENS; ++t) high[r][t] = low[r][t] = _mm512_setzero_si512();
-    const int64_t stop = v + together < vectors ? v + together : vectors;
-    do {
-      __m512i words[ROWS];
+  int64_t v = 0;
+  for (int64_t chunk = 0; v < vectors; ++chunk) {
+    alignas(64) float factor[ROWS][TOKENS][kChunk];
+    begin_chunk<BITS>(w, a, token, row, chunk, factor, total);
+    __m512i block = first;
+    for (int i = 0; i < kChunk && v < vectors; i += parts, v += VECTORS) {
+      __m512i words[VECTORS][ROWS], sums[ROWS][TOKENS];
       const uint8_t* place = stream + v * kBytes;
-      if (v < whole)
-        for (int r = 0; r < ROWS; ++r) words[r] = unpacker.load_whole(place + r * row_bytes);
+      if (v + VECTORS <= whole)
+        for (int u = 0; u < VECTORS; ++u)
+          for (int r = 0; r < ROWS; ++r) words[u][r] = unpacker.load_whole(place + r * row_bytes + u * kBytes);
       else
-        for (int r = 0; r < ROWS; ++r) words[r] = unpacker.load(place + r * row_bytes, row_bytes - v * kBytes);
-      // The same columns two steps of rows ahead: into the second level, whose misses are many more at a time.
+        for (int u = 0; u < VECTORS; ++u)
+          for (int r = 0; r < ROWS; ++r)
+            words[u][r] = unpacker.load(place + r * row_bytes + u * kBytes, row_bytes - (v + u) * kBytes);
+      for (int u = 0; u < VECTORS * kBytes; u += 64)
+        for (int r = 0; r < ROWS; ++r)
+          // Into the second level, whose misses are many more at a time.
+          _mm_prefetch(reinterpret_cast<const char*>(place + r * row_bytes + u + ahead), _MM_HINT_T1);
+      multiply_vectors<OCTETS>(unpacker, words, values + v * kPlanes, a.value_stride, sums);
       for (int r = 0; r < ROWS; ++r)
-        _mm_prefetch(reinterpret_cast<const char*>(place + (2 * ROWS + r) * row_bytes), _MM_HINT_T1);
-      add_products<OCTETS>(unpacker, words, values + v * OCTETS * 2 * kVector, a.value_stride, high, low);
-    } while (++v < stop);
-    scale_sums<BY_LANE>(high, low, factor, stride, part_of_lane, total);
+        for (int t = 0; t < TOKENS; ++t) {
+          const __m512 f = BY_LANE ? _mm512_permutexvar_ps(block, _mm512_load_ps(factor[r][t]))
+                                   : _mm512_set1_ps(factor[r][t][i]);
+          total[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][t]), f, total[r][t]);
+        }
+      if (BY_LANE) block = _mm512_add_epi32(block, _mm512_set1_epi32(parts));
+    }
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int t = 0; t < TOKENS; ++t)
-      out.values[(token + t) * out.stride + row + r] = _mm512_reduce_add_ps(total[r][t]) - taken[r * TOKENS + t] +
-                                                       (out.bias ? out.bias[row + r] : 0.0f);
+  write_totals(total, out, token, row);
 }
 
-template <int BITS, int OCTETS, bool BY_LANE, int TOKENS>
+template <int BITS, int OCTETS, int VECTORS, bool BY_LANE, int TOKENS>
 void decode_range(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t first_row,
-                  int64_t last_row, float* scratch) {
+                  int64_t last_row) {
   constexpr int kRows = TOKENS == 1 ? 4 : TOKENS == 2 ? 2 : 1;
   int64_t row = first_row;
   for (; row + kRows <= last_row; row += kRows)
-    decode_rows<BITS, OCTETS, BY_LANE, kRows, TOKENS>(w, a, token, out, row, scratch);
-  for (; row < last_row; ++row) decode_rows<BITS, OCTETS, BY_LANE, 1, TOKENS>(w, a, token, out, row, scratch);
+    decode_rows<BITS, OCTETS, VECTORS, BY_LANE, kRows, TOKENS>(w, a, token, out, row);
+  for (; row < last_row; ++row) decode_rows<BITS, OCTETS, VECTORS, BY_LANE, 1, TOKENS>(w, a, token, out, row);
 }
 
-using Range = void (*)(const Matrix&, const Activations&, int64_t, const Output&, int64_t, int64_t, float*);
+using Range = void (*)(const Matrix&, const Activations&, int64_t, const Output&, int64_t, int64_t);
 
-template <int BITS, int OCTETS, bool BY_LANE>
+template <int BITS, int OCTETS, int VECTORS, bool BY_LANE>
 Range by_tokens(int tokens) {
-  static const Range ranges[] = {decode_range<BITS, OCTETS, BY_LANE, 1>, decode_range<BITS, OCTETS, BY_LANE, 2>,
-                                 decode_range<BITS, OCTETS, BY_LANE, 3>, decode_range<BITS, OCTETS, BY_LANE, 4>};
-  return ranges[tokens - 1];
+  return tokens == 1   ? decode_range<BITS, OCTETS, VECTORS, BY_LANE, 1>
+         : tokens == 2 ? decode_range<BITS, OCTETS, VECTORS, BY_LANE, 2>
+                       : decode_range<BITS, OCTETS, VECTORS, BY_LANE, 4>;
 }
 
 template <int BITS, int OCTETS>
 Range by_block(int block, int tokens) {
-  return block < kVector * OCTETS ? by_tokens<BITS, OCTETS, true>(tokens) : by_tokens<BITS, OCTETS, false>(tokens);
+  constexpr int kCodes = kVector * OCTETS;
+  if (block < kCodes) return by_tokens<BITS, OCTETS, 1, true>(tokens);
+  // Blocks are 256 at most.
+  if constexpr (kCodes <= 64)
+    if (block == 4 * kCodes) return by_tokens<BITS, OCTETS, 4, false>(tokens);
+  if constexpr (kCodes <= 128)
+    if (block == 2 * kCodes) return by_tokens<BITS, OCTETS, 2, false>(tokens);
+  return by_tokens<BITS, OCTETS, 1, false>(tokens);
 }
 
 Range find_range(int bits, int octets, int block, int tokens) {
@@ -213,8 +267,10 @@ Range find_range(int bits, int octets, int block, int tokens) {
 }
 
 void decode(const Matrix& w, const Activations& a, int64_t token, int tokens, const Output& out, int64_t first_row,
-            int64_t last_row, float* scratch) {
-  find_range(w.bits, a.interleave, a.block, tokens)(w, a, token, out, first_row, last_row, scratch);
+            int64_t last_row, float*) {
+  // Every number of tokens would be another copy of all of this; three of them are rare.
+  if (tokens == 3) decode(w, a, token + 2, 1, out, first_row, last_row, nullptr);
+  find_range(w.bits, a.interleave, a.block, tokens == 3 ? 2 : tokens)(w, a, token, out, first_row, last_row);
 }
 
 }  // namespace
@@ -222,15 +278,7 @@ void decode(const Matrix& w, const Activations& a, int64_t token, int tokens, co
 void avx512_prefill(const Matrix&, const Activations&, const Output&, int64_t, int64_t, float*);
 int64_t avx512_prefill_scratch(const Matrix&, const Activations&);
 
-namespace {
-int64_t scratch_floats(const Matrix& w, const Activations& a) {
-  // Scale and shift of a row, then the factors of at most four pairs of row and token.
-  const int64_t decoding = (2 + 4) * a.block_stride, prefilling = avx512_prefill_scratch(w, a);
-  return decoding > prefilling ? decoding : prefilling;
-}
-}  // namespace
-
-const Kernels kAvx512Kernels = {shape, quantize, decode, avx512_prefill, scratch_floats, 32};
+const Kernels kAvx512Kernels = {shape, quantize, decode, avx512_prefill, avx512_prefill_scratch, 32};
 
 }  // namespace bitplan
 #endif

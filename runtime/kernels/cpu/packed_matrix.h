@@ -12,6 +12,9 @@
 
 namespace bitplan {
 
+// Instruction sets, as Python counts them.
+enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
 // 127 * 256 + 127: the largest v that splits into v = 256 * high + low with signed 8-bit parts.
 constexpr int kLargestActivation = 32639;
 // Columns that share a step where a whole row shares one scale.

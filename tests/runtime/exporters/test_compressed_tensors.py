@@ -22,6 +22,7 @@ from runtime.formats import FORMATS, find_format
 from runtime.loading import load_reference
 from runtime.packing import unpack_codes
 from runtime.rendering import encode, render
+from runtime.simulated_activations import simulated_activations
 from runtime.units import list_weights, read_weight
 from tests.tiny_models import build_tiny_mixtral, build_tiny_qwen_moe, save_model
 
@@ -192,3 +193,59 @@ def test_refusals(tiny_llama_dir: Path, tmp_path: Path) -> None:
     export(reference, formats, tmp_path / "out", exporter="compressed-tensors")
     export(reference, dict.fromkeys(formats, "bf16"), tmp_path / "out", exporter="compressed-tensors")
     assert set(json.loads((tmp_path / "out" / MANIFEST).read_text())["formats"].values()) == {"bf16"}
+
+
+@pytest.mark.parametrize("activation", ["int8_token", "int4_token", "fp8_token", "int8_tensor_static"])
+@pytest.mark.parametrize("weights", ["int8_channel_sym", "int4_g32_sym"])
+def test_transformers_rounds_the_inputs_as_planned(
+    weights: str, activation: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    reference = load_reference(str(tiny_llama_dir))
+    linear = [w for w in list_weights(reference.model).values() if w.kind == "linear"]
+    formats = dict.fromkeys(list_weights(reference.model), "bf16") | {w.name: weights for w in linear}
+    scale = [0.03125] if activation.endswith("static") else None
+    # One layer reads its input as it is, with the same format of weights.
+    scheme = {w.parameter.removesuffix(".weight"): (activation, scale) for w in linear[1:]}
+    export(reference, formats, tmp_path / "out", exporter="compressed-tensors", activations=scheme)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad(), simulated_formats(reference.model, formats):
+        loaded(TOKENS)  # decompresses
+        for name in list_weights(reference.model):
+            assert torch.equal(loaded.get_parameter(name), reference.model.get_parameter(name)), name
+        without = reference.model(TOKENS).logits
+        with simulated_activations(reference.model, scheme):
+            expected = reference.model(TOKENS).logits
+        # The library's product of code and scale is the same number: no tolerance.
+        assert torch.equal(loaded(TOKENS).logits, expected)
+    assert not torch.equal(expected, without)
+    stored = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    integers = weights == "int8_channel_sym" and activation.startswith("int8")
+    second = linear[1].parameter.removesuffix(".weight")
+    assert (f"{second}.weight" in stored) == integers and (f"{second}.input_scale" in stored) == (scale is not None)
+    assert f"{linear[0].parameter.removesuffix('.weight')}.weight_packed" in stored
+
+
+@pytest.mark.parametrize(
+    ("exporter", "weights", "activation", "message"),
+    [
+        ("compressed-tensors", "bf16", "int8_token", "got 'int8_token' with 'bf16' in"),
+        ("compressed-tensors", "int8_channel_sym", "int8_channel_static", "Scales for each channel cannot be written"),
+        (
+            VLLM,
+            "int4_g32_sym",
+            "int8_token",
+            "this engine runs int8_channel_sym with int8_token, int8_tensor_static alone",
+        ),
+        ("llama.cpp", "bf16", "int8_token", "can be written by compressed-tensors, compressed-tensors for vLLM alone"),
+    ],
+)
+def test_activations_that_cannot_be_written(
+    exporter: str, weights: str, activation: str, message: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    reference = load_reference(str(tiny_llama_dir))
+    formats = {n: weights if w.kind == "linear" else "bf16" for n, w in list_weights(reference.model).items()}
+    width = reference.model.model.layers[0].mlp.down_proj.in_features
+    scheme = {"model.layers.0.mlp.down_proj": (activation, [1.0] * width if "static" in activation else None)}
+    with pytest.raises(ValueError, match=message):
+        export(reference, formats, tmp_path / "out", exporter=exporter, activations=scheme)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,63 @@
+// One pass of a decoder of Llama's shape over a few tokens of one sequence, all layers in one call.
+//
+//   h  = x + O attend(rotate(norm(Q n)), rotate(norm(K n)), V n),   n = rms(x)
+//   x' = h + D (silu(G m) * U m),                                   m = rms(h)
+//
+// and the head on the last norm of the last layer. Keys and values of every position are kept in float32. What an
+// operation is in PyTorch defines it; `runtime/compiled_decoder.py` says which models have this shape.
+#pragma once
+#include "packed_matrix.h"
+
+namespace bitplan {
+
+struct Linear {
+  Matrix weight;
+  const float* bias;  // [rows], or null
+};
+
+// One layer; the fields are read by ctypes in the same order, as are those below.
+struct Layer {
+  const float *attention_norm, *feed_forward_norm;  // [hidden]
+  const float *query_norm, *key_norm;               // [head_dim] each, or null where queries and keys have no norm
+  Linear query, key, value, output, gate, up, down;
+};
+
+struct Decoder {
+  const Layer* layers;
+  const float* last_norm;  // [hidden]
+  Linear head;
+  int64_t layer_count, hidden, heads, key_value_heads, head_dim, feed_forward;
+  float epsilon, attention_scale;
+};
+
+// The tokens of one call. They come behind `past` others; `capacity` positions have room.
+struct Step {
+  const float* hidden;        // [tokens, hidden] embeddings
+  const float *cosine, *sine;  // [tokens, head_dim]
+  float* states;              // [layers, 2 (keys, values), key_value_heads, capacity, head_dim]
+  float* logits;              // [wanted, rows of the head], of the last tokens
+  int64_t tokens, past, capacity, wanted;
+};
+
+// Returns false when there is no memory for it.
+bool run_step(const Decoder&, const Step&, int level, int threads);
+
+// What is done to vectors of floats, compiled for each instruction set. All lengths are multiples of 16.
+struct DecoderMath {
+  // out = x / sqrt(mean(x^2) + epsilon) * weight
+  void (*normalize)(const float* x, const float* weight, int64_t length, float epsilon, float* out);
+  void (*add)(const float* x, int64_t length, float* sum);
+  // out = silu(gate) * up
+  void (*gate)(const float* gate, const float* up, int64_t length, float* out);
+  // Turns the pairs (x[i], x[i + length / 2]), in place.
+  void (*rotate)(const float* cosine, const float* sine, int64_t length, float* x);
+  // out = sum_j softmax_j(scale query . keys[j]) values[j] over `count` positions; `scores` has room for as many.
+  void (*attend)(const float* query, const float* keys, const float* values, int64_t count, int64_t head_dim,
+                 float scale, float* scores, float* out);
+};
+
+extern const DecoderMath kAvx512Math;
+extern const DecoderMath kAvx2Math;
+extern const DecoderMath kPortableMath;
+
+}  // namespace bitplan

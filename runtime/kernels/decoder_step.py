@@ -1,0 +1,164 @@
+"""The compiled pass of a whole decoder, called through ctypes: one call a token. See ``cpu/decoder_step.h``."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from runtime.kernels.cpu import CpuKernels, Matrix
+
+_NULL = 0
+_LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
+_NORMS = ("attention_norm", "feed_forward_norm", "query_norm", "key_norm")
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (("weight", Matrix), ("bias", ctypes.c_uint64))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_uint64) for name in _NORMS), *((name, _Linear) for name in _LINEARS))
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.c_uint64),
+        ("last_norm", ctypes.c_uint64),
+        ("head", _Linear),
+        *((name, ctypes.c_int64) for name in ("layer_count", "hidden", "heads", "key_value_heads", "head_dim")),
+        ("feed_forward", ctypes.c_int64),
+        ("epsilon", ctypes.c_float),
+        ("attention_scale", ctypes.c_float),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("hidden", "cosine", "sine", "states", "logits")),
+        *((name, ctypes.c_int64) for name in ("tokens", "past", "capacity", "wanted")),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LinearTensors:
+    """A packed linear layer: the kernels' view of its weight, and its bias [rows] float32 or None."""
+
+    weight: Matrix
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerTensors:
+    """One layer; norms are [hidden] float32, those of queries and keys [head_dim] or None."""
+
+    attention_norm: Tensor
+    feed_forward_norm: Tensor
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    query: LinearTensors
+    key: LinearTensors
+    value: LinearTensors
+    output: LinearTensors
+    gate: LinearTensors
+    up: LinearTensors
+    down: LinearTensors
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecoderTensors:
+    """A decoder of Llama's shape.
+
+    Args:
+        layers: Its layers.
+        last_norm: [hidden] float32.
+        head: The output projection.
+        heads: Query heads, a multiple of ``key_value_heads``.
+        key_value_heads: Heads of keys and values.
+        head_dim: Numbers of a head, a multiple of 16, as are the sizes of hidden states and feed-forward.
+        epsilon: Of the norms.
+        attention_scale: Factor of query times key.
+    """
+
+    layers: Sequence[LayerTensors]
+    last_norm: Tensor
+    head: LinearTensors
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    epsilon: float
+    attention_scale: float
+
+
+class CompiledDecoder:
+    """A decoder as the library reads it; it keeps the tensors alive.
+
+    Args:
+        tensors: The decoder. Float tensors are contiguous on the CPU.
+    """
+
+    def __init__(self, tensors: DecoderTensors) -> None:
+        self.tensors = tensors
+        self._layers = (_Layer * len(tensors.layers))(*map(_describe_layer, tensors.layers))
+        self._view = _Decoder(
+            ctypes.addressof(self._layers),
+            tensors.last_norm.data_ptr(),
+            _describe_linear(tensors.head),
+            len(tensors.layers),
+            tensors.last_norm.shape[0],
+            tensors.heads,
+            tensors.key_value_heads,
+            tensors.head_dim,
+            tensors.layers[0].gate.weight.rows,
+            tensors.epsilon,
+            tensors.attention_scale,
+        )
+
+    def make_states(self, capacity: int) -> Tensor:
+        """Returns room for the keys and values of ``capacity`` positions: [layers, 2, heads, capacity, head_dim]."""
+        t = self.tensors
+        return torch.empty((len(t.layers), 2, t.key_value_heads, capacity, t.head_dim), dtype=torch.float32)
+
+    def run(
+        self,
+        kernels: CpuKernels,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        states: Tensor,
+        past: int,
+        wanted: int,
+    ) -> Tensor:
+        """Returns the logits [wanted, vocabulary] of the last tokens; their keys and values are put into ``states``.
+
+        Args:
+            kernels: The library at an instruction set.
+            hidden: [tokens, hidden] float32, contiguous: the embeddings.
+            rotation: Cosines and sines of the tokens' positions, [tokens, head_dim] float32, contiguous.
+            states: As ``make_states`` returns it, with room behind ``past`` positions.
+            past: Positions before the first token.
+            wanted: How many of the last tokens, at least one.
+
+        Raises:
+            MemoryError: If there is no memory for the states of the tokens.
+        """
+        tokens = hidden.shape[0]
+        logits = torch.empty((wanted, self.tensors.head.weight.rows), dtype=torch.float32)
+        cosine, sine = rotation
+        addresses = (t.data_ptr() for t in (hidden, cosine, sine, states, logits))
+        step = _Step(*addresses, tokens, past, states.shape[3], wanted)
+        kernels.step(self._view, step)
+        return logits
+
+
+def _describe_linear(linear: LinearTensors) -> _Linear:
+    return _Linear(linear.weight, _address(linear.bias))
+
+
+def _describe_layer(layer: LayerTensors) -> _Layer:
+    norms = (_address(getattr(layer, name)) for name in _NORMS)
+    return _Layer(*norms, *(_describe_linear(getattr(layer, name)) for name in _LINEARS))
+
+
+def _address(tensor: Tensor | None) -> int:
+    return _NULL if tensor is None else tensor.data_ptr()

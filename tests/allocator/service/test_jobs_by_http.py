@@ -1,0 +1,298 @@
+"""Jobs from request to artefact, done by a worker in this process: progress, results, files, cancelling, repeating."""
+
+import dataclasses
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from allocator.service.settings import ServiceSettings
+from allocator.service.worker import Stopping, Worker, describe_problem
+from allocator.store import Store
+from runtime.packed_model import load_packed
+from sensitivity.profile import SensitivityProfile
+from tests.allocator.service.running_service import RunningService, run_in_thread
+from tests.tiny_measurements import CONFIG, FORMATS
+
+MEASURE = {"calibration": "calibration.txt", "formats": list(FORMATS), **dataclasses.asdict(CONFIG)}
+
+
+@pytest.fixture(scope="module")
+def settings(service_settings: ServiceSettings, tmp_path_factory: pytest.TempPathFactory) -> ServiceSettings:
+    return dataclasses.replace(service_settings, store_root=tmp_path_factory.mktemp("jobs_store"), poll_s=0.02)
+
+
+@pytest.fixture(scope="module")
+def jobs_service(settings: ServiceSettings) -> Iterator[RunningService]:
+    with run_in_thread(settings) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def worker(settings: ServiceSettings, jobs_service: RunningService) -> Worker:
+    return Worker(settings)
+
+
+@pytest.fixture(scope="module")
+def measured(jobs_service: RunningService, worker: Worker) -> dict[str, Any]:
+    """The job that measured the tiny model."""
+    model_id = jobs_service.add_model()
+    submitted = jobs_service.post("/jobs", {"kind": "measure", "model_id": model_id, "options": MEASURE})
+    assert submitted.status_code == 202, submitted.text
+    return finish(jobs_service, worker, submitted.json()["id"])
+
+
+@pytest.fixture(scope="module")
+def plan(jobs_service: RunningService, measured: dict[str, Any]) -> dict[str, Any]:
+    body = {"profile_id": measured["result"]["profile_id"], "budget": {"bits_per_weight": 8.6}}
+    found: dict[str, Any] = jobs_service.post("/plans", body).json()
+    return found
+
+
+def finish(running: RunningService, worker: Worker, job_id: str) -> dict[str, Any]:
+    while worker.run_once():
+        pass
+    found: dict[str, Any] = running.get(f"/jobs/{job_id}").json()
+    return found
+
+
+def do(running: RunningService, worker: Worker, kind: str, plan: dict[str, Any], **options: Any) -> dict[str, Any]:
+    submitted = running.post("/jobs", {"kind": kind, "plan_id": plan["id"], "options": options})
+    assert submitted.status_code in (200, 202), submitted.text
+    job = finish(running, worker, submitted.json()["id"])
+    assert job["state"] == "succeeded", job["error"]
+    return job
+
+
+def test_a_measurement_is_that_of_the_verb(
+    measured: dict[str, Any], tiny_profile: SensitivityProfile, settings: ServiceSettings
+) -> None:
+    assert (measured["state"], measured["attempts"], measured["error"]) == ("succeeded", 1, None)
+    found = Store(settings.store_root).find_profile(measured["result"]["profile_id"])
+    assert found is not None
+    # The calibration text is a copy, so the fingerprints of both profiles differ in nothing but its name at most.
+    for name, table in tiny_profile.losses.items():
+        assert (found.losses[name].loss == table.loss).all()
+    assert measured["progress"]["done"] == measured["progress"]["total"]
+
+
+def test_the_same_request_shares_the_measurement(jobs_service: RunningService, measured: dict[str, Any]) -> None:
+    body = {"kind": "measure", "model_id": measured["model_id"], "options": MEASURE}
+    again = jobs_service.post("/jobs", body)
+    assert (again.status_code, again.json()) == (200, measured)
+    body["options"] = {**MEASURE, "seed": 1}
+    other = jobs_service.post("/jobs", body)
+    assert other.status_code == 202
+    assert jobs_service.client.delete(f"/jobs/{other.json()['id']}").json()["state"] == "cancelled"
+
+
+def test_the_model_lists_what_was_made_of_it(
+    jobs_service: RunningService, measured: dict[str, Any], plan: dict[str, Any]
+) -> None:
+    model = jobs_service.get(f"/models/{measured['model_id']}").json()
+    assert [profile["id"] for profile in model["profiles"]] == [measured["result"]["profile_id"]]
+    assert plan["id"] in [made["id"] for made in model["plans"]]
+    assert (model["architecture"], model["layers"], model["experts_per_layer"]) == ("LlamaForCausalLM", 2, None)
+    assert model["units"] == len(plan["choice"])
+
+
+def test_an_evaluation_becomes_part_of_its_plan(
+    jobs_service: RunningService, worker: Worker, plan: dict[str, Any]
+) -> None:
+    before = jobs_service.get(f"/plans/{plan['id']}")
+    job = do(jobs_service, worker, "evaluate", plan)
+    shipped = next(row for row in job["result"]["evaluation"] if row["shipped"])
+    after = jobs_service.get(f"/plans/{plan['id']}", headers={"If-None-Match": before.headers["etag"]})
+    assert after.status_code == 200
+    assert after.json()["measured_kl"] == shipped["kl"]
+    assert after.json()["interval"] == [shipped["kl_low"], shipped["kl_high"]]
+    assert shipped["memory_bytes"] == plan["bytes"]
+
+
+def test_a_packed_model_is_as_long_as_its_plan_says_and_can_be_fetched(
+    jobs_service: RunningService, worker: Worker, plan: dict[str, Any], tmp_path: Path
+) -> None:
+    export_id = do(jobs_service, worker, "apply", plan)["result"]["export_id"]
+    document = jobs_service.get(f"/exports/{export_id}").json()
+    assert document["engine"] == "bitplan"
+    weights = next(file for file in document["files"] if file["name"].endswith(".safetensors"))
+    assert weights["bytes"] == plan["bytes"]
+    archive = jobs_service.get(f"/exports/{export_id}/archive")
+    with tarfile.open(fileobj=io.BytesIO(archive.content)) as opened:
+        opened.extractall(tmp_path, filter="data")
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} == {f["name"] for f in document["files"]}
+    assert load_packed(tmp_path)[0] is not None
+    fetched = jobs_service.get(weights["url"])
+    assert fetched.content == (tmp_path / weights["name"]).read_bytes()
+    again = jobs_service.get(weights["url"], headers={"If-None-Match": fetched.headers["etag"]})
+    assert again.status_code == 304
+
+
+def test_an_export_has_its_command(jobs_service: RunningService, worker: Worker, measured: dict[str, Any]) -> None:
+    body = {"profile_id": measured["result"]["profile_id"], "budget": {"bits_per_weight": 9}, "engine": "mlx-lm"}
+    legal = jobs_service.post("/plans", body).json()
+    export_id = do(jobs_service, worker, "export", legal, engine="mlx-lm")["result"]["export_id"]
+    document = jobs_service.get(f"/exports/{export_id}").json()
+    assert (document["engine"], document["command"]) == ("mlx-lm", "mlx_lm.generate --model DIRECTORY --prompt 'The'")
+    assert any(file["name"].endswith(".safetensors") for file in document["files"])
+
+
+def test_an_export_that_the_engine_cannot_load_fails_and_leaves_nothing(
+    jobs_service: RunningService, worker: Worker, plan: dict[str, Any], settings: ServiceSettings
+) -> None:
+    body = {"kind": "export", "plan_id": plan["id"], "options": {"engine": "tensorrt-llm"}}
+    job = finish(jobs_service, worker, jobs_service.post("/jobs", body).json()["id"])
+    assert (job["state"], job["result"], job["error"]["title"]) == ("failed", None, "Job failed")
+    assert "a plan must keep the rules of the engine" in job["error"]["detail"]
+    assert not list((settings.directory / "artefacts").glob(f"*{job['id']}*"))
+    # What failed may be asked for again.
+    assert jobs_service.post("/jobs", body).status_code == 202
+
+
+def test_a_report_opens_in_a_sandbox(jobs_service: RunningService, worker: Worker, plan: dict[str, Any]) -> None:
+    report_id = do(jobs_service, worker, "report", plan)["result"]["report_id"]
+    document = jobs_service.get(f"/reports/{report_id}").json()
+    page = next(file for file in document["files"] if file["name"] == "report.html")
+    answer = jobs_service.get(page["url"])
+    assert answer.headers["content-type"].startswith("text/html")
+    assert answer.headers["content-security-policy"].startswith("sandbox allow-scripts")
+    assert "allow-same-origin" not in answer.headers["content-security-policy"]
+    assert len(answer.content) == page["bytes"]
+
+
+def test_events_show_every_change_until_the_end(
+    jobs_service: RunningService, worker: Worker, plan: dict[str, Any]
+) -> None:
+    body = {"kind": "evaluate", "plan_id": plan["id"], "options": {"text": "calibration.txt"}}
+    job_id = jobs_service.post("/jobs", body).json()["id"]
+    with jobs_service.client.stream("GET", f"/jobs/{job_id}/events") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = answer.iter_lines()
+        assert next(lines) == "event: job"
+        finish(jobs_service, worker, job_id)
+        text = "\n".join(["event: job", *lines])
+    blocks = [dict(line.split(": ", 1) for line in block.split("\n")) for block in text.strip().split("\n\n")]
+    assert [block["event"] for block in blocks][-1] == "end"
+    states = [json.loads(block["data"])["state"] for block in blocks if block["event"] == "job"]
+    assert (states[0], states[-1]) == ("queued", "succeeded")
+    versions = [int(block["id"]) for block in blocks if block["event"] == "job"]
+    assert versions == sorted(set(versions))
+
+
+def test_a_job_that_is_over_cannot_be_cancelled(jobs_service: RunningService, measured: dict[str, Any]) -> None:
+    answer = jobs_service.client.delete(f"/jobs/{measured['id']}")
+    assert (answer.status_code, answer.json()["title"]) == (409, "Conflict")
+
+
+def test_cancelling_ends_the_work(
+    jobs_service: RunningService, settings: ServiceSettings, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"kind": "measure", "model_id": measured["model_id"], "options": {**MEASURE, "seed": 2}}
+    job_id = jobs_service.post("/jobs", body).json()["id"]
+    own = Worker(settings)
+    report = own.queue.report
+
+    def cancel_then_report(claim: Any, progress: Any) -> None:
+        if progress["stage"] == "fisher":
+            jobs_service.client.delete(f"/jobs/{job_id}")
+        report(claim, progress)
+
+    monkeypatch.setattr(own.queue, "report", cancel_then_report)
+    assert own.run_once()
+    job = jobs_service.get(f"/jobs/{job_id}").json()
+    assert (job["state"], job["result"], job["progress"]["stage"]) == ("cancelled", None, "output_error")
+
+
+def test_a_worker_that_is_told_to_stop_gives_its_job_back(
+    jobs_service: RunningService, settings: ServiceSettings, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"kind": "measure", "model_id": measured["model_id"], "options": {**MEASURE, "seed": 3}}
+    job_id = jobs_service.post("/jobs", body).json()["id"]
+    own = Worker(settings)
+
+    def stop(*_: Any) -> None:
+        raise Stopping
+
+    monkeypatch.setattr(own.queue, "report", stop)
+    with pytest.raises(Stopping):
+        own.run_once()
+    job = jobs_service.get(f"/jobs/{job_id}").json()
+    assert (job["state"], job["attempts"]) == ("queued", 0)
+    assert finish(jobs_service, Worker(settings), job_id)["state"] == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"kind": "measure"}, "must name a model_id"),
+        ({"kind": "evaluate"}, "must name a plan_id"),
+        ({"kind": "dance"}, "/body/kind"),
+        ({"kind": "measure", "options": {"typo": 1}}, "options of 'measure' must be among"),
+        ({"kind": "measure", "options": {"formats": ["int99"]}}, "int99"),
+        ({"kind": "measure", "options": {"fisher_sequences": "many"}}, "config.fisher_sequences"),
+        ({"kind": "measure", "options": {"fisher_sequences": 0}}, "fisher_sequences must be at least 2"),
+        ({"kind": "measure", "options": {"engine": "none"}}, "engine must be a known name"),
+        ({"kind": "export", "options": {}}, "engine must be a known name"),
+        ({"kind": "apply", "options": {"out": "/tmp/x"}}, "options of 'apply' must be among none"),
+    ],
+    ids=str,
+)
+def test_a_wrong_job_is_refused(
+    jobs_service: RunningService, measured: dict[str, Any], plan: dict[str, Any], body: dict[str, Any], words: str
+) -> None:
+    named = {"model_id": measured["model_id"]} if body["kind"] == "measure" else {"plan_id": plan["id"]}
+    sent = {**named, **body} if "options" in body else body
+    answer = jobs_service.post("/jobs", sent)
+    assert answer.status_code == 400
+    assert words in answer.json()["detail"]
+
+
+def test_a_repeated_key_gives_the_first_answer(jobs_service: RunningService, measured: dict[str, Any]) -> None:
+    body = {"kind": "measure", "model_id": measured["model_id"], "options": {**MEASURE, "seed": 9}}
+    header = {"Idempotency-Key": "once"}
+    first = jobs_service.post("/jobs", body, headers=header)
+    second = jobs_service.post("/jobs", body, headers=header)
+    assert (first.status_code, second.status_code) == (202, 202)
+    assert first.json() == second.json()
+    jobs_service.client.delete(f"/jobs/{first.json()['id']}")
+    other = jobs_service.post("/jobs", {**body, "options": MEASURE}, headers=header)
+    assert (other.status_code, "an Idempotency-Key must go with one body" in other.text) == (422, True)
+    assert jobs_service.post("/jobs", body, headers={"Idempotency-Key": "x" * 201}).status_code == 400
+    # A refused request leaves its key free.
+    assert jobs_service.post("/jobs", {"kind": "measure"}, headers={"Idempotency-Key": "new"}).status_code == 400
+    assert (
+        jobs_service.post("/jobs", {**body, "options": MEASURE}, headers={"Idempotency-Key": "new"}).status_code == 200
+    )
+
+
+def test_a_changed_text_is_another_request(
+    jobs_service: RunningService, settings: ServiceSettings, measured: dict[str, Any]
+) -> None:
+    text = settings.model_roots[0] / "own.txt"
+    text.write_text("one")
+    body = {"kind": "measure", "model_id": measured["model_id"], "options": {**MEASURE, "calibration": "own.txt"}}
+    first = jobs_service.post("/jobs", body)
+    text.write_text("another")
+    second = jobs_service.post("/jobs", body)
+    assert (first.status_code, second.status_code) == (202, 202)
+    for answer in (first, second):
+        jobs_service.client.delete(f"/jobs/{answer.json()['id']}")
+
+
+def test_a_defect_keeps_its_words_in_the_log() -> None:
+    assert "secret" not in describe_problem(KeyError("secret"))["detail"]
+    assert describe_problem(ValueError("say this"))["detail"] == "say this"
+
+
+def test_health_and_metrics(jobs_service: RunningService, measured: dict[str, Any]) -> None:
+    assert jobs_service.get("/readyz").json() == {"status": "ready"}
+    text = jobs_service.get("/metrics").text
+    assert 'bitplan_jobs{state="succeeded"}' in text
+    assert 'bitplan_requests_total{method="GET",path="/jobs/{job_id}",status="200"}' in text
+    assert measured["id"] not in text
+    engines = jobs_service.get("/engines").json()["items"]
+    assert {"llama.cpp", "vllm"} <= {engine["name"] for engine in engines}

@@ -1,0 +1,270 @@
+"""The compiled decoder against the same model run module by module, and against float64."""
+
+import copy
+import ctypes
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from runtime.apply import apply_formats_
+from runtime.compiled_decoder import NotCompiled, compile_decoder, install_compiled_decoder_, run_tokens
+from runtime.decoder_cache import DecoderCache
+from runtime.kernels.cpu import load_kernels
+from runtime.kernels.decoder_step import _Step
+from runtime.kernels.dispatch import kernel_path, selected_kernels
+from runtime.units import list_weights
+from tests.runtime.kernels.stored_weights import available_kernels
+from tests.tiny_models import _SIZES, _build, build_tiny_llama, build_tiny_mixtral
+
+pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler is here")
+LEVELS = [kernels.level for kernels in available_kernels()]
+FORMATS = ("int4_g32", "int8_g64_sym", "int3_g64", "int5_channel", "int2_g32_sym")
+
+
+def build(config_class: Any, model_class: Any, **changes: Any) -> Any:
+    settings = {**_SIZES, "intermediate_size": 128, "tie_word_embeddings": False, **changes}
+    return _build(model_class, config_class(**settings), seed=0)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": build_tiny_llama,
+    "llama, tied": lambda: build_tiny_llama(tied=True),
+    "llama, biases, one head of keys": lambda: build_tiny_llama(attention_bias=True, key_value_heads=1),
+    "llama, wide heads": lambda: build_tiny_llama(head_dim=80),
+    "mistral": lambda: build(MistralConfig, MistralForCausalLM, sliding_window=None),
+    "qwen 2": lambda: build(Qwen2Config, Qwen2ForCausalLM),
+    "qwen 3": lambda: build(Qwen3Config, Qwen3ForCausalLM, head_dim=32),
+    "llama, yarn": lambda: build(
+        type(build_tiny_llama().config),
+        type(build_tiny_llama()),
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def outputs_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every ``torch.empty`` is filled with NaN, so that a place nobody wrote shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pack(model: Any) -> Any:
+    """Returns the model with packed weights in formats that alternate, and the forward of the compiled decoder."""
+    names = [name for name, weight in list_weights(model).items() if weight.kind != "router"]
+    apply_formats_(model, {name: FORMATS[i % len(FORMATS)] for i, name in enumerate(names)})
+    model.requires_grad_(False)
+    assert install_compiled_decoder_(model) is None
+    return model
+
+
+def draw_tokens(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(2, 320, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def run_by_parts(model: Any, tokens: Tensor, parts: list[int]) -> Tensor:
+    """Returns the logits [T, V] of tokens that are given to the model in parts, by the compiled decoder."""
+    cache: Any = DynamicCache()
+    logits = []
+    for part in torch.split(tokens, parts, dim=1):
+        output = model(part, past_key_values=cache)
+        cache = output.past_key_values
+        assert isinstance(cache, DecoderCache)
+        logits.append(output.logits[0])
+    return torch.cat(logits)
+
+
+def run_in_float64(model: Any, tokens: Tensor) -> Tensor:
+    """Returns the logits [T, V] with the packed weights' values in float64."""
+    with kernel_path("reference"):
+        logits: Tensor = copy.deepcopy(model).double()(tokens, use_cache=False).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_as_near_to_float64_as_those_of_the_modules(name: str, level: str) -> None:
+    model = pack(MODELS[name]())
+    tokens = draw_tokens(24)
+    expected = run_in_float64(model, tokens)
+    with kernel_path(level):
+        # Without a cache the model's own forward runs: the same products of the same kernels.
+        modules = model(tokens, use_cache=False).logits[0]
+        compiled = run_by_parts(model, tokens, [9, 1, 1, 3, 1, 7, 1, 1])
+    allowed = (modules.double() - expected).norm()
+    # Roundings of another order are another draw of the same error, and float32 itself adds some.
+    assert (compiled.double() - expected).norm() <= 2 * allowed + 1e-5 * expected.norm()
+    assert allowed <= 2e-3 * expected.norm()
+
+
+def test_texts_longer_than_a_part_of_the_prompt_and_than_the_first_cache() -> None:
+    model = pack(build_tiny_llama())
+    tokens = draw_tokens(530)
+    expected = run_in_float64(model, tokens)
+    compiled = run_by_parts(model, tokens, [520, 1, 9])
+    assert (compiled.double() - expected).norm() <= 1e-3 * expected.norm()
+    last = model(tokens, past_key_values=DynamicCache(), logits_to_keep=3).logits
+    assert last.shape == (1, 3, 320)
+    assert torch.allclose(last[0], compiled[-3:], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "qwen 3"])
+def test_generation_gives_the_text_of_the_reference(name: str) -> None:
+    model = pack(MODELS[name]())
+    tokens, settings = draw_tokens(9), {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 1}
+    with kernel_path("reference"):
+        expected = model.generate(tokens, **settings)
+    output = model.generate(tokens, **settings, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected)
+    assert isinstance(output.past_key_values, DecoderCache)
+    # Several tokens at a time, some of which are taken back.
+    assert torch.equal(model.generate(tokens, **settings, prompt_lookup_num_tokens=3), expected)
+
+
+def test_threads_do_not_change_the_logits() -> None:
+    model = pack(build_tiny_llama())
+    tokens, threads = draw_tokens(40), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(run_by_parts(model, tokens, [30, 1, 1, 8]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_sequence_goes_on_in_either_way() -> None:
+    model = pack(build_tiny_llama())
+    tokens = draw_tokens(16)
+    expected = run_by_parts(model, tokens, [16])
+    with kernel_path("reference"):
+        begun = model(tokens[:, :6], past_key_values=DynamicCache()).past_key_values
+    assert type(begun) is DynamicCache
+    second = model(tokens[:, 6:11], past_key_values=begun)
+    assert isinstance(second.past_key_values, DecoderCache)
+    with kernel_path("reference"):
+        third = model(tokens[:, 11:], past_key_values=second.past_key_values)
+    assert third.past_key_values.get_seq_length() == 16
+    assert torch.allclose(torch.cat([second.logits[0], third.logits[0]]), expected[6:], atol=2e-3)
+
+
+def test_what_is_not_one_plain_sequence_runs_module_by_module() -> None:
+    model = pack(build_tiny_llama())
+    tokens = draw_tokens(6)
+    padded = torch.tensor([[0, 1, 1, 1, 1, 1]])
+    cases: list[dict[str, Any]] = [
+        {"input_ids": tokens.repeat(2, 1)},
+        {"input_ids": tokens, "attention_mask": padded},
+        {"input_ids": tokens, "output_hidden_states": True},
+        {"input_ids": tokens, "position_ids": torch.arange(3, 9)[None]},
+        {"inputs_embeds": torch.zeros(1, 6, 64)},
+    ]
+    for case in cases:
+        assert type(model(**case, past_key_values=DynamicCache()).past_key_values) is DynamicCache
+    hook = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(NotCompiled, match=r"modules must have no hooks.*on 'model.layers.1.mlp'"):
+        compile_decoder(model)
+    assert type(model(tokens, past_key_values=DynamicCache()).past_key_values) is DynamicCache
+    hook.remove()
+    assert type(model(tokens, past_key_values=DynamicCache()).past_key_values) is DecoderCache
+    beams = model.generate(tokens, max_new_tokens=5, num_beams=2, do_sample=False, pad_token_id=1)
+    assert beams.shape == (1, 11)
+
+
+def test_the_cache_holds_one_sequence() -> None:
+    model = pack(build_tiny_llama())
+    cache: Any = model(draw_tokens(5), past_key_values=DynamicCache()).past_key_values
+    with pytest.raises(ValueError, match="this cache must be given one sequence: got 2"):
+        model(draw_tokens(1).repeat(2, 1), past_key_values=cache)
+    cache.crop(-2)
+    assert cache.get_seq_length() == 3
+    cache.reset()
+    assert cache.get_seq_length() == 0
+
+
+def test_weights_that_were_replaced_are_read_from_the_next_text_on() -> None:
+    model, tokens = pack(build_tiny_llama()), draw_tokens(5)
+    before = run_by_parts(model, tokens, [5])
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    state["model.layers.0.mlp.up_proj.weight.scale"] *= 3
+    model.load_state_dict(state, assign=True)
+    after = run_by_parts(model, tokens, [5])
+    assert not torch.allclose(before, after, atol=1e-2)
+    assert torch.allclose(after, model(tokens, use_cache=False).logits[0], atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma"}, "model_type must be one of llama, mistral, qwen2, qwen3.*got gemma"),
+        ({"hidden_act": "gelu"}, "hidden_act must be silu.*got gelu"),
+        ({"head_dim": 24}, "head_dim must be a multiple of 16.*got 24"),
+        ({"intermediate_size": 100}, "intermediate_size must be a multiple of 16.*got 100"),
+        ({"hidden_size": 72}, "hidden_size must be a multiple of 16.*got 72"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type must be one of default.*got dynamic"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "attention must be of all tokens.*sliding window"),
+    ],
+)
+def test_models_of_other_shapes_are_refused(changes: dict[str, Any], message: str) -> None:
+    model = build_tiny_llama()
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    with pytest.raises(NotCompiled, match=message):
+        compile_decoder(model)
+
+
+def test_weights_that_the_kernels_do_not_read_are_refused() -> None:
+    model = build_tiny_llama()
+    with pytest.raises(NotCompiled, match="every weight must be in an integer format of the CPU kernels: got 'Linear'"):
+        compile_decoder(model)
+    formats = dict.fromkeys(list_weights(model), "int4_g32") | {"model.layers.1.self_attn.k_proj.weight": "mxfp4"}
+    apply_formats_(model, formats)
+    assert "got 'mxfp4' in key of layer 1" in str(install_compiled_decoder_(model))
+    with pytest.raises(NotCompiled, match="norms must be RMS norms in float32 on the CPU: got .* with torch.bfloat16"):
+        compile_decoder(pack(build_tiny_llama()).bfloat16())
+    mapped = pack(build_tiny_llama())
+    mapped.model.norm = torch.nn.Sequential(mapped.model.norm)
+    with pytest.raises(NotCompiled, match="(?s)got Sequential.* with no weight in the last norm"):
+        compile_decoder(mapped)
+    with pytest.raises(NotCompiled, match="packed weights and their biases must lie on the CPU"):
+        biased = pack(build_tiny_llama(attention_bias=True))
+        biased.model.layers[0].self_attn.q_proj.bias.data = biased.model.layers[0].self_attn.q_proj.bias.data.half()
+        compile_decoder(biased)
+    assert install_compiled_decoder_(build_tiny_mixtral()) is not None
+
+
+def test_steps_without_memory_are_refused() -> None:
+    model = pack(build_tiny_llama())
+    kernels = selected_kernels()
+    assert kernels is not None
+    step = _Step(0, 0, 0, 0, 0, 2**44, 0, 2**44, 1)
+    with pytest.raises(MemoryError, match="memory for the states of the tokens must be there"):
+        kernels.step(compile_decoder(model)._view, step)
+
+
+def test_no_gradient_is_kept() -> None:
+    model = pack(build_tiny_llama())
+    cache = model(draw_tokens(4), past_key_values=DynamicCache()).past_key_values
+    assert not run_tokens(model, cache, draw_tokens(1), wanted=1).requires_grad
+    assert ctypes.sizeof(_Step) == 72
