@@ -13,7 +13,7 @@ PIP = $(BIN)/python -m pip -qq --disable-pip-version-check
 PACKAGES = allocator sensitivity solvers runtime reports
 WORKERS ?= auto
 
-.PHONY: help setup demo test lint format type unit wheel bench clean
+.PHONY: help setup demo test lint format type unit wheel page bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -55,9 +55,17 @@ unit: $(STAMP) ## the tests
 wheel: $(STAMP) ## build the wheel and try it in an empty environment
 	@bash tests/wheel_check.sh $(BIN)/python
 
+# What it builds is in the repository, so that nobody needs node who does not change the page.
+NPM = npm --prefix frontend --silent
+page: ## check, test and build the service's page (frontend/, needs node 20) into allocator/service/page
+	@$(NPM) ci --no-fund --no-audit
+	@$(NPM) run check
+	@$(NPM) test
+	@$(NPM) run build
+
 bench: $(STAMP) ## rerun the benchmarks (long; rewrites the tables in benchmarks/)
 	@for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean: ## remove the environment, build results and caches
-	@rm -rf $(VENV) dist build demo-output runtime/kernels/cpu/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) dist build demo-output frontend/node_modules runtime/kernels/cpu/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find $(PACKAGES) tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -145,8 +145,14 @@ def plan(profile_id: str, budget: Budget, metric: str | None, engine: str | None
     Raises:
         InfeasibleBudget: If nothing keeps the budget.
     """
-    body = {"profile_id": profile_id, "budget": _budget_body(budget), "metric": metric, "engine": engine}
-    body |= {"context": budget.context, "batch": budget.batch}
+    body: dict[str, Any] = {
+        "profile_id": profile_id,
+        "budget": _budget_body(budget),
+        "metric": metric,
+        "engine": engine,
+        "context": budget.context,
+        "batch": budget.batch,
+    }
     document = yield Call(method="POST", path="/plans", body={k: v for k, v in body.items() if v is not None})
     return RemotePlan(id=document["id"], model_id=document["model_id"], document=document)
 

@@ -89,8 +89,11 @@ def _check_comparable(first: Plan, second: Plan) -> None:
             f"({models[0][:12]}) and one of '{second.provenance['model']}' ({models[1][:12]}). Take two of one."
         )
         raise ArtefactMismatch(msg)
-    if first.cache is not None or second.cache is not None:
-        msg = "plans that are compared must be of weights alone: got one with a cache. Plan without a context."
+    if any(plan.cache is not None or plan.activations is not None for plan in (first, second)):
+        msg = (
+            "plans that are compared must be of weights alone: got one with formats of a cache or of activations. Plan "
+            "without them."
+        )
         raise ValueError(msg)
 
 

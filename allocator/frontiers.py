@@ -5,6 +5,7 @@ import numpy as np
 from allocator.artefacts import Model, find_profile
 from allocator.assignments import cache_use
 from allocator.budget import MEMORY
+from allocator.notebook import Frontier
 from allocator.planning import default_metric
 from allocator.problems import build_cost_tables, build_problem
 from allocator.progress import Progress, silent
@@ -25,7 +26,7 @@ def frontier(
     batch: int = 1,
     store: Store | None = None,
     progress: Progress = silent,
-) -> list[dict[str, float]]:
+) -> Frontier:
     """Returns the least loss at ``points`` memory budgets, from the smallest reachable to the largest useful.
 
     Each point has ``memory_bytes`` (used), ``bits_per_weight``, ``predicted_loss`` and ``lower_bound`` (nats per
@@ -52,7 +53,7 @@ def frontier(
     least, most = np.nanmin(memory, axis=1).sum(), np.nanmax(memory, axis=1).sum()
     limits = np.linspace(least, most, points)
     results = solve_frontier(problem, limits=limits)
-    return [_frontier_point(profile, result, tables[MEMORY]) for result in results if result.choice is not None]
+    return Frontier(_frontier_point(profile, result, tables[MEMORY]) for result in results if result.choice is not None)
 
 
 def _frontier_point(profile: SensitivityProfile, result: SolveResult, memory: CostTable) -> dict[str, float]:

@@ -7,24 +7,21 @@ from pathlib import Path
 
 import torch
 
+from allocator.beside_weights import (
+    add_activations,
+    add_cache,
+    find_activation_candidates,
+    find_cache_candidates,
+)
 from allocator.progress import Progress
 from allocator.shortlist import MENU, find_shortlist
 from allocator.stability import PlanStability
 from allocator.store import Store
 from allocator.transformed import transform_
-from runtime.activation_units import list_activation_candidates
-from runtime.cache_units import find_cache_units, list_cache_candidates
 from runtime.candidates import Candidates, list_candidates
 from runtime.formats import DEFAULT_FORMATS, FORMATS
 from runtime.loading import ReferenceModel
 from runtime.units import find_units
-from sensitivity.activation_losses import ACTIVATION_SEQUENCES, activation_fingerprint, measure_activation_losses
-from sensitivity.cache_losses import (
-    CACHE_SEQUENCES,
-    cache_fingerprint,
-    check_metrics_beside_weights,
-    measure_cache_losses,
-)
 from sensitivity.calibration import (
     TokenSequences,
     read_documents,
@@ -97,15 +94,17 @@ def run_measurement(
         progress: Called with (stage, done, total).
 
     Raises:
-        ValueError: If the request is wrong, or asks for what such a model cannot give, or for caches that the model or
-            the metrics have nothing to say of.
+        ValueError: If the request is wrong, or asks for what such a model cannot give, or for caches or
+            activations that the model or the metrics have nothing to say of.
     """
     if reference.stored_weights is not None:
         request = _make_blockwise(request)
     text = prepare_text(reference, request, kept=store.root / "texts")
     if request.transforms:
         reference = transform_(reference, request.transforms, text.fisher.tokens, store)
-    candidates, cache = find_candidates(reference, request), find_cache_candidates(reference, request)
+    candidates, metrics = find_candidates(reference, request), request.config.metrics
+    cache = find_cache_candidates(reference, request.cache_formats, metrics)
+    activations = find_activation_candidates(reference, candidates.units, request.activation_formats, metrics)
     notes = {}
     if request.formats == (MENU,):
         shortlist = find_shortlist(
@@ -118,9 +117,9 @@ def run_measurement(
         candidates, notes = shortlist.candidates, {"menu": shortlist.describe()}
     profile = _measure_weights(reference, candidates, text, request.config, store, progress, notes=notes)
     if cache is not None:
-        profile = _add_cache(reference, profile, cache, text, store, progress)
-    if request.activation_formats:
-        profile = _add_activations(reference, profile, request, text, store, progress)
+        profile = add_cache(reference, profile, cache, text, store, progress)
+    if activations is not None:
+        profile = add_activations(reference, profile, activations, request.config.seed, text, store, progress)
     store.make_latest(profile)
     return profile
 
@@ -153,69 +152,6 @@ def _measure_weights(
     return profile
 
 
-def _add_cache(
-    reference: ReferenceModel,
-    weights: SensitivityProfile,
-    cache: Candidates,
-    text: MeasurementText,
-    store: Store,
-    progress: Progress,
-) -> SensitivityProfile:
-    """Returns the profile of the weights with the caches beside them, under a fingerprint of its own."""
-    fingerprint = cache_fingerprint(weights.fingerprint, cache)
-    profile = store.find_profile(fingerprint)
-    if profile is None:
-        losses = measure_cache_losses(
-            reference.model,
-            cache,
-            # Those of the single-unit KL are too short to have a past.
-            text.fisher.tokens[:CACHE_SEQUENCES],
-            pieces=store.pieces(fingerprint),
-            progress=partial(progress, "cache"),
-        )
-        profile = replace(weights, cache=losses, provenance={**weights.provenance, "profile": fingerprint})
-        store.save_profile(profile)
-    return profile
-
-
-def _add_activations(
-    reference: ReferenceModel,
-    measured: SensitivityProfile,
-    request: MeasureRequest,
-    text: MeasurementText,
-    store: Store,
-    progress: Progress,
-) -> SensitivityProfile:
-    """Returns the profile with the activations beside what it has, under a fingerprint of its own.
-
-    Raises:
-        ValueError: If a format is unknown, the model has no linear layers or is read block by block, or no metric is in
-            the unit that the losses of activations have.
-    """
-    if reference.stored_weights is not None:
-        msg = (
-            "activations of a model that is read block by block cannot be measured: a pass needs all of it. Leave the "
-            f"activation formats out: got {', '.join(request.activation_formats)}."
-        )
-        raise ValueError(msg)
-    check_metrics_beside_weights(request.config.metrics, "activations")
-    candidates = list_activation_candidates(measured.candidates.units, request.activation_formats)
-    fingerprint = activation_fingerprint(measured.fingerprint, candidates)
-    profile = store.find_profile(fingerprint)
-    if profile is None:
-        losses = measure_activation_losses(
-            reference.model,
-            candidates,
-            text.fisher.tokens[:ACTIVATION_SEQUENCES],
-            seed=request.config.seed,
-            pieces=store.pieces(fingerprint),
-            progress=partial(progress, "activations"),
-        )
-        profile = replace(measured, activations=losses, provenance={**measured.provenance, "profile": fingerprint})
-        store.save_profile(profile)
-    return profile
-
-
 def _make_blockwise(request: MeasureRequest) -> MeasureRequest:
     if request.calibration in (None, SELF_BALANCED):
         msg = (
@@ -231,25 +167,6 @@ def find_candidates(reference: ReferenceModel, request: MeasureRequest) -> Candi
     units = find_units(reference.model, fuse=request.fuse, experts=request.experts, routers=request.routers)
     formats = tuple(FORMATS) if request.formats == (MENU,) else request.formats
     return list_candidates(units, formats, embedding_formats=request.embedding_formats, pins=request.pins)
-
-
-def find_cache_candidates(reference: ReferenceModel, request: MeasureRequest) -> Candidates | None:
-    """Returns the cache units and their allowed formats, or None where a request names none.
-
-    Raises:
-        ValueError: If a format is unknown or fits no cache, the model caches in another way or is read block by block,
-            or no metric of the request is in the unit that the losses of caches have.
-    """
-    if not request.cache_formats:
-        return None
-    if reference.stored_weights is not None:
-        msg = (
-            "caches of a model that is read block by block cannot be measured: each pair of cache and format would "
-            f"read the model once. Leave the cache formats out: got {', '.join(request.cache_formats)}."
-        )
-        raise ValueError(msg)
-    check_metrics_beside_weights(request.config.metrics, "caches")
-    return list_cache_candidates(find_cache_units(reference.model), request.cache_formats)
 
 
 def prepare_text(reference: ReferenceModel, request: MeasureRequest, *, kept: Path | None = None) -> MeasurementText:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from allocator.assignments import Assignment, bits_per_weight, cache_use, pick, use_of
-from allocator.budget import BIT_OPERATIONS, MEMORY, Budget, InfeasibleBudget
+from allocator.assignments import Assignment, bits_per_weight, pick, use_of
+from allocator.budget import MEMORY, Budget, InfeasibleBudget
 from allocator.interactions import candidates_near, choose_shrinkage, sketch_from_gram
-from allocator.plans import ActivationPlan, CachePlan, Plan, UnitPlan
+from allocator.plan_parts import make_activation_plan, make_cache_plan, make_unit_plans
+from allocator.plans import Plan
 from allocator.problems import build_problem, pose_problem, resolve_limits
 from allocator.reachable import MAX_KL, find_least_values
-from runtime.activation_names import module_of
 from runtime.costs import CostTable
 from sensitivity.experts.expert_tables import FISHER_SHRUNK
 from sensitivity.measure_config import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
@@ -193,13 +193,14 @@ def make_plan(
     use = use_of(assignment.choice, {name: tables[name] for name in dict.fromkeys([MEMORY, *limits])})
     additive, with_interactions = predicted_kl(profile, assignment)
     memory_bytes = round(use[MEMORY])
-    cache = _cache_plan(profile, assignment, budget, tables[MEMORY])
-    fit = profile.prediction_fits.get(predicting_metric(profile, assignment.metric))
+    cache = make_cache_plan(profile, assignment, budget, tables[MEMORY])
+    metric = predicting_metric(profile, assignment.metric)
+    predicting, fit = profile.table(metric), profile.prediction_fits.get(metric)
     return Plan(
         name=assignment.name,
         metric=assignment.metric,
         weights=assignment.formats_by_weight(profile.candidates),
-        units=_unit_plans(profile, assignment, tables[MEMORY]),
+        units=make_unit_plans(profile, assignment, predicting, tables[MEMORY]),
         budget=budget.describe(),
         predicted_kl=additive,
         predicted_std_error=predicted_std_error(profile, assignment),
@@ -214,43 +215,7 @@ def make_plan(
         reference_memory_bytes=profile.reference_bytes,
         provenance={**profile.provenance, **provenance},
         cache=cache,
-        activations=_activation_plan(profile, assignment, tables),
-    )
-
-
-def _activation_plan(
-    profile: SensitivityProfile, assignment: Assignment, tables: Mapping[str, CostTable]
-) -> ActivationPlan | None:
-    if not profile.activations_joined:
-        return None
-    assert profile.activations is not None
-    formats = assignment.formats_by_activation(profile.candidates)
-    known = profile.activations.scales
-    scales = {
-        name: [float(x) for x in known[module][format_]]
-        for name, format_ in formats.items()
-        if format_ in known.get(module := module_of(name), {})
-    }
-    rows = np.array([unit.kind == "activation" for unit in profile.candidates.units])
-    loss = profile.table(predicting_metric(profile, assignment.metric)).loss
-    return ActivationPlan(
-        formats=formats,
-        scales=scales,
-        bit_operations=tables[BIT_OPERATIONS].use(assignment.choice),
-        predicted_loss=float(pick(loss, assignment.choice)[rows].sum()),
-    )
-
-
-def _cache_plan(
-    profile: SensitivityProfile, assignment: Assignment, budget: Budget, memory: CostTable
-) -> CachePlan | None:
-    if budget.context is None:
-        return None
-    return CachePlan(
-        context=budget.context,
-        batch=budget.batch,
-        memory_bytes=round(cache_use(profile.candidates, assignment.choice, memory)),
-        formats=assignment.formats_by_cache(profile.candidates),
+        activations=make_activation_plan(profile, assignment, predicting, tables),
     )
 
 
@@ -310,31 +275,3 @@ def _proof(
 def _shadow_prices(result: SolveResult) -> dict[str, float]:
     prices = zip(result.resources, result.shadow_price, strict=True)
     return {MAX_KL if name == LOSS else name: float(price) for name, price in prices if math.isfinite(price)}
-
-
-def _unit_plans(profile: SensitivityProfile, assignment: Assignment, memory: CostTable) -> tuple[UnitPlan, ...]:
-    table = profile.table(predicting_metric(profile, assignment.metric))
-    rows = zip(
-        profile.candidates.units,
-        assignment.choice,
-        pick(table.loss, assignment.choice),
-        pick(table.std_error, assignment.choice),
-        pick(memory.cost, assignment.choice),
-        strict=True,
-    )
-    return tuple(
-        UnitPlan(
-            unit=unit.name,
-            role=unit.role,
-            layer_index=unit.layer_index,
-            expert_index=unit.expert_index,
-            format=profile.candidates.formats[int(f)].name,
-            bits=profile.candidates.formats[int(f)].bits,
-            weights=unit.weight_count,
-            memory_bytes=round(float(memory_bytes)),
-            predicted_loss=float(loss),
-            std_error=float(std_error),
-        )
-        for unit, f, loss, std_error, memory_bytes in rows
-        if unit.kind != "activation"
-    )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from allocator.notebook import plan_html
 from runtime.activation_names import module_of
 
 SCHEMA_VERSION = 3
@@ -234,6 +235,18 @@ class Plan:
     def shipped(self) -> Evaluation | None:
         """The measurement of what ships, or None before verification."""
         return next((e for e in self.evaluations if e.shipped), None)
+
+    def _repr_html_(self) -> str:
+        """Returns the plan as a notebook shows it."""
+        measured = self.shipped
+        lines = [
+            f"{self.memory_bytes / 2**20:.2f} MiB of {self.reference_memory_bytes / 2**20:.1f} MiB, "
+            f"{self.bits_per_weight:.3f} bits per weight",
+            f"predicted KL {self.predicted_kl:.4g} nats per token, gap to the best possible {self.relative_gap:.2g}",
+            *([f"measured KL {measured.kl:.4g} [{measured.kl_low:.4g}, {measured.kl_high:.4g}]"] if measured else []),
+            self.verdict,
+        ]
+        return plan_html(f"Plan '{self.name}' for {self.budget}", lines, self.units)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as JSON values; infinite and unknown numbers become null. Parts it lacks are not named."""

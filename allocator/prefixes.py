@@ -4,7 +4,8 @@ A prefix changes the function of the model, so what counts is the divergence of 
 model as it was trained, without any. The search lowers that, and finds no prefix where none does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from allocator.store import Store
 from runtime.apply import simulated_formats
 from runtime.loading import ReferenceModel
 from runtime.rendering import RenderingRule
+from runtime.simulated_activations import simulated_activations
 from runtime.transforms.prefix_tokens import (
     Prefix,
     compute_prefixed_logits,
@@ -161,7 +163,7 @@ def _search(
         progress("prefix", places, 1 + length)
         # Keys and values are the unquantized model's.
         made = [_make(reference, tokens) for tokens in prefixes]
-        with simulated_formats(reference.model, plan.weights, quantizer=rule):
+        with _simulated(reference.model, plan, rule):
             found = [_divergence(before, compute_log_probabilities(reference.model, seen, p)).mean() for p in made]
         places += 1
         return [float(kl) for kl in found]
@@ -210,7 +212,7 @@ def _score_sequences(
             parts[name].append((_divergence(before, after), nll))
 
         add(_UNQUANTIZED, prefix)
-        with simulated_formats(model, plan.weights, quantizer=rule):
+        with _simulated(model, plan, rule):
             add(_PLAN, None)
             add(_PREFIXED, prefix)
     return {
@@ -238,3 +240,11 @@ def _divergence(before: Tensor, after: Tensor) -> Tensor:
     """Returns the KL [S] in nats per token, of log-probabilities [S, T, V]."""
     pairs = zip(before, after, strict=True)
     return torch.stack([(p.exp() * (p - q)).sum(-1).double().mean() for p, q in pairs])
+
+
+@contextmanager
+def _simulated(model: Any, plan: Plan, rule: RenderingRule) -> Iterator[None]:
+    """Gives the model the weights of a plan, and the formats of its activations where it has any."""
+    scheme = {} if plan.activations is None else plan.activations.scheme
+    with simulated_formats(model, plan.weights, quantizer=rule), simulated_activations(model, scheme):
+        yield

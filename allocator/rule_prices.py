@@ -9,8 +9,8 @@ For an engine that demands one format for many experts there are two rows: its f
 free, and all its rules. Their difference is the price of that one demand.
 
 Complexity: one solve a rule, milliseconds each. Limits: losses of joined units add, as in
-`sensitivity.experts.granularity`; a plan whose budget also holds a cache is not priced, for its weights' part of the
-budget would change with the rule.
+`sensitivity.experts.granularity`; a plan whose budget also holds a cache or activations is not priced, for its
+weights' part of the budget would change with the rule.
 """
 
 from dataclasses import dataclass, replace
@@ -62,7 +62,7 @@ def price_rules_of(profile: SensitivityProfile, plan: Plan) -> list[RulePrice]:
         plan: The plan.
     """
     metric = predicting_metric(profile, plan.metric)
-    if profile.cache_load is not None or profile.table(metric).unit_of_measure != NATS:
+    if profile.cache_load is not None or profile.activations_joined or profile.table(metric).unit_of_measure != NATS:
         return []
     under = {FREE: profile, **_coarser(profile, metric), **_under_engine(profile, plan)}
     if len(under) == 1:

@@ -258,9 +258,14 @@ def _vertices(bits: NDArray[np.float64], error: NDArray[np.float64]) -> list[int
     return found
 
 
+def hull_vertices(bits: NDArray[np.float64], loss: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Returns the indices of the vertices of the falling part of the lower hull of points [F], by rising bits."""
+    order = np.lexsort((loss, bits))
+    return order[_vertices(bits, loss)]
+
+
 def _hull(bits: NDArray[np.float64], error: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    order = np.lexsort((error, bits))
-    vertices = order[_vertices(bits, error)]
+    vertices = hull_vertices(bits, error)
     return bits[vertices], error[vertices]
 
 

@@ -1,17 +1,21 @@
-"""Weights and activations under a limit on bit operations, SmolLM2-135M. Writes activations.md.
+"""Weights and activations under a limit on bit operations, on two models. Writes activations.md.
 
 Limits are those of uniform widths (8-bit weights and 8-bit activations, 4 and 8, 4 and 4); memory is that of the
 weights' width. Beside the plan of one solve stands the uniform format of the same operations with the best of the
 activation formats of its width.
 """
 
+import argparse
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from bench_cache import smollm2
+from bench_cache import small_mixture, smollm2
 from machine import describe_machine
 from scipy.stats import spearmanr
 
@@ -22,11 +26,11 @@ from allocator.measuring import MeasureRequest
 from allocator.pipeline import measure
 from allocator.planning import default_metric, find_assignment, predicted_kl
 from allocator.problems import build_cost_tables
-from allocator.progress import Progress, shown_progress
+from allocator.progress import shown_progress
 from allocator.store import Store
 from allocator.verification import score_cached
 from sensitivity.activation_losses import join_activations
-from sensitivity.evaluation import mean_interval
+from sensitivity.evaluation import SequenceScores, mean_interval
 from sensitivity.profile import SensitivityProfile
 
 FORMATS = ("int8_token", "int8_tensor", "int8_tensor_static", "fp8_token", "int4_token", "bf16")
@@ -34,7 +38,6 @@ UNIFORM = (
     *(("int8_g64", name) for name in ("bf16", "int8_token", "int8_tensor", "int8_tensor_static", "fp8_token")),
     *(("int4_g64", name) for name in ("bf16", "int8_token", "int4_token")),
 )
-EVALUATED = 4
 LIMITED = (("int8_g64", "int8_token"), ("int4_g64", "int8_token"), ("int4_g64", "int4_token"))
 
 
@@ -52,15 +55,52 @@ class Row:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["mixture", "smollm2"], choices=["mixture", "smollm2"])
+    arguments = parser.parse_args()
     store = Store()
-    case = smollm2(store)
-    request: MeasureRequest = replace(case.request, cache_formats=(), activation_formats=FORMATS)
-    model = Model(case.source)
+    sections = [introduction(" ".join(sys.argv[1:]))]
     with shown_progress() as progress:
-        profile = join_activations(measure(model, request=request, store=store, progress=progress))
-        text = render(model, profile, list_rows(profile), store, progress)
-    (Path(__file__).parent / "activations.md").write_text(text, encoding="utf-8")
-    sys.stdout.write(text)
+        for name in arguments.models:
+            case = small_mixture() if name == "mixture" else smollm2(store)
+            request: MeasureRequest = replace(case.request, cache_formats=(), activation_formats=FORMATS)
+            model = Model(case.source)
+            profile = join_activations(measure(model, request=request, store=store, progress=progress))
+            rows = list_rows(profile)
+            tokens = profile.evaluation_tokens[: case.evaluated]
+            scores = score_cached(
+                profile,
+                {row.name: row.plan.formats_by_name(profile.candidates) for row in rows},
+                tokens,
+                load_model=partial(reference_of, model),
+                store=store,
+                progress=progress,
+            )
+            sections.append(render(case.title, profile, rows, tokens, scores))
+            # The first takes seconds, the second minutes: what is there is shown.
+            (Path(__file__).parent / "activations.md").write_text("\n".join(sections), encoding="utf-8")
+    sys.stdout.write("\n".join(sections))
+
+
+def reference_of(model: Model) -> Any:
+    """Returns the model that plans are measured on."""
+    return model.reference.model
+
+
+def introduction(flags: str) -> str:
+    """Returns what the page is about."""
+    lines = [
+        "# Activations under a limit on bit operations",
+        "",
+        f"Made by `python benchmarks/bench_activations.py {flags}`. Machine: {describe_machine()}.",
+        "",
+        "Bit operations of one token: multiplications × bits of the weights' codes × bits of the activations; heads "
+        "and experts read 16-bit activations. Activations: Fisher diagonal of 16 × 128 tokens, static scales of 8 of "
+        "these sequences. KL in nats per token on text that nothing else saw, weights and activations quantized "
+        "together, with half the 95 % interval. Uniform plans have one format for all weights, the embedding too.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def list_rows(profile: SensitivityProfile) -> list[Row]:
@@ -83,29 +123,20 @@ def make_uniform(profile: SensitivityProfile, weights: str, activations: str) ->
     return Assignment(name="uniform", kind="uniform", metric=metric, choice=np.array(columns, dtype=np.int64))
 
 
-def render(model: Model, profile: SensitivityProfile, rows: list[Row], store: Store, progress: Progress) -> str:
-    """Returns the page."""
-    tokens = profile.evaluation_tokens[:EVALUATED]
-    scores = score_cached(
-        profile,
-        {row.name: row.plan.formats_by_name(profile.candidates) for row in rows},
-        tokens,
-        load_model=lambda: model.reference.model,
-        store=store,
-        progress=progress,
-    )
+def render(
+    title: str,
+    profile: SensitivityProfile,
+    rows: list[Row],
+    tokens: np.ndarray,
+    scores: Mapping[str, SequenceScores],
+) -> str:
+    """Returns the section of one model."""
     lines = [
-        "# Activations under a limit on bit operations, SmolLM2-135M",
+        f"## {title}",
         "",
-        f"Made by `python benchmarks/bench_activations.py`. Machine: {describe_machine()}.",
+        f"Metric of the weights: {default_metric(profile)}. Measured on {len(tokens)} × {tokens.shape[1]} tokens.",
         "",
-        "Bit operations of one token: multiplications × bits of the weights' codes × bits of the activations, the tied "
-        "head with 16-bit activations. Metric: that of the demonstration for weights, Fisher diagonal of 32 × 128 "
-        "tokens for activations; static scales of 8 of these sequences. KL in nats per token on "
-        f"{len(tokens)} × {tokens.shape[1]} tokens of other text, "
-        "weights and activations quantized together, with half the 95 % interval.",
-        "",
-        "| plan | MiB | 10⁹ bit operations | predicted KL | measured KL |",
+        "| plan | MiB | 10⁶ bit operations | predicted KL | measured KL |",
         "|---|---|---|---|---|",
     ]
     tables, pairs = build_cost_tables(profile), []
@@ -114,7 +145,7 @@ def render(model: Model, profile: SensitivityProfile, rows: list[Row], store: St
         mean, low, _ = mean_interval(kl)
         pairs.append((predicted_kl(profile, row.plan)[0], mean))
         lines.append(
-            f"| {row.name} | {use[MEMORY] / 2**20:.1f} | {use[BIT_OPERATIONS] / 1e9:.2f} | {pairs[-1][0]:.4f} | "
+            f"| {row.name} | {use[MEMORY] / 2**20:.2f} | {use[BIT_OPERATIONS] / 1e6:.1f} | {pairs[-1][0]:.4f} | "
             f"{mean:.4f} ± {mean - low:.4f} |"
         )
     statistic = spearmanr(*zip(*pairs, strict=True)).statistic

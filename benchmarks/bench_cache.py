@@ -221,7 +221,7 @@ def render(
         f"## {title}",
         "",
         f"Metric of the weights: {default_metric(profile)}. Measured on {len(tokens)} x {tokens.shape[1]} "
-        "tokens; caches alone on 4 sequences of the calibration text.",
+        "tokens; caches alone on 2 sequences of the calibration text.",
         "",
         "| share | context | batch | plan | MiB | weights MiB | cache MiB | bits of weights | of keys | of values | "
         "predicted KL | measured KL (95 %) |",

@@ -30,14 +30,16 @@ SHOWN = (
     *("ternary_channel", "ternary_g64", "int1_top20int4_channel", "bitstack2_r4", "bcq2_g64", "dual_binary_g64"),
     *("int2_mix25int4_g64", "int2_mix25int4_g64_outliers", "bitmod3_g64", "bcq3_g64_pow2", "bcq3_g64"),
     *("bitmod4_g64", "intfp4_g32", "int4_top12int8_g64", "nested8_g64"),
-    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
+    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl"),
+    *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
     *("fp4_channel", "fp4_g64", "fp6_g64", "fp8_e4m3_channel", "fp8_e5m2_channel"),
     *("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxint8", "nvfp4", "nvint4", "bf16"),
 )
 WITH_STATISTICS = (
     *("ternary_g64", "bcq2_g64", "int2_mix25int4_g64_outliers", "bitmod3_g64", "bcq3_g64", "bitmod4_g64"),
+    *("int1_top20int4_channel", "dual_binary_g64", "bitstack2_r4", "intfp4_g32", "int4_top12int8_g64", "nested8_g64"),
     *("int1_g64", "int2_g64", "q2_k", "fp3_g64", "int3_g64", "q3_k", "int4_g64", "fp4_g64", "mxfp4", "nvfp4", "nvint4"),
-    *("q4_0", "q4_k", "q5_k", "fp6_g64", "mxint8"),
+    *("q4_0", "q4_k", "iq4_xs", "q5_k", "fp6_g64", "mxint8"),
 )
 SEQUENCES = 8
 COLUMNS = "| format | family | nominal | entropy | packed | stored | relative error | who can run it |"

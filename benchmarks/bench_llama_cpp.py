@@ -22,26 +22,29 @@ from llama_cpp_tools import CONTEXT_TOKENS, Tools
 from machine import describe_machine
 
 import allocator
-from allocator.artefacts import Model
+from allocator.artefacts import Model, provenance
 from allocator.demo import demo_request
 from allocator.demo_model import prepare_demo_model
 from allocator.demo_text import python_reference_text
+from allocator.engine_rules import engine_fixed_bytes, restrict_profile
+from allocator.planning import default_metric, find_assignment, make_plan
+from allocator.problems import build_cost_tables
 from allocator.progress import Progress, shown_progress
+from allocator.refinement import Refinement
 from allocator.store import Store
 from runtime.engines import find_engine
 from runtime.exporters import export
 from runtime.exporters.gguf_imatrix import write_importance_matrix
-from runtime.quantizers import InputStatistics
 from runtime.rendering import Rendering
 from runtime.units import list_weights
-from sensitivity.measure_config import MeasureConfig
+from sensitivity.measure_config import FISHER, MeasureConfig
 from sensitivity.profile import SensitivityProfile
-from sensitivity.weight_inputs import find_statistics
+from sensitivity.weight_inputs import find_rendering, find_statistics
 
 ENGINE = find_engine("llama.cpp")
 MIXES = ("Q3_K_S", "Q4_0", "Q3_K_M", "Q4_K_M", "Q5_K_M")
-# What renders a plan's codes -> what the table calls it. GPTQ knows more than an importance matrix holds.
-RENDERINGS = {"rtn": "plan", "weighted_clipping": "plan", "gptq": "plan, GPTQ's codes"}
+# Whether an importance matrix is used -> the rule that renders a plan's codes.
+RENDERINGS = {False: "rtn", True: "weighted_clipping"}
 Kl = tuple[float, float]
 
 
@@ -55,7 +58,7 @@ class Row:
         plan_bytes: Bytes of the plan's file.
         predicted: KL that the plan predicted.
         rivals: Whether an importance matrix was used -> mean KL, nats per token, and its standard error.
-        plans: Name in ``RENDERINGS`` -> the same of the plan.
+        plans: The same of the plan.
     """
 
     mix: str
@@ -63,7 +66,7 @@ class Row:
     plan_bytes: int
     predicted: float
     rivals: dict[bool, Kl]
-    plans: dict[str, Kl]
+    plans: dict[bool, Kl]
 
 
 def main() -> None:
@@ -83,7 +86,7 @@ def main() -> None:
 
 def measure(model: Model, store: Store, progress: Progress) -> SensitivityProfile:
     """Returns the profile of the formats that llama.cpp runs."""
-    config = MeasureConfig(fisher_sequences=48, logit_passes=320, fit_plans=None)
+    config = MeasureConfig(metrics=(FISHER,), fisher_sequences=48, fit_plans=None)
     request = replace(demo_request(store), formats=ENGINE.menu, embedding_formats=ENGINE.menu, config=config)
     return allocator.measure(model, request=request, store=store, progress=progress)
 
@@ -118,18 +121,12 @@ class Bench:
             write_importance_matrix(self._model.reference, statistics, imatrix, source=source, tokens_shape=shape)
         rivals = {weighted: self._make_rival(mix, imatrix if weighted else None) for weighted in (False, True)}
         size = min(path.stat().st_size for path in rivals.values())
-        plan = allocator.plan(
-            self._model,
-            allocator.Budget(memory_bytes=size),
-            profile=profile,
-            engine=ENGINE.name,
-            verify=self._refine > 0,
-            refine=self._refine,
-            store=self._store,
-            progress=progress,
-        )
+        plan = self._make_plan(profile, size, progress)
         allocator.save_plan(plan, self._place / f"{mix}-plan.json")
-        plans = {quantizer: self._measure_plan(plan, mix, quantizer, statistics) for quantizer in RENDERINGS}
+        # What the measurement rendered is kept; the other rules render anew.
+        plain = find_rendering(self._model.reference.model, RENDERINGS[False], tokens, directory=directory)
+        rules = {False: plain, True: Rendering(quantizer=RENDERINGS[True], statistics=statistics)}
+        plans = {weighted: self._measure_plan(plan, mix, rule) for weighted, rule in rules.items()}
         return Row(
             mix=mix,
             rival_bytes=size,
@@ -138,6 +135,26 @@ class Bench:
             rivals={weighted: self._measure_kl(path) for weighted, path in rivals.items()},
             plans=plans,
         )
+
+    def _make_plan(self, profile: SensitivityProfile, size: int, progress: Progress) -> allocator.Plan:
+        """Returns the plan of least predicted KL, refined where that is asked for; it meets no rivals but llama.cpp."""
+        fixed = engine_fixed_bytes(ENGINE, self._model.reference, routers=False)
+        assert fixed is not None
+        legal = restrict_profile(replace(profile, fixed_bytes=fixed), ENGINE)
+        tables, budget = build_cost_tables(legal), allocator.Budget(memory_bytes=size)
+        found = find_assignment(legal, budget, tables, metric=default_metric(legal))
+        if self._refine:
+            refinement = Refinement(
+                profile=legal,
+                budget=budget,
+                tables=tables,
+                store=self._store,
+                progress=progress,
+                load_model=lambda: self._model.reference.model,
+                rounds=self._refine,
+            )
+            found = refinement.run(found)
+        return make_plan(legal, found, budget, tables, provenance())
 
     def _write_base(self, chunks: int) -> Path:
         """Returns the file of the unquantized model's logits on the text that nothing else saw."""
@@ -155,12 +172,9 @@ class Bench:
             self._tools.make_mix(self._place / "F16" / "model.gguf", path, mix, imatrix)
         return path
 
-    def _measure_plan(
-        self, plan: allocator.Plan, mix: str, quantizer: str, statistics: dict[str, InputStatistics]
-    ) -> Kl:
+    def _measure_plan(self, plan: allocator.Plan, mix: str, rule: Rendering) -> Kl:
         """Returns the KL of a plan's file with codes of one rule; it is as long as predicted."""
-        out = self._place / f"{mix}-plan-{quantizer}"
-        rule = Rendering(quantizer=quantizer, statistics=statistics)
+        out = self._place / f"{mix}-plan-{rule.quantizer}"
         manifest = out / "bitplan-export.json"
         if not manifest.exists() or json.loads(manifest.read_text())["formats"] != dict(plan.weights):
             export(self._model.reference, plan.weights, out, exporter=ENGINE.exporter, quantizer=rule)
@@ -192,29 +206,23 @@ def render(rows: list[Row], refine: int, chunks: int) -> str:
         "",
         "## Without an importance matrix",
         "",
-        *_table(rows, weighted=False, quantizers=("rtn",)),
+        *_table(rows, weighted=False),
         "",
         "## With an importance matrix",
         "",
-        "Both sides have the same matrix, which bitplan wrote from the calibration text. The last columns are the same "
-        "plan with codes of GPTQ, which knows how inputs vary together and not only how much each varies.",
+        "Both sides have the same matrix, which bitplan wrote from the calibration text.",
         "",
-        *_table(rows, weighted=True, quantizers=("weighted_clipping", "gptq")),
+        *_table(rows, weighted=True),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _table(rows: list[Row], *, weighted: bool, quantizers: tuple[str, ...]) -> list[str]:
-    named = [f"{RENDERINGS[q]} | × llama.cpp" for q in quantizers]
-    lines = [f"| size of | bytes | llama.cpp | plan's bytes | predicted | {' | '.join(named)} |"]
-    lines.append("|---|---|---|---|---|" + "---|---|" * len(quantizers))
+def _table(rows: list[Row], *, weighted: bool) -> list[str]:
+    lines = ["| size of | bytes | llama.cpp | plan's bytes | predicted | plan | × llama.cpp |", "|---" * 7 + "|"]
     for row in sorted(rows, key=lambda row: row.rival_bytes):
-        theirs = row.rivals[weighted]
-        cells = [row.mix, f"{row.rival_bytes:,}", _cell(theirs), f"{row.plan_bytes:,}", f"{row.predicted:.4f}"]
-        for quantizer in quantizers:
-            ours = row.plans[quantizer]
-            cells += [_cell(ours), f"**{ours[0] / theirs[0]:.2f}**"]
-        lines.append(f"| {' | '.join(cells)} |")
+        theirs, ours = row.rivals[weighted], row.plans[weighted]
+        sizes = [f"{row.rival_bytes:,}", _cell(theirs), f"{row.plan_bytes:,}", f"{row.predicted:.4f}"]
+        lines.append(f"| {' | '.join([row.mix, *sizes, _cell(ours)])} | **{ours[0] / theirs[0]:.2f}** |")
     return lines
 
 

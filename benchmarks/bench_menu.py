@@ -26,7 +26,7 @@ from allocator.pipeline import measure
 from allocator.planning import find_assignment, predicted_kl
 from allocator.problems import build_cost_tables
 from allocator.progress import Progress, shown_progress
-from allocator.shortlist import MENU, MenuErrors, choose_formats, find_menu_errors, hull_excess
+from allocator.shortlist import MENU, MenuErrors, choose_formats, find_menu_errors, hull_vertices
 from allocator.store import Store
 from allocator.verification import score_cached
 from runtime.candidates import Candidates
@@ -37,7 +37,7 @@ from sensitivity.evaluation import mean_interval
 from sensitivity.measure_config import FISHER, MeasureConfig
 from sensitivity.pieces import Piece, read_or_measure
 from sensitivity.profile import SensitivityProfile
-from sensitivity.sketches.fisher_sketch import fisher_loss, measure_streamed_fisher_sketch
+from sensitivity.sketches.fisher_sketch import measure_streamed_fisher_sketch
 
 # int4_g128 has a float16 scale and a zero point for each 128 weights; rows of 576 hold no whole number of such groups.
 INT4_G128_BITS = 4 + (16 + 4) / 128
@@ -293,22 +293,33 @@ def check_shortlist(
         )
         return {"sketch": found}
 
-    loss, _ = fisher_loss(read_or_measure(place / "check.safetensors", sketch)["sketch"])
+    squares = 0.5 * read_or_measure(place / "check.safetensors", sketch)["sketch"].astype(np.float64) ** 2
+    halves = [squares[part::2].mean(axis=0) for part in (0, 1)]
     bits = 8 * memory_cost(few, 0).cost / np.array([[unit.weight_count] for unit in few.units])
     lines = [
-        f"Fisher losses of all formats on {len(rows)} units, {CHECK_SEQUENCES} × 128 tokens: the factor by which the "
-        "hull of the shortlist exceeds that of all formats, at so many bits of the unit.",
+        f"Fisher losses of all formats on {len(rows)} units, {CHECK_SEQUENCES} × 128 tokens. At so many bits of the "
+        "unit the best mixture of formats by one half of the sequences, judged by the other: that of the shortlist "
+        "over that of all formats. Above one the shortlist loses; what is below one, or far above, is the noise of a "
+        "choice among 300.",
         "",
         "| unit | " + " | ".join(f"{b:g} bits" for b in CHECKED_BITS) + " |",
         "|---" * (1 + len(CHECKED_BITS)) + "|",
     ]
     chosen, _ = choose_formats(errors)
     for u, unit in enumerate(few.units):
-        own = np.flatnonzero(few.allowed[u])
-        kept = [f for f in chosen if few.allowed[u, f]]
-        factors = hull_excess(bits[u], loss[u], own, kept, np.array(CHECKED_BITS))
-        lines.append(f"| {unit.name} | " + " | ".join(f"{x:.3f}" for x in factors) + " |")
+        kept = np.array([f for f in chosen if few.allowed[u, f]])
+        judged = [
+            sum(judge(bits[u, own], a[u, own], b[u, own]) for a, b in (halves, halves[::-1]))
+            for own in (kept, np.flatnonzero(few.allowed[u]))
+        ]
+        lines.append(f"| {unit.name} | " + " | ".join(f"{x:.3f}" for x in judged[0] / judged[1]) + " |")
     return "\n".join([*lines, ""])
+
+
+def judge(bits: np.ndarray, chosen_by: np.ndarray, judged_by: np.ndarray) -> np.ndarray:
+    """Returns the losses [B] at ``CHECKED_BITS`` of the mixtures on the hull of one table, by another table."""
+    vertices = hull_vertices(bits, chosen_by)
+    return np.interp(CHECKED_BITS, bits[vertices], judged_by[vertices])
 
 
 def render_rows(name: str, rows: list[Row], scores: Scores) -> list[str]:

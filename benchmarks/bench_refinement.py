@@ -29,7 +29,7 @@ from sensitivity.measure_config import FISHER, WEIGHT_ERROR
 from sensitivity.profile import SensitivityProfile
 
 # Bits -> the most rounds of each refinement, and whether evolution runs beside the first.
-WIDTHS = {3.0: ((5, 12), True), 3.5: ((5,), False)}
+WIDTHS = {3.0: ((5, 10), True), 3.5: ((2,), False)}
 START = "Fisher diagonal"
 
 

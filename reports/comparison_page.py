@@ -89,7 +89,7 @@ def _frontier_section(comparison: Comparison) -> Section:
         "interval": "Interval",
     }
     measured = (
-        "Neither was measured on the same text, so the predictions are compared."
+        "The two were not measured on one text, so their predictions are compared."
         if comparison.measured_on is None
         else f"Both were measured on {comparison.measured_on}."
     )

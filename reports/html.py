@@ -33,6 +33,11 @@ def _environment() -> Environment:
     )
 
 
+@cache
+def _plotly_script() -> Markup:
+    return Markup(script_safe(get_plotlyjs()))
+
+
 def render_page(template: str, sections: tuple[Section, ...], **values: Any) -> str:
     """A page of a template as text, everything that it shows inside it.
 
@@ -50,7 +55,7 @@ def render_page(template: str, sections: tuple[Section, ...], **values: Any) -> 
             wording=wording,
             light_variables=Markup(css_variables(LIGHT)),
             dark_variables=Markup(css_variables(DARK)),
-            plotly_script=Markup(script_safe(get_plotlyjs())) if charts else "",
+            plotly_script=_plotly_script() if charts else "",
             chart_data=Markup(figures_json(charts)),
             **values,
         )

@@ -31,6 +31,7 @@ class Cell:
 
 
 HEADERS = (
+    "Report",
     "Model",
     "Budget",
     "Size (MiB)",
@@ -63,7 +64,7 @@ def write_index(directories: Sequence[Path | str], out: Path | str) -> Path:
         raise ValueError(msg)
     target = Path(out)
     summaries = [(Path(directory), load_summary(directory)) for directory in directories]
-    rows = [_row(summary, _link(directory, target)) for directory, summary in summaries]
+    rows = [_row(directory, summary, _link(directory, target)) for directory, summary in summaries]
     table = pd.DataFrame([_record(directory, summary) for directory, summary in summaries])
     page = render_page(
         "index.html.j2",
@@ -94,12 +95,13 @@ def _times_less(summary: Summary) -> float:
     return uniform / measured if uniform is not None and uniform > 0 and measured > 0 else math.nan
 
 
-def _row(summary: Summary, link: str) -> tuple[Cell, ...]:
+def _row(directory: Path, summary: Summary, link: str) -> tuple[Cell, ...]:
     headline = summary.headline
     share = 100 * headline.memory_bytes / headline.reference_memory_bytes
     interval = wording.interval(headline.measured_kl_low, headline.measured_kl_high)
     return (
-        Cell(text=summary.model_name, link=link),
+        Cell(text=directory.resolve().name, link=link),
+        Cell(text=summary.model_name),
         Cell(text=headline.budget_text),
         _number(headline.memory_bytes / 2**20),
         _number(share),

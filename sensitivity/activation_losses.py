@@ -42,7 +42,7 @@ from sensitivity.streaming.gradient_probes import SampledScore
 # Raised whenever a change makes the same inputs give other numbers.
 ACTIVATION_VERSION = 1
 # Of the Fisher sketch's text; the first of them set the static scales.
-ACTIVATION_SEQUENCES = 32
+ACTIVATION_SEQUENCES = 16
 CALIBRATION_SEQUENCES = 8
 # Module -> name of a static format -> its scale, [1] or [in_features].
 Scales = Mapping[str, Mapping[str, Tensor]]

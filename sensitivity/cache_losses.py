@@ -32,7 +32,7 @@ from sensitivity.streaming.suffix import SuffixRunner
 # Raised whenever a change makes the same inputs give other numbers.
 CACHE_VERSION = 2
 # Of the Fisher sketch's text.
-CACHE_SEQUENCES = 4
+CACHE_SEQUENCES = 2
 _KL_METRICS = (FISHER, SINGLE_UNIT_KL)
 _REFERENCE_BYTES = 2  # of a number in an unquantized cache
 

@@ -24,6 +24,7 @@ from runtime.formats import Format, find_formats
 from runtime.units import Unit, Weight
 from sensitivity.experts.routing import RoutingStatistics
 from sensitivity.prediction.prediction_fit import PredictionFit
+from sensitivity.profile_html import profile_html
 
 SCHEMA_VERSION = 2
 NATS = "nats/token"
@@ -136,6 +137,17 @@ class SensitivityProfile:
             )
             raise ValueError(msg)
         return self.losses[metric]
+
+    def _repr_html_(self) -> str:
+        """Returns the profile as a notebook shows it, by the last metric that predicts KL."""
+        predicting = [name for name, table in self.losses.items() if table.unit_of_measure == NATS]
+        metric = predicting[-1] if predicting else next(iter(self.losses))
+        lines = [
+            f"{len(self.candidates.units)} units, {len(self.candidates.formats)} formats, {', '.join(self.losses)}",
+            f"Mean loss of a unit by '{metric}', {self.losses[metric].unit_of_measure}:",
+        ]
+        title = f"Sensitivity profile of {self.provenance['model']}"
+        return profile_html(title, lines, self.candidates, self.losses[metric].loss)
 
     @property
     def fingerprint(self) -> str:

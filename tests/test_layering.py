@@ -20,7 +20,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "allocator": {"runtime", "sensitivity", "solvers", "reports"},
 }
 WITHOUT_TORCH = ("solvers", "reports")
-HEAVY_MODULES = ("torch", "transformers", "pandas", "cvxpy")
+HEAVY_MODULES = ("torch", "transformers", "pandas", "cvxpy", "fastapi", "sqlalchemy", "httpx2")
 
 
 def module_name(path: Path) -> str:

@@ -30,7 +30,8 @@ def check_installed_package() -> None:
     import allocator
     import reports
 
-    for package, data in ((allocator, "texts/calibration.jsonl"), (reports, "templates")):
+    required = [(allocator, "texts/calibration.jsonl"), (allocator, "service/page/index.html"), (reports, "templates")]
+    for package, data in required:
         assert package.__file__ is not None
         folder = Path(package.__file__).parent
         assert folder.is_relative_to(sys.prefix), f"{package.__name__} is not the installed one: {folder}"

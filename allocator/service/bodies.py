@@ -90,7 +90,7 @@ class NewPlan(Body):
         if not goals and latency_us is not None:
             goals = {MEMORY: _UNLIMITED_BYTES}
         limits = {} if latency_us is None else {LATENCY: latency_us}
-        return Budget(**goals, limits=limits, context=self.context, batch=self.batch)  # type: ignore[arg-type]
+        return Budget(**goals, limits=limits, context=self.context, batch=self.batch)
 
 
 class NewJob(Body):

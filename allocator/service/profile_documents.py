@@ -29,6 +29,7 @@ def profile_document(priced: PricedProfile, *, model_id: str, created_at: str) -
         "created_at": created_at,
         "metric_names": list(profile.losses),
         "default_metric": metric,
+        "metric_units": {name: table.unit_of_measure for name, table in profile.losses.items()},
         "unit_of_measure": profile.table(metric).unit_of_measure,
         "resources": list(priced.tables),
         "formats": [f.name for f in profile.candidates.formats],
@@ -125,7 +126,7 @@ def _experts(routing: RoutingStatistics) -> dict[str, Any]:
                 "frequency": routing.frequency[row].tolist(),
                 "coverage": routing.expert_visits[row].tolist(),
                 "gate_weight": routing.gate_weight_mean[row].tolist(),
-                "affinity": [[a, b, weight] for a, b, weight in routing.affinity_graph(layer).edges(data="weight")],
+                "affinity": [[a, b, edge["weight"]] for a, b, edge in routing.affinity_graph(layer).edges(data=True)],
                 "communities": [list(group) for group in routing.communities(layer, seed=0)],
             }
             for row, layer in enumerate(routing.layers)

@@ -61,8 +61,8 @@ def job_document(row: Row[Any]) -> dict[str, Any]:
         "result": None if row.result is None else json.loads(row.result),
         "error": None if row.error is None else json.loads(row.error),
         "created_at": iso_time(row.created_at),
-        "started_at": iso_time(row.started_at),
-        "finished_at": iso_time(row.finished_at),
+        "started_at": None if row.started_at is None else iso_time(row.started_at),
+        "finished_at": None if row.finished_at is None else iso_time(row.finished_at),
     }
 
 

@@ -20,6 +20,7 @@ export const profile: Profile = {
   created_at: "2026-01-01T00:00:00Z",
   metric_names: ["fisher"],
   default_metric: "fisher",
+  metric_units: { fisher: "nats/token" },
   resources: ["memory_bytes"],
   formats: ["int2", "int4", "int8"],
   units: [unit("embed", null, "embed"), unit("0.q", 0, "q"), unit("1.q", 1, "q"), unit("1.down", 1, "down")],

@@ -4,6 +4,7 @@ import {
   bitsText,
   bytesText,
   countText,
+  marginOf,
   parseBytes,
   parsePositive,
   percentText,
@@ -64,6 +65,10 @@ describe("numbers as text", () => {
     ]);
     expect([null, 4.306].map(bitsText)).toEqual(["–", "4.31"]);
     expect([12.3, 1234, 2_500_000].map(timeText)).toEqual(["12.3 µs", "1.23 ms", "2.50 s"]);
+  });
+
+  it("says what a step is worth in steps that are small", () => {
+    expect([2 ** 17, 2 ** 30].map((bytes) => marginOf(bytes).name)).toEqual(["KiB", "MiB"]);
   });
 
   it("says how long ago", () => {

@@ -1,12 +1,19 @@
 import { describe, expect, it } from "vitest";
 import type { Engine, EvaluationRow, Job, UnitExplanation } from "../src/api/contract";
-import { axisRanges, curveColumns, listMarks, uniformRival, usefulPoints } from "../src/figures/chart_series";
+import {
+  axisRanges,
+  curveColumns,
+  listMarks,
+  placeUniforms,
+  uniformRival,
+  usefulPoints,
+} from "../src/figures/chart_series";
 import { rankEngines } from "../src/figures/engine_ranking";
 import { expertBits, expertRows, extent } from "../src/figures/expert_fields";
 import { explainChoice } from "../src/figures/explanation";
 import { collectMeasured } from "../src/figures/measured_plans";
 import { diffPlans } from "../src/figures/plan_difference";
-import { bitStep, makeGrid } from "../src/figures/unit_grid";
+import { bitStep, listCaches, makeGrid } from "../src/figures/unit_grid";
 import { plan, profile, unit } from "./profile_cases";
 
 const choice = { embed: "int8", "0.q": "int2", "1.q": "int4", "1.down": "int8" };
@@ -28,6 +35,22 @@ describe("the heat map", () => {
     expect(cell?.units).toEqual(["a", "b"]);
     expect(cell?.formats).toEqual(["int2", "int8"]);
     expect(cell?.bits).toBe((8 * (200 + 800)) / 3200);
+  });
+
+  it("counts caches, which are no units of the profile", () => {
+    const caches = {
+      ...choice,
+      "layers.0.keys": "int8",
+      "layers.1.keys": "int8",
+      "layers.0.values": "int4",
+      "layers.1.values": "bf16",
+    };
+    expect(listCaches(profile, caches).map((row) => [row.role, row.format, row.count])).toEqual([
+      ["keys", "int8", 2],
+      ["values", "int4", 1],
+      ["values", "bf16", 1],
+    ]);
+    expect(listCaches(profile, choice)).toEqual([]);
   });
 
   it("leaves out what the plan does not name", () => {
@@ -89,7 +112,7 @@ describe("the chart", () => {
       kl_low: 0.2,
       kl_high: 0.4,
     } as EvaluationRow;
-    const marks = listMarks("memory", profile, [row], plan(choice));
+    const marks = listMarks("memory", profile.uniform, [row], plan(choice));
     expect(marks.map((mark) => mark.label)).toEqual(["pinned", "plan, measured", "int2", "int4", ""]);
     expect(marks[1]?.interval).toEqual([0.2, 0.4]);
     const { x, y } = axisRanges(curveColumns("memory", points.slice(0, 3)), marks);
@@ -97,6 +120,17 @@ describe("the chart", () => {
     expect(y[0]).toBeLessThan(0.2);
     expect(y[1]).toBeGreaterThan(3);
     expect(axisRanges([[], []], [])).toEqual({ x: [0, 1], y: [1e-3, 1] });
+  });
+
+  it("places uniform formats where the question of a plan sees them", () => {
+    const baselines = [
+      { name: "uniform int2", bytes: 900, predicted_loss: 1.7 },
+      { name: "uniform int3", bytes: 1, predicted_loss: 1 },
+    ];
+    expect(placeUniforms(profile, baselines)).toEqual([
+      { format: "int2", bytes: 900, predicted_loss: 1.7, bits_per_weight: 2 },
+      { format: "int3", bytes: 1, predicted_loss: 1, bits_per_weight: Number.NaN },
+    ]);
   });
 
   it("names as rival the best uniform format within the budget", () => {
@@ -185,7 +219,7 @@ describe("engines", () => {
       engine("c", ["int4"]),
       engine("d", ["int4"], false),
     ];
-    expect(rankEngines(engines, ["int2", "int4", "bf16"]).map((each) => each.name)).toEqual(["b", "c", "a"]);
+    expect(rankEngines(engines, ["int2", "int4", "bf16"]).map((each) => each.name)).toEqual(["b", "c", "a", "bitplan"]);
   });
 });
 

@@ -19,8 +19,9 @@ from allocator.assignments import keep_best_activations, list_uniform
 from allocator.budget import BIT_OPERATIONS, Budget, InfeasibleBudget, parse_limits
 from allocator.measuring import MeasureRequest
 from allocator.paired import pair_problem
+from allocator.plan_files import load_plan, save_plan
 from allocator.planning import find_assignment
-from allocator.plans import Plan, load_plan, save_plan
+from allocator.plans import Plan
 from allocator.problems import build_cost_tables, pose_problem
 from allocator.store import Store
 from runtime.activation_names import activation_name
@@ -283,3 +284,19 @@ def test_limits_are_plain_numbers() -> None:
 def test_posed_without_activations_is_the_problem_itself(measured: SensitivityProfile) -> None:
     posed = pose_problem(measured, measured.table("fisher").loss, {}, build_cost_tables(measured))
     assert posed.paired is None and posed.problem.n_units == len(measured.candidates.units)
+
+
+def test_a_prefix_is_searched_for_weights_and_activations_together(
+    plan: Plan, tiny_llama_dir: Path, store: Store, measured: SensitivityProfile
+) -> None:
+    found = allocator.find_prefix(str(tiny_llama_dir), plan, length=1, candidates=1, store=store)
+    model = load_reference(str(tiny_llama_dir)).model
+    assert plan.activations is not None
+    tokens = torch.from_numpy(measured.calibration_tokens)[:4, :128]
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(tokens, use_cache=False).logits.double(), dim=-1)
+        with simulated_formats(model, plan.weights), simulated_activations(model, plan.activations.scheme):
+            log_q = torch.log_softmax(model(tokens, use_cache=False).logits.double(), dim=-1)
+    # The search starts at the plan without a prefix; a sum of 320 float32 terms.
+    expected = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert found.search_kl[0] == pytest.approx(expected, rel=1e-3, abs=2e-6)

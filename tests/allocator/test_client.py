@@ -17,7 +17,7 @@ from allocator.cli import run
 from allocator.client import AsyncClient, Client
 from allocator.client_verbs import RemoteProfile, ServiceError, options_of, raise_problem
 from allocator.measuring import MeasureRequest
-from allocator.plans import load_plan
+from allocator.plan_files import load_plan
 from allocator.service.settings import ServiceSettings
 from allocator.service.worker import Worker
 from runtime.packed_model import load_packed

@@ -24,6 +24,7 @@ from runtime.candidates import Candidates, list_candidates
 from runtime.formats import FORMATS
 from runtime.loading import ReferenceModel, load_reference
 from runtime.rendering import render
+from runtime.stored_weights import load_stored_reference
 from runtime.units import find_units, read_weight
 from sensitivity.measure_config import FISHER, MeasureConfig
 from solvers import AllocationProblem, solve
@@ -144,6 +145,14 @@ def test_errors_are_those_of_the_rows(reference: ReferenceModel) -> None:
     assert {f.name for f in shortlist.candidates.formats} <= set(FEW)
     assert shortlist.candidates.allowed.any(axis=1).all()
     assert "of 9 formats" in shortlist.describe()
+
+
+def test_a_model_read_block_by_block_has_the_same_errors(reference: ReferenceModel, tiny_llama_dir: Path) -> None:
+    candidates = list_few(reference)
+    units = sample_units(candidates)
+    stored = load_stored_reference(str(tiny_llama_dir))
+    found = [measure_menu(each, candidates, units, quantizer="rtn").error for each in (reference, stored)]
+    np.testing.assert_array_equal(*found)
 
 
 def test_kept_errors_are_read_again(reference: ReferenceModel, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from reports.csv_files import write_csv
 from reports.html import figures_json, render_html, script_safe, write_html
 from reports.page_parts import Chart, make_download
 from reports.report import Report
@@ -198,6 +199,28 @@ def test_hostile_names_stay_text(dense_report: Report) -> None:
     assert page.find("img") == []
     assert page.words.count(HOSTILE) > 10
     assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;") in json.dumps(json.loads(page.script(1)))
+
+
+@pytest.mark.parametrize("name", ["=cmd()", "+1", "@x", "<script>alert(1)</script>", "{{ 7 * 7 }}", "{% raw %}"])
+def test_names_of_models_and_units_are_harmless(expert_report: Report, tmp_path: Path, name: str) -> None:
+    """On the page as text, in the figures escaped, in its CSV files behind an apostrophe where they start a formula."""
+    report = replace(
+        expert_report,
+        model_name=name,
+        plan=expert_report.plan.assign(unit=name),
+        sensitivities=expert_report.sensitivities.assign(unit=name),
+        provenance={"model": name},
+    )
+    page = parse(render_html(report))
+    assert len(page.find("script")) == 3
+    assert ("p", name) in page.texts
+    assert page.words.count(name) > 2
+    assert "<script" not in page.script(1)
+    write_csv(report, tmp_path)
+    shown = f"'{name}" if name[0] in "=+@" else name
+    for file, column in (("plan.csv", "unit"), ("sensitivities.csv", "unit"), ("provenance.csv", "value")):
+        assert set(pd.read_csv(tmp_path / file, dtype=str)[column]) == {shown}
+    assert pd.read_csv(tmp_path / "plan.csv")["memory_bytes"].tolist() == report.plan["memory_bytes"].tolist()
 
 
 def test_figures_cannot_end_their_script(dense_report: Report) -> None:

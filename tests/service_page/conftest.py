@@ -8,11 +8,11 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from playwright.sync_api import Browser, Page, Playwright, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
 from sensitivity.measure_config import MeasureConfig
 from tests.service_page.service_process import serve
-from tests.tiny_measurements import CONFIG, FORMATS
+from tests.tiny_measurements import CACHE_FORMATS, CONFIG, FORMATS
 
 ROOT = Path(__file__).parents[2]
 # A name that would run, were it ever taken for HTML.
@@ -25,7 +25,8 @@ def measure_options() -> str:
     """The options of a tiny measurement, as they are typed into the page."""
     amounts = {f.name: getattr(CONFIG, f.name) for f in fields(MeasureConfig)}
     changed = {name: value for name, value in amounts.items() if value != getattr(MeasureConfig(), name)}
-    return json.dumps({"calibration": "calibration.txt", "formats": FORMATS, **changed})
+    text = {"calibration": "calibration.txt", "formats": FORMATS, "cache_formats": CACHE_FORMATS}
+    return json.dumps({**text, **changed})
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +60,8 @@ def chromium() -> Path:
 @pytest.fixture(scope="session")
 def playwright_driver() -> Iterator[Playwright]:
     """Playwright, which stops with the tests."""
+    # Workers of other tests share the cores; nothing here measures time.
+    expect.set_options(timeout=120_000)
     with sync_playwright() as driver:
         yield driver
 
@@ -80,7 +83,7 @@ def measured_models(service_url: str, measure_options: str) -> None:
             model = client.post("/models", json={"path": path, "name": name}).json()
             body = {"kind": "measure", "model_id": model["id"], "options": json.loads(measure_options)}
             job = client.post("/jobs", json=body).json()
-            with client.stream("GET", f"/jobs/{job['id']}/events", timeout=300.0) as events:
+            with client.stream("GET", f"/jobs/{job['id']}/events", timeout=600.0) as events:
                 assert "event: end" in list(events.iter_lines())
             assert client.get(f"/jobs/{job['id']}").json()["state"] == "succeeded"
 
@@ -90,7 +93,7 @@ def page(browser: Browser, service_url: str) -> Iterator[Page]:
     """A tab with an empty session at the service; what goes wrong in it fails the test."""
     context = browser.new_context(base_url=service_url, viewport={"width": 1600, "height": 1000})
     tab = context.new_page()
-    tab.set_default_timeout(60_000)
+    tab.set_default_timeout(120_000)
     errors: list[str] = []
     tab.on("pageerror", lambda error: errors.append(str(error)))
     # Answers such as 422 are told by the browser as errors of loading; the page shows them itself.

@@ -18,7 +18,8 @@ from tests.service_page.journeys import (
     wait_until_measured,
 )
 
-pytestmark = pytest.mark.slow
+# The first test of a session waits for processes that import torch and measure.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
@@ -106,6 +107,20 @@ def test_a_latency_needs_measured_latencies(plan_page: Page) -> None:
     expect(plan_page.get_by_role("alert")).to_contain_text("measured latencies")
 
 
+def test_a_cache_shares_the_budget(plan_page: Page) -> None:
+    kib = number_of(figure(plan_page, "bytes").inner_text())
+    plan_page.get_by_label("Context for the cache").fill("2048")
+    plan_page.get_by_label("Context for the cache").press("Enter")
+    plan_page.get_by_label("At most").fill("300 KiB")
+    plan_page.get_by_label("At most").press("Enter")
+    wait_for_plan(plan_page)
+    expect(plan_page.get_by_text("Cache:")).to_be_visible()
+    assert number_of(figure(plan_page, "bytes").inner_text()) > kib
+    # The curve is that of weights and cache: what the line can be dragged to begins where no cache is free.
+    assert float(slider(plan_page).get_attribute("aria-valuemin") or "nan") > 0
+    expect(plan_page.get_by_label("Latency", exact=True)).to_be_disabled()
+
+
 def test_a_unit_explains_its_format(plan_page: Page) -> None:
     cell = plan_page.get_by_role("grid").get_by_role("button").first
     cell.focus()
@@ -146,6 +161,7 @@ def test_verified_plans_are_drawn(plan_page: Page) -> None:
     expect(plan_page.get_by_text("Verification finished").first).to_be_visible(timeout=120_000)
     plan_page.get_by_text("The frontier as a table").click()
     table = plan_page.get_by_role("region", name="The frontier", exact=True)
+    expect(plan_page.locator("dl.figures")).to_contain_text("95 % between")
     # Measured with an interval: the plan, and uniform formats beside it.
     expect(table.get_by_role("row").filter(has_text=" – ")).not_to_have_count(0)
 

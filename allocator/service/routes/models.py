@@ -86,13 +86,15 @@ def read_frontier(
     resource: Annotated[str, Query(pattern="^bytes$")] = "bytes",
     metric: Annotated[str | None, Query(max_length=200)] = None,
     points: Annotated[int, Query(ge=2, le=257)] = 33,
+    context: Annotated[int | None, Query(ge=1, le=10**8)] = None,
+    batch: Annotated[int, Query(ge=1, le=10**6)] = 1,
 ) -> Response:
-    """Solves a budget at each of the points; kept in memory afterwards."""
-    row = _find_profile(service, profile_id)
-    priced = service.profiles.find(Axes(profile_id=row.id))
+    """Solves a budget at each of the points; kept in memory afterwards. With a context the cache is part of each plan."""
+    axes = Axes(profile_id=_find_profile(service, profile_id).id, context=context, batch=batch)
     with refused():
+        priced = service.profiles.find(axes)
         document = service.frontiers.get_or_make(
-            (row.id, resource, metric, points), lambda: frontier_document(priced, metric=metric, points=points)
+            (axes, resource, metric, points), lambda: frontier_document(priced, metric=metric, points=points)
         )
     return tagged_response(request, document)
 

@@ -142,13 +142,21 @@ export const service = {
   exported: (exported: string) => get<Export>(`/exports/${id(exported)}`),
 };
 
-/** Saves what an address answers as a file. Fetched, not followed, as a link could not carry the key. */
-export async function download(path: string, name: string): Promise<void> {
-  const response = await send(path);
-  const address = URL.createObjectURL(await response.blob());
+function followAsFile(address: string, name: string): void {
   const link = document.createElement("a");
   link.href = address;
   link.download = name;
   link.click();
+}
+
+/** Saves what an address answers as a file. With a key it is fetched into memory first, as a link cannot carry one. */
+export async function download(path: string, name: string): Promise<void> {
+  if (currentKey() === null) {
+    followAsFile(path, name);
+    return;
+  }
+  const response = await send(path);
+  const address = URL.createObjectURL(await response.blob());
+  followAsFile(address, name);
   URL.revokeObjectURL(address);
 }

@@ -109,6 +109,8 @@ export interface Profile {
   created_at: string;
   metric_names: string[];
   default_metric: string;
+  /** What each metric is measured in; plans and frontiers share an axis where it is that of the default one. */
+  metric_units: Record<string, string>;
   resources: string[];
   formats: string[];
   units: ProfileUnit[];

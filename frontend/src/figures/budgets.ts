@@ -1,6 +1,6 @@
 // The kinds of budget: their range, their steps, and what they are in a request.
 import type { BudgetRequest, FrontierPoint, Plan } from "../api/contract";
-import { bitsText, bytesText, lossText, MIB, parseBytes, parsePositive, timeText } from "./quantities";
+import { bitsText, bytesText, lossText, MIB, parseBytes, parsePositive, significant, timeText } from "./quantities";
 
 export type BudgetKind = "memory" | "bits_per_weight" | "max_kl" | "latency_us";
 
@@ -35,7 +35,7 @@ export const BUDGETS: Record<BudgetKind, BudgetForm> = {
     logarithmic: false,
     request: (value) => ({ bytes: Math.floor(value) }),
     text: (value) => bytesText(value, 4),
-    fieldText: (value) => (value / MIB).toFixed(value < 100 * MIB ? 2 : 1),
+    fieldText: (value) => significant(value / MIB, 4),
     parse: parseMebibytes,
     ofPlan: (plan) => plan.bytes,
   },

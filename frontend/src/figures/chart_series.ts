@@ -1,5 +1,5 @@
 // What stands on the axes of the frontier: the curve, the uniform formats, what was measured.
-import type { EvaluationRow, Frontier, FrontierPoint, Plan, Profile } from "../api/contract";
+import type { EvaluationRow, Frontier, FrontierPoint, Plan, Profile, UniformBaseline } from "../api/contract";
 import type { BudgetKind } from "./budgets";
 import { MIB } from "./quantities";
 
@@ -34,8 +34,24 @@ export function curveColumns(kind: BudgetKind, useful: FrontierPoint[]): [number
   return [points.map(([x]) => x), points.map(([, y]) => y)];
 }
 
+export type UniformPlace = Pick<UniformBaseline, "format" | "bytes" | "bits_per_weight" | "predicted_loss">;
+
+/** Returns the uniform formats as a plan's question sees them: by its metric, and with the cache where it is part of the plan. */
+export function placeUniforms(profile: Profile, baselines: Plan["baselines"]): UniformPlace[] {
+  const bits = new Map(profile.uniform.map((uniform) => [uniform.format, uniform.bits_per_weight]));
+  return baselines.map(({ name, bytes, predicted_loss }) => {
+    const format = name.replace(/^uniform /, "");
+    return { format, bytes, predicted_loss, bits_per_weight: bits.get(format) ?? Number.NaN };
+  });
+}
+
 /** Returns the marks beside the curve, those that matter most first: their labels choose their places first. */
-export function listMarks(kind: BudgetKind, profile: Profile, measured: EvaluationRow[], pinned: Plan | null): Mark[] {
+export function listMarks(
+  kind: BudgetKind,
+  uniforms: UniformPlace[],
+  measured: EvaluationRow[],
+  pinned: Plan | null,
+): Mark[] {
   const marks: Mark[] = [];
   if (pinned !== null) {
     const x = alongAxis(kind, pinned.bytes, pinned.bits_per_weight);
@@ -51,7 +67,7 @@ export function listMarks(kind: BudgetKind, profile: Profile, measured: Evaluati
     });
   }
   const named = new Set<string>();
-  for (const uniform of profile.uniform) {
+  for (const uniform of uniforms) {
     const x = alongAxis(kind, uniform.bytes, uniform.bits_per_weight);
     // What follows a comma (the embedding of such a format) stands in the table.
     const name = uniform.format.split(",")[0] ?? "";

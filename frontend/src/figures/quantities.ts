@@ -37,6 +37,11 @@ export function bytesText(bytes: number, digits = 3): string {
   return `${power === 0 ? String(Math.round(value)) : significant(value, Math.max(digits, value >= 100 ? 4 : digits))} ${units[power]}`;
 }
 
+/** Returns the step in bytes whose worth is said of something so large, with its name. */
+export function marginOf(bytes: number): { bytes: number; name: string } {
+  return bytes < 8 * MIB ? { bytes: 1024, name: "KiB" } : { bytes: MIB, name: "MiB" };
+}
+
 /** Returns the bytes of a text such as "70MiB", "1.5 GB" or "73400320"; null if it is none. */
 export function parseBytes(text: string): number | null {
   const match = /^\s*(\d*\.?\d+(?:e\d+)?)\s*([a-z]*)\s*$/i.exec(text);

@@ -64,6 +64,26 @@ export function makeGrid(profile: Profile, choice: Record<string, string>): Unit
   return { layers: [...layers].sort((a, b) => a - b), roles, cells, outside };
 }
 
+export interface CacheRow {
+  role: string;
+  format: string;
+  count: number;
+}
+
+/** Returns what a plan stores beside the weights: the last part of a cache's name, its format, and in how many layers. */
+export function listCaches(profile: Profile, choice: Record<string, string>): CacheRow[] {
+  const weights = new Set(profile.units.map((unit) => unit.name));
+  const rows = new Map<string, CacheRow>();
+  for (const [name, format] of Object.entries(choice)) {
+    if (weights.has(name)) continue;
+    const role = name.slice(name.lastIndexOf(".") + 1);
+    const row = rows.get(`${role}\n${format}`) ?? { role, format, count: 0 };
+    row.count += 1;
+    rows.set(`${role}\n${format}`, row);
+  }
+  return [...rows.values()].sort((a, b) => a.role.localeCompare(b.role) || b.count - a.count);
+}
+
 export const BIT_STEPS = [1, 2, 3, 4, 5, 6, 8, 16] as const;
 
 /** Returns the step of the colour scale that stored bits fall on: the nearest, of two alike the lower. */

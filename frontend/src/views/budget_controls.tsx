@@ -16,7 +16,6 @@ export interface Budget {
 interface BudgetControlsProps {
   budget: Budget;
   profile: Profile;
-  hasCache: boolean;
   onChange: (change: Partial<Budget>) => void;
   onKind: (kind: BudgetKind) => void;
 }
@@ -27,8 +26,11 @@ function parseCount(text: string): number | null {
 }
 
 /** The budget as fields, for those who know what they want. */
-export function BudgetControls({ budget, profile, hasCache, onChange, onKind }: BudgetControlsProps) {
+export function BudgetControls({ budget, profile, onChange, onKind }: BudgetControlsProps) {
   const form = BUDGETS[budget.kind];
+  // Losses in another unit would not stand on the same axis.
+  const unit = profile.metric_units[profile.default_metric];
+  const comparable = profile.metric_names.filter((name) => profile.metric_units[name] === unit);
   const withCache = budget.context !== null;
   const options = BUDGET_KINDS.map((kind) => {
     const barred = withCache && (kind === "bits_per_weight" || kind === "latency_us");
@@ -46,7 +48,7 @@ export function BudgetControls({ budget, profile, hasCache, onChange, onKind }: 
           parse={form.parse}
           onValue={(value) => onChange({ value })}
         />
-        {hasCache && (
+        {profile.has_cache && (
           <>
             <NumberField
               label="Context for the cache"
@@ -67,7 +69,7 @@ export function BudgetControls({ budget, profile, hasCache, onChange, onKind }: 
         )}
         <Select
           label="Metric"
-          options={profile.metric_names.map((name) => ({ value: name, label: name }))}
+          options={comparable.map((name) => ({ value: name, label: name }))}
           value={budget.metric}
           onChange={(metric) => onChange({ metric })}
         />

@@ -38,7 +38,7 @@ const FIGURES: FigureRow[] = [
   { what: "Memory", value: (plan) => plan.bytes, text: (value) => bytesText(value, 4) },
   { what: "Bits per weight", value: (plan) => plan.bits_per_weight, text: bitsText },
   {
-    what: "One more MiB buys, nats",
+    what: "Shadow price, nats per MiB",
     value: (plan) => (plan.shadow_price === null ? null : plan.shadow_price * MIB),
     text: (value) => significant(value),
   },
@@ -97,17 +97,17 @@ function ChangeMap({ profile, first, second }: ComparisonProps) {
         : before.cells.get(cell.role)?.get(cell.layer);
     const change = cell.bits - (old?.bits ?? Number.NaN);
     const same = Number.isNaN(change) || Math.abs(change) < 0.005;
-    const word = same ? "" : signedText(Math.round(change) || Number(change.toFixed(1)), String);
+    const word = same ? "·" : signedText(Math.round(change) || Number(change.toFixed(1)), String);
     const text = `${describeCell(cell)}; in the first plan ${old ? `${old.formats.join(" and ")}, ${bitsText(old.bits)}` : "unknown"}`;
     return { word, tone: same ? "bits-0" : change > 0 ? "more" : "less", text };
   }
   const legend = (
     <p class="legend">
       <span>
-        <span class="swatch more cell-key">+2</span> more bits in the second plan
+        <span class="swatch more">+2</span> more bits in the second plan
       </span>
       <span>
-        <span class="swatch less cell-key">−2</span> fewer
+        <span class="swatch less">−2</span> fewer
       </span>
     </p>
   );

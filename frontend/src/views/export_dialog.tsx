@@ -2,7 +2,7 @@ import { useState } from "preact/hooks";
 import { download, ServiceError, service } from "../api/client";
 import type { Engine, Export, Job, Plan, PlanRequest, Profile } from "../api/contract";
 import { isFinished } from "../api/job_following";
-import { rankEngines } from "../figures/engine_ranking";
+import { OWN, rankEngines } from "../figures/engine_ranking";
 import { bytesText, lossText, percentText, signedText } from "../figures/quantities";
 import { Select } from "../widgets/controls";
 import { DataTable } from "../widgets/data_table";
@@ -68,7 +68,10 @@ interface TargetProps {
 function Target({ engine, free, profile, request }: TargetProps) {
   // An engine's rules say nothing of caches: the weights alone are exported, within the same bytes.
   const { context: _context, batch: _batch, ...weights } = request;
-  const legal = useLoaded(`${engine.name}\n${free.id}`, () => service.makePlan({ ...weights, engine: engine.name }));
+  const own = engine === OWN;
+  const legal = useLoaded(`${engine.name}\n${free.id}`, () =>
+    own ? Promise.resolve(free) : service.makePlan({ ...weights, engine: engine.name }),
+  );
   const [started, setStarted] = useState<Job | null>(null);
   const [error, setError] = useState<Error | null>(null);
   const job = useJob(started, setStarted);
@@ -83,9 +86,9 @@ function Target({ engine, free, profile, request }: TargetProps) {
   const plan = legal.value;
   function start(): void {
     setError(null);
-    const options = { engine: engine.name };
+    const what = own ? { kind: "apply" as const } : { kind: "export" as const, options: { engine: engine.name } };
     service
-      .startJob({ kind: "export", model_id: plan.model_id, plan_id: plan.id, options })
+      .startJob({ ...what, model_id: plan.model_id, plan_id: plan.id })
       .then(setStarted)
       .catch(setError);
   }

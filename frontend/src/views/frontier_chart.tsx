@@ -1,8 +1,8 @@
 import { useMemo, useRef, useState } from "preact/hooks";
 import type uPlot from "uplot";
-import type { EvaluationRow, Frontier, FrontierPoint, Plan, Profile } from "../api/contract";
+import type { EvaluationRow, Frontier, FrontierPoint, Plan } from "../api/contract";
 import { BUDGETS, type BudgetKind, type Range, valueAt } from "../figures/budgets";
-import { alongAxis, axisRanges, curveColumns, listMarks, type Mark } from "../figures/chart_series";
+import { alongAxis, axisRanges, curveColumns, listMarks, type Mark, type UniformPlace } from "../figures/chart_series";
 import { bitsText, bytesText, lossText, MIB } from "../figures/quantities";
 import { BudgetHandle } from "../widgets/budget_handle";
 import { AsTable } from "../widgets/data_table";
@@ -13,11 +13,11 @@ interface FrontierChartProps {
   kind: BudgetKind;
   value: number;
   range: Range;
-  profile: Profile;
   frontier: Frontier;
   /** Those of its points that are drawn. */
   points: FrontierPoint[];
   plan: Plan | null;
+  uniforms: UniformPlace[];
   measured: EvaluationRow[];
   pinned: Plan | null;
   onValue: (value: number) => void;
@@ -53,13 +53,13 @@ function placeHandle(plot: uPlot, along: "x" | "y", value: number): Place {
 
 /** The frontier, with everything else on its axes, and the budget as a line that can be dragged. */
 export function FrontierChart(props: FrontierChartProps) {
-  const { kind, value, range, profile, frontier, points, plan, measured, pinned, onValue } = props;
+  const { kind, value, range, frontier, points, plan, uniforms, measured, pinned, onValue } = props;
   const [measure, width] = useWidth<HTMLDivElement>();
   const [plot, setPlot] = useState<uPlot | null>(null);
   const dragging = useRef(false);
   const along = kind === "max_kl" ? "y" : "x";
   const draggable = kind !== "latency_us";
-  const others = useMemo(() => listMarks(kind, profile, measured, pinned), [kind, profile, measured, pinned]);
+  const others = useMemo(() => listMarks(kind, uniforms, measured, pinned), [kind, uniforms, measured, pinned]);
   const shape = useMemo(() => makeShape(kind, points, others), [kind, points, others]);
   const marks = useMemo<Mark[]>(() => {
     if (plan === null || plan.predicted_loss <= 0) return others;
@@ -126,7 +126,7 @@ export function FrontierChart(props: FrontierChartProps) {
       </div>
       {!draggable && <Track kind={kind} value={value} range={range} onValue={onValue} />}
       <ChartKey measured={measured.length > 0} />
-      <FrontierTables profile={profile} frontier={frontier} measured={measured} />
+      <FrontierTables uniforms={uniforms} frontier={frontier} measured={measured} />
     </div>
   );
 }
@@ -190,12 +190,12 @@ function intervalText(row: EvaluationRow): string {
   return `${lossText(row.kl)} (${lossText(row.kl_low)} – ${lossText(row.kl_high)})`;
 }
 
-type TablesProps = Pick<FrontierChartProps, "profile" | "frontier" | "measured">;
+type TablesProps = Pick<FrontierChartProps, "uniforms" | "frontier" | "measured">;
 
-function FrontierTables({ profile, frontier, measured }: TablesProps) {
+function FrontierTables({ uniforms, frontier, measured }: TablesProps) {
   const rows = (): FrontierRow[] => [
     ...frontier.points.map((point) => ({ what: "best plan", bytes: point.use, ...point })),
-    ...profile.uniform.map((uniform) => ({ what: `uniform ${uniform.format}`, ...uniform })),
+    ...uniforms.map((uniform) => ({ what: `uniform ${uniform.format}`, ...uniform })),
     ...measured.map((row) => ({
       what: row.name,
       bytes: row.memory_bytes,

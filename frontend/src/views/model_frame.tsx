@@ -1,5 +1,5 @@
 import type { ComponentChildren } from "preact";
-import { useState } from "preact/hooks";
+import { useEffect, useState } from "preact/hooks";
 import { service } from "../api/client";
 import type { Job, Model } from "../api/contract";
 import { isFinished } from "../api/job_following";
@@ -81,6 +81,12 @@ function Measure({ model, onMeasured }: { model: Model; onMeasured: () => void }
 /** A model's name, facts and tabs around one of its views. */
 export function ModelFrame({ id, view, children }: ModelFrameProps) {
   const { value: model, error, reload } = useLoaded(id, () => service.model(id));
+  useEffect(() => {
+    document.title = model === null ? "bitplan" : `${model.name} · bitplan`;
+    return () => {
+      document.title = "bitplan";
+    };
+  }, [model?.name]);
   if (model === null) return error === null ? <p class="soft">Loading …</p> : <ErrorNote error={error} />;
   return (
     <>

@@ -4,7 +4,7 @@ import {
   bitsText,
   bytesText,
   lossText,
-  MIB,
+  marginOf,
   percentText,
   signedText,
   significant,
@@ -37,6 +37,7 @@ function Rival({ plan }: PlanFiguresProps) {
 
 /** The numbers of a plan, the two that decide first. */
 export function PlanFigures({ plan }: PlanFiguresProps) {
+  const margin = marginOf(plan.bytes);
   const error = plan.standard_error === null ? "" : ` ± ${significant(plan.standard_error, 2)}`;
   return (
     <dl class="figures" aria-label="The plan in numbers">
@@ -72,11 +73,11 @@ export function PlanFigures({ plan }: PlanFiguresProps) {
         </dd>
       </div>
       <div>
-        <dt>One more MiB buys</dt>
+        <dt>One more {margin.name} buys</dt>
         <dd>
           {plan.shadow_price === null || plan.shadow_price === 0
             ? "nothing"
-            : `${signedText(-plan.shadow_price * MIB, (x) => significant(x))} nats`}
+            : `${signedText(-plan.shadow_price * margin.bytes, (x) => significant(x))} nats`}
           <span class="note">the shadow price of memory</span>
         </dd>
       </div>

@@ -36,7 +36,7 @@ function afterPaint(then: () => void): void {
  * Returns the plan of the newest question and a function that asks; answers that were overtaken are dropped. A question
  * carries the moment at which the person moved.
  */
-export function usePlanQuery(): [PlanState, (request: PlanRequest, asked_ms: number) => void] {
+export function usePlanQuery(): [PlanState, (request: PlanRequest, asked_ms: number, again?: boolean) => void] {
   const [answered, setAnswered] = useState<{ key: string; plan: Plan | null; error: Error | null } | null>(null);
   const [asked, setAsked] = useState("");
   const [seen_ms, setSeen] = useState<number | null>(null);
@@ -58,10 +58,10 @@ export function usePlanQuery(): [PlanState, (request: PlanRequest, asked_ms: num
     patience_ms: PATIENCE_MS,
   });
   useEffect(() => () => queue.current?.stop(), []);
-  const ask = useCallback((request: PlanRequest, asked_ms: number) => {
+  const ask = useCallback((request: PlanRequest, asked_ms: number, again = false) => {
     const key = JSON.stringify(request);
     setAsked((previous) => {
-      if (previous !== key) queue.current?.ask({ key, request, asked_ms });
+      if (again || previous !== key) queue.current?.ask({ key, request, asked_ms });
       return key;
     });
   }, []);

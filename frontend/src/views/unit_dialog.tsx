@@ -81,7 +81,7 @@ function Formats({ explanation }: { explanation: UnitExplanation }) {
         { title: "Price", cell: (row) => (row.price === null ? "–" : significant(row.price, 4)), number: true },
         {
           title: "",
-          cell: (row) => <span class="soft small">{row.reason ?? (row.on_hull ? "on the hull" : "")}</span>,
+          cell: (row) => <span class="reason soft small">{row.reason ?? (row.on_hull ? "on the hull" : "")}</span>,
         },
       ]}
     />

@@ -9,7 +9,7 @@ const MOST_NAMES = 64;
 
 function communityText(communities: number[][]): string {
   const sizes = communities.map((members) => members.length).sort((a, b) => b - a);
-  return `${communities.length} communities of ${sizes.join(", ")} experts`;
+  return `${communities.length === 1 ? "one community" : `${communities.length} communities`} of ${sizes.join(", ")} experts`;
 }
 
 /** Experts of one layer as a graph: neighbours on the circle form a community. */

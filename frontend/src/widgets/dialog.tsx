@@ -11,13 +11,22 @@ interface DialogProps {
 export function Dialog({ title, onClose, children }: DialogProps) {
   const dialog = useRef<HTMLDialogElement>(null);
   const heading = useId();
+  const close = useRef(onClose);
+  close.current = onClose;
   useEffect(() => {
     const element = dialog.current;
-    element?.showModal();
-    return () => element?.close();
+    if (element === null) return;
+    const closed = () => close.current();
+    element.showModal();
+    element.addEventListener("close", closed);
+    return () => {
+      // Closed by the page itself, which knows: nobody has to be told, but the focus goes back.
+      element.removeEventListener("close", closed);
+      element.close();
+    };
   }, []);
   return (
-    <dialog ref={dialog} aria-labelledby={heading} onClose={onClose}>
+    <dialog ref={dialog} aria-labelledby={heading}>
       <div class="dialog-body">
         <div class="dialog-heading">
           <h2 id={heading}>{title}</h2>

@@ -6,6 +6,7 @@ import { useWidth } from "./hooks";
 const SCALE = ["--bits-1", "--bits-2", "--bits-3", "--bits-4", "--bits-5", "--bits-6", "--bits-8", "--bits-16"];
 const LAYER_NAMES_PX = 34;
 const MOST_NAMES = 32;
+const MOST_CELL_PX = 72;
 
 interface ExpertMapProps {
   layers: number[];
@@ -64,7 +65,7 @@ export function ExpertMap({ layers, values, text, label, fixed, onLayer }: Exper
   const [place, setPlace] = useState<Place | null>(null);
   const experts = values[0]?.length ?? 0;
   const cell = layers.length <= 12 ? 28 : layers.length <= 32 ? 18 : 12;
-  const mapWidth = Math.max(0, width - LAYER_NAMES_PX);
+  const mapWidth = Math.min(MOST_CELL_PX * experts, Math.max(0, width - LAYER_NAMES_PX));
   const ends = fixed ?? extent(values);
   useEffect(() => {
     const redraw = () => canvas.current && mapWidth > 0 && paint(canvas.current, values, ends, mapWidth, cell);
@@ -109,7 +110,7 @@ export function ExpertMap({ layers, values, text, label, fixed, onLayer }: Exper
             </span>
           ))}
         </div>
-        <div class="expert-canvas">
+        <div class="expert-canvas" style={{ maxWidth: `${mapWidth}px` }}>
           <canvas
             ref={canvas}
             tabIndex={0}

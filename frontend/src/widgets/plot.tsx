@@ -99,5 +99,9 @@ export function Plot({ shape, marks, width, height, label, onPlot }: PlotProps) 
   useLayoutEffect(() => {
     plot.current?.redraw(false, false);
   }, [marks]);
-  return <div ref={host} role="img" aria-label={label} style={{ height: `${height}px` }} />;
+  return (
+    <div role="img" aria-label={label} style={{ height: `${height}px` }}>
+      <div ref={host} aria-hidden="true" />
+    </div>
+  );
 }

@@ -9,7 +9,7 @@ import pytest
 
 import allocator
 from allocator.budget import MEMORY, Budget, InfeasibleBudget
-from allocator.plans import load_plan
+from allocator.plan_files import load_plan
 from allocator.problems import build_cost_tables
 from allocator.service.plan_answers import PlanAnswers, Question
 from allocator.service.priced_profiles import Axes, PricedProfiles
