@@ -117,7 +117,7 @@ def read_frontier(
     context: Annotated[int | None, Query(ge=1, le=10**8)] = None,
     batch: Annotated[int, Query(ge=1, le=10**6)] = 1,
 ) -> Response:
-    """Solves a budget at each of the points; kept in memory afterwards. With a context the cache is part of each plan."""
+    """Solves a budget at each of the points, kept in memory afterwards; with a context the cache is part of them."""
     axes = Axes(profile_id=_find_profile(service, profile_id).id, context=context, batch=batch)
     with refused():
         priced = service.profiles.find(axes)
