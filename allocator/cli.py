@@ -218,7 +218,7 @@ def generate(directory: Path, prompt: str, max_new_tokens: int, temperature: flo
     model, tokenizer = load(directory)
     obstacle = find_obstacle(model)
     if obstacle is not None:
-        click.echo(f"generating module by module, several times slower. {obstacle}", err=True)
+        click.echo(f"generating module by module, which is slower. {obstacle}", err=True)
     path = directory / PREFIX_FILE
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     return generate_text(model, tokenizer, prompt, **sampling, prefix=load_prefix(path) if path.exists() else None)

@@ -196,7 +196,8 @@ def find_obstacle(model: Any) -> str | None:
 
 def begin_sequence(model: Any) -> DecoderCache | None:
     """Returns an empty cache for ``run_tokens``; None where the model's own forward must run."""
-    if not isinstance(model, _DecodesCompiled) or model.training or not _has_kernels():
+    installed = isinstance(model, _DecodesCompiled)
+    if not installed or model.training or not _has_kernels():
         return None
     return _begin_cache(model, DynamicCache())
 

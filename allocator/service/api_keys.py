@@ -11,8 +11,9 @@ import re
 import secrets
 import time
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import Row, insert, select, update
 
 from allocator.service.database import Database, now_s
 from allocator.service.paging import Page, read_page
@@ -143,5 +144,5 @@ def _slow_hash(secret: str, salt: bytes) -> bytes:
     return hashlib.scrypt(secret.encode(), salt=salt, n=2**14, r=8, p=1)
 
 
-def _known(row) -> ApiKey:  # type: ignore[no-untyped-def]
+def _known(row: Row[Any]) -> ApiKey:
     return ApiKey(key_id=row.id, name=row.name, scope=row.scope, expires_at=row.expires_at, revoked_at=row.revoked_at)

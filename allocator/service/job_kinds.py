@@ -105,8 +105,9 @@ def evaluate(context: JobContext) -> Outcome:
     """Measures a plan on held-out text, beside the reference and the uniform formats."""
     from allocator.pipeline import evaluate as run
 
-    options = {"text": context.text(), "store": context.store, "progress": context.progress}
-    rows = run(context.model_path(), context.plan(), **options)
+    rows = run(
+        context.model_path(), context.plan(), text=context.text(), store=context.store, progress=context.progress
+    )
     return Outcome(result={"evaluation": [jsonable(asdict(row)) for row in rows]})
 
 

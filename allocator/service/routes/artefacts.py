@@ -14,6 +14,7 @@ from sqlalchemy import Row
 from allocator.service.access import read_scope
 from allocator.service.answers import matches, tagged_response
 from allocator.service.problem_details import raise_not_found
+from allocator.service.replies import ArtefactReply
 from allocator.service.resource_documents import artefact_document, media_type_of
 from allocator.service.schema import artefacts
 from allocator.service.state import Service, ServiceOf
@@ -23,13 +24,17 @@ _BINARY = {"content": {"application/octet-stream": {"schema": {"type": "string",
 _CHUNK_BYTES = 1 << 20
 
 
-@router.get("/reports/{report_id}", dependencies=[read_scope], summary="A report")
+@router.get(
+    "/reports/{report_id}", dependencies=[read_scope], responses={200: {"model": ArtefactReply}}, summary="A report"
+)
 def read_report(report_id: str, request: Request, service: ServiceOf) -> Response:
     """Returns the files of a report."""
     return tagged_response(request, artefact_document(_find(service, "report", report_id)))
 
 
-@router.get("/exports/{export_id}", dependencies=[read_scope], summary="An export")
+@router.get(
+    "/exports/{export_id}", dependencies=[read_scope], responses={200: {"model": ArtefactReply}}, summary="An export"
+)
 def read_export(export_id: str, request: Request, service: ServiceOf) -> Response:
     """Returns the files of an export or a packed model, and the command that runs it."""
     return tagged_response(request, artefact_document(_find(service, "export", export_id)))

@@ -15,6 +15,7 @@ from allocator.service.answers import IdempotentRoute, json_response
 from allocator.service.bodies import NewJob
 from allocator.service.problem_details import Problem, raise_not_found, refused
 from allocator.service.queries import Cursor, Identifier, Limit
+from allocator.service.replies import Items, JobReply
 from allocator.service.resource_documents import job_document
 from allocator.service.schema import ENDED, jobs
 from allocator.service.state import Service, ServiceOf
@@ -24,7 +25,13 @@ router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=IdempotentRoute)
 _QUIET_S = 15.0
 
 
-@router.post("", dependencies=[plan_scope], status_code=202, summary="Ask for work")
+@router.post(
+    "",
+    dependencies=[plan_scope],
+    status_code=202,
+    responses={200: {"model": JobReply}, 202: {"model": JobReply}},
+    summary="Ask for work",
+)
 def create_job(body: NewJob, service: ServiceOf) -> Response:
     """Returns the new job (202), or the one that does or did the same already (200)."""
     job_id, new = service.queue.submit(make_job_request(body, service))
@@ -32,7 +39,9 @@ def create_job(body: NewJob, service: ServiceOf) -> Response:
     return json_response(job_document(_find(service, job_id)), status=202 if new else 200, headers=headers)
 
 
-@router.get("", dependencies=[read_scope], summary="List jobs, newest first")
+@router.get(
+    "", dependencies=[read_scope], responses={200: {"model": Items[JobReply]}}, summary="List jobs, newest first"
+)
 def list_jobs(
     service: ServiceOf,
     limit: Limit = 50,
@@ -46,13 +55,13 @@ def list_jobs(
     return json_response({"items": [job_document(row) for row in page.rows], "next_cursor": page.next_cursor})
 
 
-@router.get("/{job_id}", dependencies=[read_scope], summary="A job")
+@router.get("/{job_id}", dependencies=[read_scope], responses={200: {"model": JobReply}}, summary="A job")
 def read_job(job_id: str, service: ServiceOf) -> Response:
     """Returns a job."""
     return json_response(job_document(_find(service, job_id)))
 
 
-@router.delete("/{job_id}", dependencies=[plan_scope], summary="Cancel a job")
+@router.delete("/{job_id}", dependencies=[plan_scope], responses={200: {"model": JobReply}}, summary="Cancel a job")
 def cancel_job(job_id: str, service: ServiceOf) -> Response:
     """Cancels a job that waits or runs. One that is cancelled already is answered as it is."""
     row = _find(service, job_id)

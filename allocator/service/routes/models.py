@@ -1,9 +1,10 @@
 """Models and profiles: what is known, and what was measured."""
 
 import hashlib
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from sqlalchemy import Row
 
 from allocator.service.access import admin_scope, read_scope
 from allocator.service.allowed_paths import check_contents, resolve_below
@@ -14,6 +15,7 @@ from allocator.service.priced_profiles import Axes
 from allocator.service.problem_details import Problem, raise_not_found, refused
 from allocator.service.profile_documents import frontier_document, profile_document
 from allocator.service.queries import Cursor, Identifier, Limit
+from allocator.service.replies import FrontierReply, Items, ModelReply, Named, ProfileReply
 from allocator.service.resource_documents import model_document
 from allocator.service.schema import models, profiles
 from allocator.service.state import Service, ServiceOf
@@ -22,7 +24,12 @@ from allocator.service.times import iso_time
 router = APIRouter(tags=["models and profiles"], route_class=IdempotentRoute)
 
 
-@router.get("/models", dependencies=[read_scope], summary="List models, newest first")
+@router.get(
+    "/models",
+    dependencies=[read_scope],
+    responses={200: {"model": Items[ModelReply]}},
+    summary="List models, newest first",
+)
 def list_models(service: ServiceOf, limit: Limit = 50, cursor: Cursor = None) -> Response:
     """Lists models with their newest jobs, profiles and plans."""
     with refused():
@@ -31,7 +38,13 @@ def list_models(service: ServiceOf, limit: Limit = 50, cursor: Cursor = None) ->
     return json_response({"items": items, "next_cursor": page.next_cursor})
 
 
-@router.post("/models", dependencies=[admin_scope], status_code=201, summary="Make a model known")
+@router.post(
+    "/models",
+    dependencies=[admin_scope],
+    status_code=201,
+    responses={201: {"model": ModelReply}},
+    summary="Make a model known",
+)
 def create_model(body: NewModel, service: ServiceOf) -> Response:
     """Reads the model's configuration; its weights are read by a job 'measure'. The same path is the same model."""
     text = body.path or body.reference
@@ -49,7 +62,7 @@ def create_model(body: NewModel, service: ServiceOf) -> Response:
     return json_response(model_document(row, service.records), status=201, headers=headers)
 
 
-@router.get("/models/{model_id}", dependencies=[read_scope], summary="A model")
+@router.get("/models/{model_id}", dependencies=[read_scope], responses={200: {"model": ModelReply}}, summary="A model")
 def read_model(model_id: str, request: Request, service: ServiceOf) -> Response:
     """Returns a model with its newest job, profiles and plans."""
     row = service.records.find(models, model_id)
@@ -58,7 +71,12 @@ def read_model(model_id: str, request: Request, service: ServiceOf) -> Response:
     return tagged_response(request, model_document(row, service.records))
 
 
-@router.get("/profiles", dependencies=[read_scope], summary="List profiles, newest first")
+@router.get(
+    "/profiles",
+    dependencies=[read_scope],
+    responses={200: {"model": Items[Named]}},
+    summary="List profiles, newest first",
+)
 def list_profiles(
     service: ServiceOf, limit: Limit = 50, cursor: Cursor = None, model_id: Identifier = None
 ) -> Response:
@@ -69,7 +87,12 @@ def list_profiles(
     return json_response({"items": items, "next_cursor": page.next_cursor})
 
 
-@router.get("/profiles/{profile_id}", dependencies=[read_scope], summary="A sensitivity profile")
+@router.get(
+    "/profiles/{profile_id}",
+    dependencies=[read_scope],
+    responses={200: {"model": ProfileReply}},
+    summary="A sensitivity profile",
+)
 def read_profile(profile_id: str, request: Request, service: ServiceOf) -> Response:
     """Returns the units, with the bytes and the loss of each format."""
     row = _find_profile(service, profile_id)
@@ -78,7 +101,12 @@ def read_profile(profile_id: str, request: Request, service: ServiceOf) -> Respo
     return tagged_response(request, profile_document(priced, model_id=row.model_id, created_at=created_at))
 
 
-@router.get("/frontiers/{profile_id}", dependencies=[read_scope], summary="The least loss at every size")
+@router.get(
+    "/frontiers/{profile_id}",
+    dependencies=[read_scope],
+    responses={200: {"model": FrontierReply}},
+    summary="The least loss at every size",
+)
 def read_frontier(
     profile_id: str,
     request: Request,
@@ -89,7 +117,7 @@ def read_frontier(
     context: Annotated[int | None, Query(ge=1, le=10**8)] = None,
     batch: Annotated[int, Query(ge=1, le=10**6)] = 1,
 ) -> Response:
-    """Solves a budget at each of the points; kept in memory afterwards. With a context the cache is part of each plan."""
+    """Solves a budget at each of the points, kept in memory afterwards; with a context the cache is part of them."""
     axes = Axes(profile_id=_find_profile(service, profile_id).id, context=context, batch=batch)
     with refused():
         priced = service.profiles.find(axes)
@@ -99,7 +127,7 @@ def read_frontier(
     return tagged_response(request, document)
 
 
-def _find_profile(service: Service, profile_id: str):  # type: ignore[no-untyped-def]
+def _find_profile(service: Service, profile_id: str) -> Row[Any]:
     row = service.records.find(profiles, profile_id)
     if row is None:
         raise_not_found("a profile", profile_id)

@@ -5,13 +5,19 @@ from sqlalchemy import text
 
 from allocator.service.access import read_scope
 from allocator.service.answers import json_response, tagged_response
+from allocator.service.replies import EngineReply, Items
 from allocator.service.resource_documents import engine_document
 from allocator.service.state import ServiceOf
 
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/engines", dependencies=[read_scope], summary="What engines can load")
+@router.get(
+    "/engines",
+    dependencies=[read_scope],
+    responses={200: {"model": Items[EngineReply]}},
+    summary="What engines can load",
+)
 def list_engines(request: Request) -> Response:
     """Lists the engines that plans can be made and exported for, with their rules."""
     from runtime.engines import describe_engines

@@ -13,6 +13,7 @@ from allocator.service.plan_answers import Answer, Question, make_full_plan
 from allocator.service.plan_documents import plan_document, unit_document
 from allocator.service.problem_details import raise_not_found, refused
 from allocator.service.queries import Cursor, Identifier, Limit
+from allocator.service.replies import Items, PlanReply, PlanSummary, UnitReply
 from allocator.service.resource_documents import plan_summary
 from allocator.service.schema import plans, profiles
 from allocator.service.state import Service, ServiceOf, solver_limiter_of
@@ -21,7 +22,12 @@ from allocator.service.times import iso_time
 router = APIRouter(prefix="/plans", tags=["plans"], route_class=IdempotentRoute)
 
 
-@router.post("", dependencies=[plan_scope], summary="Find the plan that loses least under a budget")
+@router.post(
+    "",
+    dependencies=[plan_scope],
+    responses={200: {"model": PlanReply}},
+    summary="Find the plan that loses least under a budget",
+)
 async def create_plan(body: NewPlan, request: Request, service: ServiceOf) -> Response:
     """Answers within milliseconds from a profile in memory; the same question always gives the same plan."""
     solve = partial(_answer, service, body)
@@ -29,7 +35,9 @@ async def create_plan(body: NewPlan, request: Request, service: ServiceOf) -> Re
     return Response(encoded, media_type="application/json")
 
 
-@router.get("", dependencies=[read_scope], summary="List plans, newest first")
+@router.get(
+    "", dependencies=[read_scope], responses={200: {"model": Items[PlanSummary]}}, summary="List plans, newest first"
+)
 def list_plans(service: ServiceOf, limit: Limit = 50, cursor: Cursor = None, model_id: Identifier = None) -> Response:
     """Lists plans without their choices."""
     with refused():
@@ -47,7 +55,7 @@ def list_plans(service: ServiceOf, limit: Limit = 50, cursor: Cursor = None, mod
     return json_response({"items": items, "next_cursor": page.next_cursor})
 
 
-@router.get("/{plan_id}", dependencies=[read_scope], summary="A plan")
+@router.get("/{plan_id}", dependencies=[read_scope], responses={200: {"model": PlanReply}}, summary="A plan")
 def read_plan(plan_id: str, request: Request, service: ServiceOf) -> Response:
     """Returns a plan, with its measured quality once a job 'evaluate' has succeeded."""
     return tagged_response(request, _encode(service, _find(service, plan_id)))
@@ -59,7 +67,12 @@ def read_plan_file(plan_id: str, request: Request, service: ServiceOf) -> Respon
     return tagged_response(request, make_full_plan(_find(service, plan_id)).to_dict())
 
 
-@router.get("/{plan_id}/units/{unit:path}", dependencies=[read_scope], summary="Why a unit got its format")
+@router.get(
+    "/{plan_id}/units/{unit:path}",
+    dependencies=[read_scope],
+    responses={200: {"model": UnitReply}},
+    summary="Why a unit got its format",
+)
 def read_unit(
     plan_id: str, unit: Annotated[str, Path(max_length=500)], request: Request, service: ServiceOf
 ) -> Response:
