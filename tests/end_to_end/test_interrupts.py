@@ -18,6 +18,9 @@ from tests.sensitivity.measured_models import assert_same
 from tests.tiny_measurements import FLAGS
 
 
+ATTEMPTS = 3
+
+
 def list_pieces(cache: Path) -> list[str]:
     return [name for name in list_files(cache) if name.endswith(".safetensors")]
 
@@ -50,12 +53,16 @@ def test_interrupted_measurement(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    cache, out = tmp_path / "cache", tmp_path / "profile"
-    arguments = ("measure", str(tiny_llama_dir), "--calibration", str(tiny_text), *FLAGS, "--out", str(out))
-    process = start(*arguments, cache=cache)
-    wait_for_piece(cache, piece)
-    process.send_signal(number)
-    code, printed, err = finish(process)
+    arguments = ("measure", str(tiny_llama_dir), "--calibration", str(tiny_text), *FLAGS, "--out")
+    for attempt in range(ATTEMPTS):
+        cache, out = tmp_path / f"cache{attempt}", tmp_path / f"profile{attempt}"
+        process = start(*arguments, str(out), cache=cache)
+        wait_for_piece(cache, piece)
+        process.send_signal(number)
+        code, printed, err = finish(process)
+        # On a busy machine a measurement may be over before the signal is sent.
+        if code != 0:
+            break
     kept = list_pieces(cache)
     assert any(name.endswith(piece) for name in kept) and all(name.startswith("pieces/") for name in kept)
     assert not out.exists()
@@ -67,7 +74,7 @@ def test_interrupted_measurement(
         assert "Traceback" not in err
         assert list_files(cache) == kept
     monkeypatch.setenv("BITPLAN_CACHE", str(cache))
-    assert run(arguments) == 0
+    assert run((*arguments, str(out))) == 0
     assert capsys.readouterr().out.startswith(f"profile {tiny_profile.fingerprint[:16]}")
     assert_same(load_profile(out), tiny_profile)
     assert sorted(p.name for p in out.iterdir()) == ["arrays.safetensors", "profile.json"]
