@@ -17,7 +17,6 @@ from tests.end_to_end.commands import ROOT, finish, list_files, start
 from tests.sensitivity.measured_models import assert_same
 from tests.tiny_measurements import FLAGS
 
-
 ATTEMPTS = 3
 
 
