@@ -17,7 +17,7 @@ from tests.end_to_end.commands import ROOT, finish, list_files, start
 from tests.sensitivity.measured_models import assert_same
 from tests.tiny_measurements import FLAGS
 
-ATTEMPTS = 3
+ATTEMPTS = 5
 
 
 def list_pieces(cache: Path) -> list[str]:
@@ -59,10 +59,10 @@ def test_interrupted_measurement(
         wait_for_piece(cache, piece)
         process.send_signal(number)
         code, printed, err = finish(process)
-        # On a busy machine a measurement may be over before the signal is sent.
-        if code != 0:
+        kept = list_pieces(cache)
+        # On a busy machine the part of the piece may be over before the signal is sent, or all of the measurement.
+        if any(name.endswith(piece) for name in kept):
             break
-    kept = list_pieces(cache)
     assert any(name.endswith(piece) for name in kept) and all(name.startswith("pieces/") for name in kept)
     assert not out.exists()
     if number is signal.SIGKILL:

@@ -57,16 +57,17 @@ def chromium() -> Path:
     return Path(found)
 
 
-@pytest.fixture(scope="session")
+# Not of the session: as long as it runs, no other test of this process can run an event loop.
+@pytest.fixture(scope="module")
 def playwright_driver() -> Iterator[Playwright]:
-    """Playwright, which stops with the tests."""
+    """Playwright, which stops with the tests of a file."""
     # Workers of other tests share the cores; nothing here measures time.
     expect.set_options(timeout=120_000)
     with sync_playwright() as driver:
         yield driver
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(chromium: Path, playwright_driver: Playwright) -> Iterator[Browser]:
     """A browser without a window."""
     # A sandbox of its own is not to be had inside a container.

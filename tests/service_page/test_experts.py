@@ -27,7 +27,7 @@ def test_table_says_what_was_measured(experts_page: Page, service_url: str) -> N
     layers = httpx2.get(f"{service_url}/profiles/{profile_id}").json()["experts"]["layers"]
     experts_page.get_by_text("Experts as a table").click()
     rows = experts_page.get_by_role("region", name="Experts", exact=True).get_by_role("row")
-    assert rows.count() == 1 + sum(len(layer["frequency"]) for layer in layers)
+    expect(rows).to_have_count(1 + sum(len(layer["frequency"]) for layer in layers))
     cells = rows.nth(1).get_by_role("cell").all_inner_texts()
     assert cells[3] == str(layers[0]["coverage"][0])
     assert float(cells[2].removesuffix(" %")) == pytest.approx(100 * layers[0]["frequency"][0], abs=0.5)
@@ -45,5 +45,5 @@ def test_map_is_read_by_keys(experts_page: Page) -> None:
 
 def test_graph_has_every_expert(experts_page: Page) -> None:
     graph = experts_page.get_by_role("img", name="Affinity of the experts of layer 0")
-    assert graph.locator("circle").count() == 4
-    assert graph.locator("line").count() >= 1
+    expect(graph.locator("circle")).to_have_count(4)
+    expect(graph.locator("line").first).to_be_attached()

@@ -21,7 +21,7 @@ from runtime.files import atomic_directory
 MODEL = "0" * 32
 WORKERS = 3
 LEASE_S = 0.3
-_WORK_S = 0.004
+_WORK_S = 0.02  # of the order of the time between kills, so that they fall into work
 _LONGEST_S = 0.15
 
 
