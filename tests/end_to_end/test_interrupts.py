@@ -37,7 +37,7 @@ def wait_for_piece(cache: Path, piece: str) -> None:
     [
         # Within the pass of the Fisher sketch, or soon after it; its own files come and go.
         (signal.SIGTERM, "/output_error.safetensors"),
-        (signal.SIGINT, "/logit/00001.safetensors"),
+        (signal.SIGINT, "/fisher/sketch.safetensors"),
         (signal.SIGKILL, "/fisher/sketch.safetensors"),
     ],
     ids=["SIGTERM", "SIGINT", "SIGKILL"],
