@@ -2,10 +2,10 @@
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -13,9 +13,13 @@ ROOT = Path(__file__).parents[2]
 
 def start(*arguments: str | Path, cache: Path, most_file_bytes: int | None = None) -> "subprocess.Popen[str]":
     """Starts ``python -m allocator.cli ARGUMENTS`` with its own cache, and no file longer than a limit."""
-    limit = None
-    if most_file_bytes is not None:
-        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most_file_bytes, most_file_bytes))
+
+    def prepare() -> None:
+        # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if most_file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most_file_bytes, most_file_bytes))
+
     environment: Mapping[str, str] = {**os.environ, "BITPLAN_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "allocator.cli", *map(str, arguments)],
@@ -24,7 +28,7 @@ def start(*arguments: str | Path, cache: Path, most_file_bytes: int | None = Non
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=limit,
+        preexec_fn=prepare,
     )
 
 
