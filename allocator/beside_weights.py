@@ -1,8 +1,9 @@
 """What is measured beside the weights: caches and activations, each added to a profile, under another fingerprint."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from allocator.progress import Progress
 from allocator.store import Store
@@ -53,19 +54,16 @@ def add_cache(
 ) -> SensitivityProfile:
     """Returns the profile of the weights with the caches beside them, under a fingerprint of its own."""
     fingerprint = cache_fingerprint(weights.fingerprint, cache)
-    profile = store.find_profile(fingerprint)
-    if profile is None:
-        losses = measure_cache_losses(
-            reference.model,
-            cache,
-            # Those of the single-unit KL are too short to have a past.
-            text.fisher.tokens[:CACHE_SEQUENCES],
-            pieces=store.pieces(fingerprint),
-            progress=partial(progress, "cache"),
-        )
-        profile = replace(weights, cache=losses, provenance={**weights.provenance, "profile": fingerprint})
-        store.save_profile(profile)
-    return profile
+    measure = partial(
+        measure_cache_losses,
+        reference.model,
+        cache,
+        # Those of the single-unit KL are too short to have a past.
+        text.fisher.tokens[:CACHE_SEQUENCES],
+        pieces=store.pieces(fingerprint),
+        progress=partial(progress, "cache"),
+    )
+    return _add("cache", weights, measure, fingerprint, store)
 
 
 def find_activation_candidates(
@@ -100,16 +98,25 @@ def add_activations(
 ) -> SensitivityProfile:
     """Returns the profile with the activations beside what it has, under a fingerprint of its own."""
     fingerprint = activation_fingerprint(measured.fingerprint, activations)
+    measure = partial(
+        measure_activation_losses,
+        reference.model,
+        activations,
+        text.fisher.tokens[:ACTIVATION_SEQUENCES],
+        seed=seed,
+        pieces=store.pieces(fingerprint),
+        progress=partial(progress, "activations"),
+    )
+    return _add("activations", measured, measure, fingerprint, store)
+
+
+def _add(
+    part: str, measured: SensitivityProfile, measure: Callable[[], Any], fingerprint: str, store: Store
+) -> SensitivityProfile:
+    """Returns the kept profile of a fingerprint, or that of what was measured with one part more."""
     profile = store.find_profile(fingerprint)
     if profile is None:
-        losses = measure_activation_losses(
-            reference.model,
-            activations,
-            text.fisher.tokens[:ACTIVATION_SEQUENCES],
-            seed=seed,
-            pieces=store.pieces(fingerprint),
-            progress=partial(progress, "activations"),
-        )
-        profile = replace(measured, activations=losses, provenance={**measured.provenance, "profile": fingerprint})
+        provenance = {**measured.provenance, "profile": fingerprint}
+        profile = replace(measured, **{part: measure()}, provenance=provenance)
         store.save_profile(profile)
     return profile

@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,37 @@ class _Verbs:
     def _frontier(self, model: str | RemoteProfile, points: int, metric: str | None) -> Steps:
         held = model if isinstance(model, RemoteProfile) else (yield from verbs.latest_profile(model))
         return (yield from verbs.frontier(held.id, points, metric))
+
+    def _persist(self, steps: Steps) -> Steps:
+        """Gives the steps of a verb as single tries, each of which may be sent again after a wait."""
+        outcome = None
+        while True:
+            try:
+                step = steps.send(outcome)
+            except StopIteration as end:
+                return end.value
+            try:
+                outcome = (yield step) if isinstance(step, Wait) else (yield from self._try(step))
+            except Exception as error:
+                # The verb's own cleaning up is done before the caller hears of it.
+                steps.throw(error)
+                raise
+
+    def _try(self, step: Call | Fetch) -> Steps:
+        for attempt in range(self.repeats + 1):
+            last = attempt == self.repeats
+            try:
+                status, content = yield step
+            except httpx2.TransportError as error:
+                if last:
+                    raise self._unanswered(error) from error
+            else:
+                if status < 300:
+                    return content
+                if last or status not in _COME_BACK:
+                    verbs.raise_problem(status, content)
+            yield Wait(seconds=self._pause_s(attempt))
+        return None
 
     def _pause_s(self, attempt: int) -> float:
         longest = min(_FIRST_PAUSE_S * 2.0**attempt, _LONGEST_PAUSE_S)
@@ -167,37 +199,22 @@ class Client(_Verbs):
         return self._run(verbs.plan_file(plan.id))  # type: ignore[no-any-return]
 
     def _run(self, steps: Steps) -> Any:
-        outcome = None
+        tries = self._persist(steps)
+        advance = partial(tries.send, None)
         while True:
             try:
-                step = steps.send(outcome)
+                step = advance()
             except StopIteration as end:
                 return end.value
             try:
-                outcome = self._do(step)
+                advance = partial(tries.send, self._do(step))
             except Exception as error:
-                # The verb's own cleaning up is done before the caller hears of it.
-                steps.throw(error)
-                raise
+                advance = partial(tries.throw, error)
 
     def _do(self, step: Call | Fetch | Wait) -> Any:
         if isinstance(step, Wait):
-            time.sleep(step.seconds)
-            return None
-        for attempt in range(self.repeats + 1):
-            last = attempt == self.repeats
-            try:
-                status, content = self._fetch(step) if isinstance(step, Fetch) else self._call(step)
-            except httpx2.TransportError as error:
-                if last:
-                    raise self._unanswered(error) from error
-            else:
-                if status < 300:
-                    return content
-                if last or status not in _COME_BACK:
-                    verbs.raise_problem(status, content)
-            time.sleep(self._pause_s(attempt))
-        return None
+            return time.sleep(step.seconds)
+        return self._fetch(step) if isinstance(step, Fetch) else self._call(step)
 
     def _call(self, step: Call) -> tuple[int, Any]:
         answer = self._http.request(step.method, step.path, json=step.body, headers=self._headers(step))
@@ -279,36 +296,22 @@ class AsyncClient(_Verbs):
         return await self._run(verbs.plan_file(plan.id))  # type: ignore[no-any-return]
 
     async def _run(self, steps: Steps) -> Any:
-        outcome = None
+        tries = self._persist(steps)
+        advance = partial(tries.send, None)
         while True:
             try:
-                step = steps.send(outcome)
+                step = advance()
             except StopIteration as end:
                 return end.value
             try:
-                outcome = await self._do(step)
+                advance = partial(tries.send, await self._do(step))
             except Exception as error:
-                steps.throw(error)
-                raise
+                advance = partial(tries.throw, error)
 
     async def _do(self, step: Call | Fetch | Wait) -> Any:
         if isinstance(step, Wait):
-            await asyncio.sleep(step.seconds)
-            return None
-        for attempt in range(self.repeats + 1):
-            last = attempt == self.repeats
-            try:
-                status, content = await (self._fetch(step) if isinstance(step, Fetch) else self._call(step))
-            except httpx2.TransportError as error:
-                if last:
-                    raise self._unanswered(error) from error
-            else:
-                if status < 300:
-                    return content
-                if last or status not in _COME_BACK:
-                    verbs.raise_problem(status, content)
-            await asyncio.sleep(self._pause_s(attempt))
-        return None
+            return await asyncio.sleep(step.seconds)
+        return await (self._fetch(step) if isinstance(step, Fetch) else self._call(step))
 
     async def _call(self, step: Call) -> tuple[int, Any]:
         answer = await self._http.request(step.method, step.path, json=step.body, headers=self._headers(step))

@@ -210,11 +210,16 @@ def run_worker(settings: ServiceSettings, *, watch_stdin: bool = False) -> None:
 
 
 def _stop(_signal: int, _frame: object) -> None:
+    # A second signal (the server's, after its pipe has closed) would interrupt the giving back.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise Stopping
 
 
 def _end_with_stdin() -> None:
-    sys.stdin.buffer.read()
+    # Not through sys.stdin: the process cannot end in peace while a thread holds its lock.
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
     # A verb deep in compiled code hears no signal.
     time.sleep(_GRACE_S)

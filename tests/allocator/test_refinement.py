@@ -144,6 +144,9 @@ def test_of_plans_by_tilted_losses_the_best_measured_is_the_first_step(
     judged, _, _ = refinement._deal(0)
     losses = [kl_on(judged, tiny_profile, model, replace(start, choice=choice)) for choice in starts]
     np.testing.assert_array_equal(refinement._first_plan(start), starts[int(np.argmin(losses))])
+    refined = refinement.run(start)
+    best = min(calibration_kl(tiny_profile, model, replace(start, choice=choice)) for choice in starts)
+    assert calibration_kl(tiny_profile, model, refined) <= best * (1 + 1e-6)
 
 
 def test_text_is_dealt_anew_and_no_plan_is_measured_on_the_text_of_its_slope(

@@ -1,17 +1,23 @@
-"""Jobs from request to artefact, done by a worker in this process: progress, results, files, cancelling, repeating."""
+"""Jobs from request to artefact, done by workers: progress, results, files, cancelling, repeating."""
 
 import dataclasses
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from allocator.service.settings import ServiceSettings
-from allocator.service.worker import Stopping, Worker, describe_problem
+from allocator.service.settings import SETTINGS_VARIABLE, ServiceSettings
+from allocator.service.worker import Worker, describe_problem
 from allocator.store import Store
 from runtime.packed_model import load_packed
 from sensitivity.profile import SensitivityProfile
@@ -19,6 +25,7 @@ from tests.allocator.service.running_service import RunningService, run_in_threa
 from tests.tiny_measurements import CONFIG, FORMATS
 
 MEASURE = {"calibration": "calibration.txt", "formats": list(FORMATS), **dataclasses.asdict(CONFIG)}
+PATIENCE_S = 120.0  # more than a process needs on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -188,38 +195,56 @@ def test_a_job_that_is_over_cannot_be_cancelled(jobs_service: RunningService, me
     assert (answer.status_code, answer.json()["title"]) == (409, "Conflict")
 
 
+@contextmanager
+def work_apart(running: RunningService, settings: ServiceSettings, job_id: str) -> Iterator["subprocess.Popen[str]"]:
+    """Gives a worker in a process of its own, as a server starts it, that has begun a job."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "allocator.service.worker_process"],
+        env={**os.environ, SETTINGS_VARIABLE: settings.to_json(), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while running.get(f"/jobs/{job_id}").json()["state"] != "running":
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_cancelling_ends_the_work(
-    jobs_service: RunningService, settings: ServiceSettings, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    jobs_service: RunningService, settings: ServiceSettings, measured: dict[str, Any]
 ) -> None:
     body = {"kind": "measure", "model_id": measured["model_id"], "options": {**MEASURE, "seed": 2}}
     job_id = jobs_service.post("/jobs", body).json()["id"]
-    own = Worker(settings)
-    report = own.queue.report
-
-    def cancel_then_report(claim: Any, progress: Any) -> None:
-        if progress["stage"] == "fisher":
-            jobs_service.client.delete(f"/jobs/{job_id}")
-        report(claim, progress)
-
-    monkeypatch.setattr(own.queue, "report", cancel_then_report)
-    assert own.run_once()
+    with work_apart(jobs_service, settings, job_id) as process:
+        assert jobs_service.client.delete(f"/jobs/{job_id}").json()["state"] == "cancelled"
+        assert process.stderr is not None
+        taken, said = (entry for entry in islice(map(json.loads, process.stderr), 3) if entry.get("job") == job_id)
+    assert (taken["message"], said["message"]) == ("job taken", "job lost")
     job = jobs_service.get(f"/jobs/{job_id}").json()
-    assert (job["state"], job["result"], job["progress"]["stage"]) == ("cancelled", None, "output_error")
+    assert (job["state"], job["result"]) == ("cancelled", None)
+    profiles = jobs_service.get(f"/models/{measured['model_id']}").json()["profiles"]
+    assert [profile["id"] for profile in profiles] == [measured["result"]["profile_id"]]
 
 
+@pytest.mark.parametrize("told", ["terminate", "terminate, then the server's pipe closes"])
 def test_a_worker_that_is_told_to_stop_gives_its_job_back(
-    jobs_service: RunningService, settings: ServiceSettings, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    told: str, jobs_service: RunningService, settings: ServiceSettings, measured: dict[str, Any]
 ) -> None:
-    body = {"kind": "measure", "model_id": measured["model_id"], "options": {**MEASURE, "seed": 3}}
+    body = {"kind": "measure", "model_id": measured["model_id"], "options": {**MEASURE, "seed": len(told)}}
     job_id = jobs_service.post("/jobs", body).json()["id"]
-    own = Worker(settings)
-
-    def stop(*_: Any) -> None:
-        raise Stopping
-
-    monkeypatch.setattr(own.queue, "report", stop)
-    with pytest.raises(Stopping):
-        own.run_once()
+    with work_apart(jobs_service, settings, job_id) as process:
+        process.terminate()
+        if told == "terminate":
+            assert process.wait(PATIENCE_S) == 0
+        else:
+            process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0
     job = jobs_service.get(f"/jobs/{job_id}").json()
     assert (job["state"], job["attempts"]) == ("queued", 0)
     assert finish(jobs_service, Worker(settings), job_id)["state"] == "succeeded"
@@ -237,7 +262,7 @@ def test_a_worker_that_is_told_to_stop_gives_its_job_back(
         ({"kind": "measure", "options": {"fisher_sequences": 0}}, "fisher_sequences must be at least 2"),
         ({"kind": "measure", "options": {"engine": "none"}}, "engine must be a known name"),
         ({"kind": "export", "options": {}}, "engine must be a known name"),
-        ({"kind": "apply", "options": {"out": "/tmp/x"}}, "options of 'apply' must be among none"),
+        ({"kind": "apply", "options": {"out": "elsewhere"}}, "options of 'apply' must be among none"),
     ],
     ids=str,
 )
