@@ -11,10 +11,7 @@ that is sent twice counts once.
 """
 
 import asyncio
-import random
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,93 +20,15 @@ import httpx2
 
 from allocator import client_verbs as verbs
 from allocator.budget import Budget
-from allocator.client_verbs import Call, Fetch, RemotePlan, RemoteProfile, ServiceError, Steps, Wait
+from allocator.client_steps import ClientSteps
+from allocator.client_verbs import Call, Fetch, RemotePlan, RemoteProfile, Steps, Wait
 from allocator.plans import Evaluation
-from allocator.progress import Progress, shown_progress, silent
 
 if TYPE_CHECKING:
     from allocator.measuring import MeasureRequest
 
-_COME_BACK = (409, 425, 429, 502, 503, 504)
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
-_TIMEOUT_S = 60.0
 
-
-class _Verbs:
-    """The steps of each verb; how they are run is the subclass's."""
-
-    def __init__(self, url: str, key: str | None, *, repeats: int, show_progress: bool) -> None:
-        self.url = url
-        self.repeats = repeats
-        self.show_progress = show_progress
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self._options: dict[str, Any] = {"base_url": url, "headers": headers, "timeout": _TIMEOUT_S}
-        self._jitter = random.Random()
-
-    @contextmanager
-    def _progress(self) -> Iterator[Progress]:
-        if not self.show_progress:
-            yield silent
-            return
-        with shown_progress() as progress:
-            yield progress
-
-    def _measure(self, model: str, request: "MeasureRequest | None", progress: Progress) -> Steps:
-        options: Mapping[str, Any] = {} if request is None else verbs.options_of(request)
-        return verbs.measure(model, options, progress)
-
-    def _plan(self, model: str | RemoteProfile, budget: Budget, metric: str | None, engine: str | None) -> Steps:
-        held = model if isinstance(model, RemoteProfile) else (yield from verbs.latest_profile(model))
-        return (yield from verbs.plan(held.id, budget, metric, engine))
-
-    def _frontier(self, model: str | RemoteProfile, points: int, metric: str | None) -> Steps:
-        held = model if isinstance(model, RemoteProfile) else (yield from verbs.latest_profile(model))
-        return (yield from verbs.frontier(held.id, points, metric))
-
-    def _persist(self, steps: Steps) -> Steps:
-        """Gives the steps of a verb as single tries, each of which may be sent again after a wait."""
-        outcome = None
-        while True:
-            try:
-                step = steps.send(outcome)
-            except StopIteration as end:
-                return end.value
-            try:
-                outcome = (yield step) if isinstance(step, Wait) else (yield from self._try(step))
-            except Exception as error:
-                # The verb's own cleaning up is done before the caller hears of it.
-                steps.throw(error)
-                raise
-
-    def _try(self, step: Call | Fetch) -> Steps:
-        for attempt in range(self.repeats + 1):
-            last = attempt == self.repeats
-            try:
-                status, content = yield step
-            except httpx2.TransportError as error:
-                if last:
-                    raise self._unanswered(error) from error
-            else:
-                if status < 300:
-                    return content
-                if last or status not in _COME_BACK:
-                    verbs.raise_problem(status, content)
-            yield Wait(seconds=self._pause_s(attempt))
-        return None
-
-    def _pause_s(self, attempt: int) -> float:
-        longest = min(_FIRST_PAUSE_S * 2.0**attempt, _LONGEST_PAUSE_S)
-        return longest * self._jitter.uniform(0.5, 1.0)
-
-    def _headers(self, step: Call) -> dict[str, str]:
-        return {"Idempotency-Key": step.key} if step.method == "POST" else {}
-
-    def _unanswered(self, error: Exception) -> ServiceError:
-        msg = f"the service must answer: got none from '{self.url}' ({error}). Is it running, and this its address?"
-        return ServiceError(msg, status=503, problem={})
-
-
-class Client(_Verbs):
+class Client(ClientSteps):
     """A client that waits.
 
     Args:
@@ -121,7 +40,7 @@ class Client(_Verbs):
 
     def __init__(self, url: str, key: str | None = None, *, repeats: int = 6, show_progress: bool = False) -> None:
         super().__init__(url, key, repeats=repeats, show_progress=show_progress)
-        self._http = httpx2.Client(**self._options)
+        self._http = httpx2.Client(**self.options)
 
     def __enter__(self) -> "Client":
         return self
@@ -143,8 +62,8 @@ class Client(_Verbs):
         Raises:
             ServiceError: If the service refuses, or its job fails.
         """
-        with self._progress() as progress:
-            return self._run(self._measure(model, request, progress))  # type: ignore[no-any-return]
+        with self.shown() as progress:
+            return self._run(self.measure_steps(model, request, progress))  # type: ignore[no-any-return]
 
     def plan(
         self, model: str | RemoteProfile, budget: Budget, *, metric: str | None = None, engine: str | None = None
@@ -161,13 +80,13 @@ class Client(_Verbs):
             InfeasibleBudget: If nothing keeps the budget.
             ServiceError: If the service refuses.
         """
-        return self._run(self._plan(model, budget, metric, engine))  # type: ignore[no-any-return]
+        return self._run(self.plan_steps(model, budget, metric, engine))  # type: ignore[no-any-return]
 
     def frontier(
         self, model: str | RemoteProfile, *, points: int = 33, metric: str | None = None
     ) -> list[dict[str, float]]:
         """Returns the least loss at ``points`` memory budgets."""
-        return self._run(self._frontier(model, points, metric))  # type: ignore[no-any-return]
+        return self._run(self.frontier_steps(model, points, metric))  # type: ignore[no-any-return]
 
     def evaluate(self, plan: RemotePlan, *, text: str | None = None) -> list[Evaluation]:
         """Returns the measured quality of the reference, the plan, and every uniform format of no more bytes.
@@ -176,22 +95,22 @@ class Client(_Verbs):
             plan: The plan.
             text: A text on the server; None for the profile's own.
         """
-        with self._progress() as progress:
+        with self.shown() as progress:
             return self._run(verbs.evaluate(plan.id, text, progress))  # type: ignore[no-any-return]
 
     def apply(self, plan: RemotePlan, out: Path) -> Path:
         """Has a model packed by a plan, and writes it to a directory, which is replaced as a whole."""
-        with self._progress() as progress:
+        with self.shown() as progress:
             return self._run(verbs.apply(plan.id, out, progress))  # type: ignore[no-any-return]
 
     def export(self, plan: RemotePlan, engine: str, out: Path) -> str:
         """Writes a plan as the files that an engine loads, and returns the command that runs them."""
-        with self._progress() as progress:
+        with self.shown() as progress:
             return self._run(verbs.export(plan.id, engine, out, progress))  # type: ignore[no-any-return]
 
     def report(self, plan: RemotePlan, out: Path, *, text: str | None = None) -> Path:
         """Writes the report of a plan to a directory, and returns its page's path."""
-        with self._progress() as progress:
+        with self.shown() as progress:
             return self._run(verbs.report(plan.id, out, text, progress))  # type: ignore[no-any-return]
 
     def plan_file(self, plan: RemotePlan) -> dict[str, Any]:
@@ -199,7 +118,7 @@ class Client(_Verbs):
         return self._run(verbs.plan_file(plan.id))  # type: ignore[no-any-return]
 
     def _run(self, steps: Steps) -> Any:
-        tries = self._persist(steps)
+        tries = self.persist(steps)
         advance = partial(tries.send, None)
         while True:
             try:
@@ -217,7 +136,7 @@ class Client(_Verbs):
         return self._fetch(step) if isinstance(step, Fetch) else self._call(step)
 
     def _call(self, step: Call) -> tuple[int, Any]:
-        answer = self._http.request(step.method, step.path, json=step.body, headers=self._headers(step))
+        answer = self._http.request(step.method, step.path, json=step.body, headers=self.headers(step))
         return answer.status_code, answer.json() if answer.status_code < 300 else answer.content
 
     def _fetch(self, step: Fetch) -> tuple[int, Any]:
@@ -230,7 +149,7 @@ class Client(_Verbs):
         return answer.status_code, None
 
 
-class AsyncClient(_Verbs):
+class AsyncClient(ClientSteps):
     """A client that awaits; its verbs are those of ``Client``.
 
     Args:
@@ -242,7 +161,7 @@ class AsyncClient(_Verbs):
 
     def __init__(self, url: str, key: str | None = None, *, repeats: int = 6, show_progress: bool = False) -> None:
         super().__init__(url, key, repeats=repeats, show_progress=show_progress)
-        self._http = httpx2.AsyncClient(**self._options)
+        self._http = httpx2.AsyncClient(**self.options)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -256,39 +175,39 @@ class AsyncClient(_Verbs):
 
     async def measure(self, model: str, *, request: "MeasureRequest | None" = None) -> RemoteProfile:
         """Returns the sensitivity profile of a model, as ``Client.measure`` does."""
-        with self._progress() as progress:
-            return await self._run(self._measure(model, request, progress))  # type: ignore[no-any-return]
+        with self.shown() as progress:
+            return await self._run(self.measure_steps(model, request, progress))  # type: ignore[no-any-return]
 
     async def plan(
         self, model: str | RemoteProfile, budget: Budget, *, metric: str | None = None, engine: str | None = None
     ) -> RemotePlan:
         """Returns the best plan for a budget, as ``Client.plan`` does."""
-        return await self._run(self._plan(model, budget, metric, engine))  # type: ignore[no-any-return]
+        return await self._run(self.plan_steps(model, budget, metric, engine))  # type: ignore[no-any-return]
 
     async def frontier(
         self, model: str | RemoteProfile, *, points: int = 33, metric: str | None = None
     ) -> list[dict[str, float]]:
         """Returns the least loss at ``points`` memory budgets."""
-        return await self._run(self._frontier(model, points, metric))  # type: ignore[no-any-return]
+        return await self._run(self.frontier_steps(model, points, metric))  # type: ignore[no-any-return]
 
     async def evaluate(self, plan: RemotePlan, *, text: str | None = None) -> list[Evaluation]:
         """Returns the measured quality of a plan, as ``Client.evaluate`` does."""
-        with self._progress() as progress:
+        with self.shown() as progress:
             return await self._run(verbs.evaluate(plan.id, text, progress))  # type: ignore[no-any-return]
 
     async def apply(self, plan: RemotePlan, out: Path) -> Path:
         """Has a model packed by a plan, and writes it to a directory, which is replaced as a whole."""
-        with self._progress() as progress:
+        with self.shown() as progress:
             return await self._run(verbs.apply(plan.id, out, progress))  # type: ignore[no-any-return]
 
     async def export(self, plan: RemotePlan, engine: str, out: Path) -> str:
         """Writes a plan as the files that an engine loads, and returns the command that runs them."""
-        with self._progress() as progress:
+        with self.shown() as progress:
             return await self._run(verbs.export(plan.id, engine, out, progress))  # type: ignore[no-any-return]
 
     async def report(self, plan: RemotePlan, out: Path, *, text: str | None = None) -> Path:
         """Writes the report of a plan to a directory, and returns its page's path."""
-        with self._progress() as progress:
+        with self.shown() as progress:
             return await self._run(verbs.report(plan.id, out, text, progress))  # type: ignore[no-any-return]
 
     async def plan_file(self, plan: RemotePlan) -> dict[str, Any]:
@@ -296,7 +215,7 @@ class AsyncClient(_Verbs):
         return await self._run(verbs.plan_file(plan.id))  # type: ignore[no-any-return]
 
     async def _run(self, steps: Steps) -> Any:
-        tries = self._persist(steps)
+        tries = self.persist(steps)
         advance = partial(tries.send, None)
         while True:
             try:
@@ -314,7 +233,7 @@ class AsyncClient(_Verbs):
         return await (self._fetch(step) if isinstance(step, Fetch) else self._call(step))
 
     async def _call(self, step: Call) -> tuple[int, Any]:
-        answer = await self._http.request(step.method, step.path, json=step.body, headers=self._headers(step))
+        answer = await self._http.request(step.method, step.path, json=step.body, headers=self.headers(step))
         return answer.status_code, answer.json() if answer.status_code < 300 else answer.content
 
     async def _fetch(self, step: Fetch) -> tuple[int, Any]:
