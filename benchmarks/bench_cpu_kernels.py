@@ -1,60 +1,85 @@
-"""CPU kernels beside torch's own: time, share of the read bandwidth, error. Writes cpu_kernels.md.
+"""CPU kernels beside torch's own and llama.cpp's: time, share of the read bandwidth, error. Writes cpu_kernels.md.
+
+    python benchmarks/bench_cpu_kernels.py [--llama-cpp LIBRARY]
 
 Every method is timed in turns with all others, in one process on one thread, each call on another copy of its weight,
 so that weights come from memory. The 10th percentile of many calls is compared: the machine may have other work.
+Weights lie in large pages, as those of whole models do, torch's and ggml's too (fbgemm's are packed where it likes),
+and so does the memory that the bandwidth is measured on. LIBRARY is a libllama.so that was compiled for this machine;
+without it ggml is that of the wheel xllamacpp, which knows AVX2.
 """
 
+import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from ggml_products import TYPES, GgmlProducts
 from machine import describe_machine
-from torch import Tensor
+from read_bandwidth import compile_reads
+from torch import Tensor, nn
 
 from runtime.apply import pack_weight
 from runtime.formats import Format, find_format
-from runtime.kernels.dispatch import kernel_path, selected_kernels
+from runtime.kernels.dispatch import kernel_path, linear_many, selected_kernels
 from runtime.packed import PackedExperts, PackedWeight, QuantizedLinear
+from runtime.weight_memory import gather_weights_, reserve_large_pages
+
+sys.path.append(str(Path(__file__).parents[1]))
+from tests.llama_cpp_client import wheel_library  # noqa: E402 (the directory above is not on a script's path)
 
 SIZE = 4096
 COLD_BYTES = 112 << 20
+READ_BYTES = 8 << 20
 ROUNDS = 12
 CALLS_A_TURN = 5
-BITS = (2, 3, 4, 5, 6, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
+PROPORTIONAL_BITS = (4, 5, 6, 7, 8)
 Call = Callable[[], object]
+NOTES: tuple[str, ...] = ()
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--llama-cpp", type=Path, help="a libllama.so for this machine, in place of the wheel's")
+    library = parser.parse_args().llama_cpp
     torch.set_num_threads(1)
     kernels = selected_kernels()
     assert kernels is not None, "the CPU kernels must be there to be timed"
+    ggml = "compiled for this machine" if library else "of the wheel xllamacpp (AVX2)"
     lines = [
         "# CPU kernels",
         "",
-        f"Made by `python benchmarks/bench_cpu_kernels.py`. Machine: {describe_machine(('torch',))}; "
-        f"instruction set {kernels.level}.",
-        f"Weights {SIZE} x {SIZE}, group 128, asymmetric, one thread; 10th percentile of {ROUNDS} turns of "
-        f"{CALLS_A_TURN} calls, the first of each not counted.",
+        f"Made by `python benchmarks/bench_cpu_kernels.py`. Machine: {describe_machine(('torch', 'xllamacpp'))}; "
+        f"instruction set {kernels.level}; ggml {ggml}.",
+        f"Weights {SIZE} x {SIZE}, group 128, asymmetric, one thread, large pages; 10th percentile of {ROUNDS} turns "
+        f"of {CALLS_A_TURN} calls, the first of each not counted.",
         "",
     ]
     with torch.no_grad():
-        lines += [*_decode_table(), "", *_token_table(), "", *_expert_table(), ""]
+        lines += [*_decode_table(GgmlProducts(library or wheel_library())), ""]
+        lines += [*NOTES, "", *_token_table(), "", *_expert_table(), ""]
     text = "\n".join(lines)
     (Path(__file__).parent / "cpu_kernels.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
 
-def _decode_table() -> list[str]:
+def _decode_table(ggml: GgmlProducts) -> list[str]:
     x = torch.randn(1, SIZE, generator=torch.Generator().manual_seed(1))
     x[0, 100] *= 20
     weight = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(2)) / 64
     methods = {f"int{bits}_g128": _packed(weight, find_format(f"int{bits}_g128"), x) for bits in BITS}
     sizes = {name: find_format(name).storage_bytes((SIZE, SIZE)) for name in methods}
     errors = {name: _error(weight, find_format(name), x) for name in methods}
+    for name in TYPES:
+        size = sizes[f"ggml {name}"] = ggml.weight_bytes(name, (SIZE, SIZE))
+        methods[f"ggml {name}"] = ggml.prepare(name, weight, x, COLD_BYTES // size + 1, reserve_large_pages)
     methods |= {
         "avx2, int4_g128": _packed(weight, find_format("int4_g128"), x, path="avx2"),
         "torch float32": _copies(weight, lambda w: torch.nn.functional.linear(x, w)),
@@ -62,14 +87,16 @@ def _decode_table() -> list[str]:
         "torch int4 (_weight_int4pack_mm_for_cpu)": _torch_int4(x),
         "torch dynamic int8 (fbgemm)": _fbgemm(weight, x),
     }
-    methods["read"] = _read_chunks()
-    times = _time_in_turns(methods)
-    bandwidth = (8 << 20) / times.pop("read")
-    proportional = sum(sizes[f"int{b}_g128"] for b in (4, 5, 6, 8)) / sum(times[f"int{b}_g128"] for b in (4, 5, 6, 8))
+    with tempfile.TemporaryDirectory() as directory:
+        reads = {name: _read_chunks(read) for name, read in compile_reads(Path(directory)).items()}
+        times = _time_in_turns(methods | reads)
+    bandwidth = READ_BYTES / min(times.pop(name) for name in reads)
+    ours = [f"int{b}_g128" for b in PROPORTIONAL_BITS]
+    proportional = sum(sizes[name] for name in ours) / sum(times[name] for name in ours)
     lines = [
-        f"One token. Read bandwidth of one thread, in the same turns: {bandwidth / 1e9:.1f} GB/s. *Proportional*: time "
-        "over that of its bytes at the mean rate of 4 to 8 bits. Error: relative, of the output, against float64, one "
-        "activation twenty times larger.",
+        f"One token. Read bandwidth of one thread, in the same turns, by the fastest of {len(reads)} loops that only "
+        f"read: {bandwidth / 1e9:.1f} GB/s. *Proportional*: time over that of its bytes at the mean rate of 4 to 8 "
+        "bits. Error: relative, of the output, against float64, one activation twenty times larger.",
         "",
         "| method | ms | GB/s | share of read bandwidth | proportional | time of torch bfloat16 / its time | error |",
         "|---|---|---|---|---|---|---|",
@@ -101,11 +128,11 @@ def _token_table() -> list[str]:
 
 def _expert_table() -> list[str]:
     """Products of the first k of 8 experts at 2, 3, 4 and 8 bits in one call: time against the bytes of those used."""
-    from runtime.kernels.dispatch import linear_many
-
     rows, columns, formats = 2048, 2048, [find_format(f"int{bits}_g128") for bits in (2, 3, 4, 8)]
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3)) / 64
-    layers = [PackedExperts([pack_weight(weight, formats[i % 4]) for i in range(8)]) for _ in range(8)]
+    packed = [pack_weight(weight, format_) for format_ in formats]
+    layers = [PackedExperts([_copy(packed[i % 4]) for i in range(8)]) for _ in range(8)]
+    gather_weights_(nn.ModuleList(layers))
     x = torch.randn(1, columns, generator=torch.Generator().manual_seed(4))
     lines = ["Experts of 2, 3, 4 and 8 bits, 2048 x 2048, one token each, one call.", ""]
     lines += ["| experts used | MB | ms | GB/s |", "|---|---|---|---|"]
@@ -139,6 +166,7 @@ def _packed(weight: Tensor, format_: Format, x: Tensor, path: str = "auto") -> l
     first = pack_weight(weight, format_)
     count = COLD_BYTES // format_.storage_bytes(first.shape) + 1
     linears = [QuantizedLinear(_copy(first)) for _ in range(count)]
+    gather_weights_(nn.ModuleList(linears))
 
     def run(linear: QuantizedLinear) -> Tensor:
         y: Tensor = linear(x)
@@ -161,7 +189,12 @@ def _copy(weight: PackedWeight) -> PackedWeight:
 
 def _copies(weight: Tensor, product: Callable[[Tensor], object]) -> list[Call]:
     count = COLD_BYTES // (weight.numel() * weight.element_size()) + 1
-    return [lambda w=w: product(w) for w in [weight.clone() for _ in range(count)]]  # type: ignore[misc]
+    return [partial(product, _in_large_pages(weight)) for _ in range(count)]
+
+
+def _in_large_pages(tensor: Tensor) -> Tensor:
+    memory = reserve_large_pages(tensor.numel() * tensor.element_size())
+    return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _torch_int4(x: Tensor) -> list[Call]:
@@ -183,9 +216,9 @@ def _fbgemm(weight: Tensor, x: Tensor) -> list[Call]:
     return [lambda w=w: torch.ops.quantized.linear_dynamic(x, w, False) for w in packed]  # type: ignore[misc]
 
 
-def _read_chunks() -> list[Call]:
-    memory = torch.zeros((16, (8 << 20) // 8), dtype=torch.int64)
-    return [lambda chunk=chunk: chunk.sum() for chunk in memory]  # type: ignore[misc]
+def _read_chunks(read: Callable[[Tensor], int]) -> list[Call]:
+    memory = reserve_large_pages(COLD_BYTES).zero_().view(torch.int64)
+    return [partial(read, chunk) for chunk in memory.split(READ_BYTES // 8)]
 
 
 def _error(weight: Tensor, format_: Format, x: Tensor) -> float:
