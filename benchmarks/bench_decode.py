@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +71,20 @@ def main() -> None:
     weights = list_weights(reference.model)
     kept: dict[tuple[str, int], Figures] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name, choose in PLANS.items():
+        # One thread first: a run that is cut short has it for all plans.
+        for threads, (name, choose) in product(THREADS, PLANS.items()):
             place = (options.files or Path(scratch)) / name.replace(" ", "_")
             formats = {weight: choose(index) for index, weight in enumerate(weights)}
             if not place.exists():
                 _write(_read_reference(), formats, place)
-            for threads in THREADS:
-                file = place / f"{threads}_threads.json"
-                if not file.exists() and time.monotonic() < stop:
-                    figures = _measure(place, reference.model, threads, options.rounds, libraries)
-                    # Each weight is read once a token.
-                    figures["bytes"] = sum(find_format(formats[n]).storage_bytes(w.shape) for n, w in weights.items())
-                    file.write_text(json.dumps(figures), encoding="utf-8")
-                if file.exists():
-                    kept[name, threads] = json.loads(file.read_text(encoding="utf-8"))
+            file = place / f"{threads}_threads.json"
+            if not file.exists() and time.monotonic() < stop:
+                figures = _measure(place, reference.model, threads, options.rounds, libraries)
+                # Each weight is read once a token.
+                figures["bytes"] = sum(find_format(formats[n]).storage_bytes(w.shape) for n, w in weights.items())
+                file.write_text(json.dumps(figures), encoding="utf-8")
+            if file.exists():
+                kept[name, threads] = json.loads(file.read_text(encoding="utf-8"))
     text = "\n".join([*_describe(options.rounds, libraries), *_decode_table(kept), "", *_prefill_table(kept), ""])
     (Path(__file__).parent / "decode.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)

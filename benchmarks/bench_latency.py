@@ -73,7 +73,7 @@ def _pack(directory: Path, candidates: Candidates, choice: Choice, place: Path) 
 
 
 def _time_steps(models: list[Any]) -> list[list[float]]:
-    """Returns the seconds of every step of each model, in turns; the first of a turn finds others' code in the caches."""
+    """Returns the seconds of every step of each model, in turns, without the first of a turn."""
     prompt = torch.arange(10, 10 + PROMPT_TOKENS)[None]
     caches: list[Any] = [model(prompt, past_key_values=DynamicCache()).past_key_values for model in models]
     seconds: list[list[float]] = [[] for _ in models]

@@ -64,13 +64,15 @@ class GgmlProducts:
         context = ctypes.c_void_p(ggml.ggml_init(_InitParams(size, memory.data_ptr(), False)))
         self._kept.append(memory)
         calls = []
+        first: ctypes.c_void_p | None = None
         for _ in range(copies):
             sizes = ctypes.c_int64(columns), ctypes.c_int64(rows)
             matrix = ctypes.c_void_p(ggml.ggml_new_tensor_2d(context, TYPES[name], *sizes))
             vector = ctypes.c_void_p(ggml.ggml_new_tensor_2d(context, _F32, sizes[0], ctypes.c_int64(1)))
             data = ctypes.c_void_p(ggml.ggml_get_data(matrix)), ctypes.c_void_p(ggml.ggml_get_data(vector))
-            chunk = (ctypes.c_int64(0), ctypes.c_int64(rows), ctypes.c_int64(columns), None)
-            ggml.ggml_quantize_chunk(TYPES[name], ctypes.c_void_p(weight.data_ptr()), data[0], *chunk)
+            first = first or self._quantize(name, weight, data[0])
+            if data[0].value != first.value:
+                ctypes.memmove(data[0], first, self.weight_bytes(name, (rows, columns)))
             ctypes.memmove(data[1], x.data_ptr(), 4 * columns)
             product = ctypes.c_void_p(ggml.ggml_mul_mat(context, matrix, vector))
             graph = ctypes.c_void_p(ggml.ggml_new_graph(context))
@@ -81,3 +83,10 @@ class GgmlProducts:
             self._kept += [work, plan]
             calls.append(partial(ggml.ggml_graph_compute, graph, ctypes.byref(plan)))
         return calls
+
+    def _quantize(self, name: str, weight: Tensor, place: ctypes.c_void_p) -> ctypes.c_void_p:
+        """Writes the matrix in a type and returns where."""
+        rows, columns = weight.shape
+        chunk = (ctypes.c_int64(0), ctypes.c_int64(rows), ctypes.c_int64(columns), None)
+        self._ggml.ggml_quantize_chunk(TYPES[name], ctypes.c_void_p(weight.data_ptr()), place, *chunk)
+        return place
