@@ -2,8 +2,10 @@
 
     python benchmarks/bench_cpu_kernels.py [--llama-cpp LIBRARY]
 
-Every method is timed in turns with all others, in one process on one thread, each call on another copy of its weight,
-so that weights come from memory. The 10th percentile of many calls is compared: the machine may have other work.
+Every method is timed in turns with all others, in one process on one thread, each product with another copy of its
+weight, so that weights come from memory. In the table of one token a call is several products, as in a decoder: what
+Python does around them, its memory no longer in the caches either, is not what is compared. The 10th percentile of
+many calls is: the machine may have other work.
 Weights lie in large pages, as those of whole models do, torch's and ggml's too (fbgemm's are packed where it likes),
 and so does the memory that the bandwidth is measured on. LIBRARY is a libllama.so that was compiled for this machine;
 without it ggml is that of the wheel xllamacpp, which knows AVX2.
@@ -27,7 +29,8 @@ from torch import Tensor, nn
 
 from runtime.apply import pack_weight
 from runtime.formats import Format, find_format
-from runtime.kernels.dispatch import kernel_path, selected_kernels
+from runtime.kernels.cpu import Product, load_kernels
+from runtime.kernels.dispatch import find_matrix, kernel_path, selected_kernels
 from runtime.packed import PackedWeight, QuantizedLinear
 from runtime.weight_memory import gather_weights_, reserve_large_pages
 
@@ -35,13 +38,15 @@ sys.path.append(str(Path(__file__).parents[1]))
 from tests.llama_cpp_client import wheel_library  # noqa: E402 (the directory above is not on a script's path)
 
 SIZE = 4096
-COLD_BYTES = 112 << 20
+COLD_BYTES = 128 << 20
 READ_BYTES = 8 << 20
 ROUNDS = 12
 CALLS_A_TURN = 5
+PRODUCTS_A_CALL = 4
 BITS = (2, 3, 4, 5, 6, 7, 8)
 PROPORTIONAL_BITS = (4, 5, 6, 7, 8)
 Call = Callable[[], object]
+_kept: list[nn.Module] = []
 # Written down when the kernels were made, on an AMD EPYC (Zen 4), by a loop around the library without Python.
 NOTES = (
     "How the AVX-512 kernels got there, ms on the machine they were made on, an EPYC of the Zen 4 kind that read 31 to "
@@ -79,7 +84,7 @@ def main() -> None:
         f"Made by `python benchmarks/bench_cpu_kernels.py`. Machine: {describe_machine(('torch', 'xllamacpp'))}; "
         f"instruction set {kernels.level}; ggml {ggml}.",
         f"Weights {SIZE} x {SIZE}, group 128, asymmetric, one thread, large pages; 10th percentile of {ROUNDS} turns "
-        f"of {CALLS_A_TURN} calls, the first of each not counted.",
+        f"of {CALLS_A_TURN} calls, the first of each not counted; for one token a call is {PRODUCTS_A_CALL} products.",
         "",
     ]
     with torch.no_grad():
@@ -94,14 +99,14 @@ def _decode_table(ggml: GgmlProducts) -> list[str]:
     x = torch.randn(1, SIZE, generator=torch.Generator().manual_seed(1))
     x[0, 100] *= 20
     weight = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(2)) / 64
-    methods = {f"int{bits}_g128": _packed(weight, find_format(f"int{bits}_g128"), x) for bits in BITS}
+    methods = {f"int{bits}_g128": _products(weight, find_format(f"int{bits}_g128"), x) for bits in BITS}
     sizes = {name: find_format(name).storage_bytes((SIZE, SIZE)) for name in methods}
     errors = {name: _error(weight, find_format(name), x) for name in methods}
     for name in TYPES:
         size = sizes[f"ggml {name}"] = ggml.weight_bytes(name, (SIZE, SIZE))
-        methods[f"ggml {name}"] = ggml.prepare(name, weight, x, COLD_BYTES // size + 1, reserve_large_pages)
-    methods |= {
-        "avx2, int4_g128": _packed(weight, find_format("int4_g128"), x, path="avx2"),
+        calls = COLD_BYTES // size // PRODUCTS_A_CALL + 1
+        methods[f"ggml {name}"] = ggml.prepare(name, weight, x, (calls, PRODUCTS_A_CALL), reserve_large_pages)
+    singles = {
         "torch float32": _copies(weight, lambda w: torch.nn.functional.linear(x, w)),
         "torch bfloat16": _copies(weight.bfloat16(), lambda w: torch.nn.functional.linear(x.bfloat16(), w)),
         "torch int4 (_weight_int4pack_mm_for_cpu)": _torch_int4(x),
@@ -109,7 +114,9 @@ def _decode_table(ggml: GgmlProducts) -> list[str]:
     }
     with tempfile.TemporaryDirectory() as directory:
         reads = {name: _read_chunks(read) for name, read in compile_reads(Path(directory)).items()}
-        times = time_in_turns(methods | reads)
+        methods["avx2, int4_g128"] = _products(weight, find_format("int4_g128"), x, level="avx2")
+        methods |= {name: _in_groups(calls) for name, calls in (singles | reads).items()}
+        times = {name: seconds / PRODUCTS_A_CALL for name, seconds in time_in_turns(methods).items()}
     bandwidth = READ_BYTES / min(times.pop(name) for name in reads)
     ours = [f"int{b}_g128" for b in PROPORTIONAL_BITS]
     proportional = sum(sizes[name] for name in ours) / sum(times[name] for name in ours)
@@ -161,22 +168,41 @@ def time_in_turns(methods: dict[str, list[Call]], rounds: int = ROUNDS) -> dict[
     return {name: float(np.percentile(measured, 10)) for name, measured in times.items()}
 
 
-def _packed(weight: Tensor, format_: Format, x: Tensor, path: str = "auto") -> list[Call]:
+def _packed(weight: Tensor, format_: Format, x: Tensor) -> list[Call]:
+    return [partial(linear, x) for linear in _list_copies(weight, format_)]
+
+
+def _products(weight: Tensor, format_: Format, x: Tensor, level: str | None = None) -> list[Call]:
+    """Returns calls of several products each, by the best instruction set or another."""
+    kernels = load_kernels(level)
+    assert kernels is not None
+    products = []
+    for linear in _list_copies(weight, format_):
+        matrix = find_matrix(linear.weight, x.device)
+        assert matrix is not None
+        products.append(Product(x, matrix))
+        # The library's view of a weight holds addresses alone.
+        _kept.append(linear)
+    starts = range(0, len(products) - PRODUCTS_A_CALL + 1, PRODUCTS_A_CALL)
+    return [kernels.prepare(products[start : start + PRODUCTS_A_CALL])[1] for start in starts]
+
+
+def _list_copies(weight: Tensor, format_: Format) -> list[QuantizedLinear]:
     first = pack_weight(weight, format_)
-    count = COLD_BYTES // format_.storage_bytes(first.shape) + 1
+    count = COLD_BYTES // format_.storage_bytes(first.shape) + PRODUCTS_A_CALL
     linears = [QuantizedLinear(copy_packed(first)) for _ in range(count)]
     gather_weights_(nn.ModuleList(linears))
+    return linears
 
-    def run(linear: QuantizedLinear) -> Tensor:
-        y: Tensor = linear(x)
-        return y
 
-    def run_by_path(linear: QuantizedLinear) -> Tensor:
-        with kernel_path(path):
-            return run(linear)
+def _in_groups(calls: list[Call]) -> list[Call]:
+    """Returns as many calls that each make several of the given ones, other copies each time."""
 
-    function = run if path == "auto" else run_by_path
-    return [lambda linear=linear: function(linear) for linear in linears]  # type: ignore[misc]
+    def run(start: int) -> None:
+        for i in range(start, start + PRODUCTS_A_CALL):
+            calls[i % len(calls)]()
+
+    return [partial(run, PRODUCTS_A_CALL * i) for i in range(len(calls))]
 
 
 def copy_packed(weight: PackedWeight) -> PackedWeight:

@@ -47,36 +47,36 @@ class GgmlProducts:
         return rows * int(self._ggml.ggml_row_size(TYPES[name], ctypes.c_int64(columns)))
 
     def prepare(
-        self, name: str, weight: Tensor, x: Tensor, copies: int, reserve: Callable[[int], Tensor]
+        self, name: str, weight: Tensor, x: Tensor, counts: tuple[int, int], reserve: Callable[[int], Tensor]
     ) -> list[Callable[[], int]]:
-        """Returns calls that compute x W' on one thread, each with a copy of its own of W in a type of ggml.
+        """Returns calls that compute x W' on one thread, each time with a copy of its own of W in a type of ggml.
 
         Args:
             name: The type, in ``TYPES``.
             weight: [rows, columns] float32, contiguous.
             x: [1, columns] float32.
-            copies: How many.
+            counts: How many calls, and how many products in each.
             reserve: Returns so many bytes of memory.
         """
         ggml, (rows, columns) = self._ggml, weight.shape
-        size = copies * (self.weight_bytes(name, (rows, columns)) + _OVERHEAD_BYTES)
+        size = counts[0] * counts[1] * (self.weight_bytes(name, (rows, columns)) + _OVERHEAD_BYTES)
         memory = reserve(size)
         context = ctypes.c_void_p(ggml.ggml_init(_InitParams(size, memory.data_ptr(), False)))
         self._kept.append(memory)
         calls = []
         first: ctypes.c_void_p | None = None
-        for _ in range(copies):
-            sizes = ctypes.c_int64(columns), ctypes.c_int64(rows)
-            matrix = ctypes.c_void_p(ggml.ggml_new_tensor_2d(context, TYPES[name], *sizes))
-            vector = ctypes.c_void_p(ggml.ggml_new_tensor_2d(context, _F32, sizes[0], ctypes.c_int64(1)))
-            data = ctypes.c_void_p(ggml.ggml_get_data(matrix)), ctypes.c_void_p(ggml.ggml_get_data(vector))
-            first = first or self._quantize(name, weight, data[0])
-            if data[0].value != first.value:
-                ctypes.memmove(data[0], first, self.weight_bytes(name, (rows, columns)))
-            ctypes.memmove(data[1], x.data_ptr(), 4 * columns)
-            product = ctypes.c_void_p(ggml.ggml_mul_mat(context, matrix, vector))
+        for _ in range(counts[0]):
             graph = ctypes.c_void_p(ggml.ggml_new_graph(context))
-            ggml.ggml_build_forward_expand(graph, product)
+            for _ in range(counts[1]):
+                sizes = ctypes.c_int64(columns), ctypes.c_int64(rows)
+                matrix = ctypes.c_void_p(ggml.ggml_new_tensor_2d(context, TYPES[name], *sizes))
+                vector = ctypes.c_void_p(ggml.ggml_new_tensor_2d(context, _F32, sizes[0], ctypes.c_int64(1)))
+                place = ctypes.c_void_p(ggml.ggml_get_data(matrix))
+                first = first or self._quantize(name, weight, place)
+                if place.value != first.value:
+                    ctypes.memmove(place, first, self.weight_bytes(name, (rows, columns)))
+                ctypes.memmove(ggml.ggml_get_data(vector), x.data_ptr(), 4 * columns)
+                ggml.ggml_build_forward_expand(graph, ctypes.c_void_p(ggml.ggml_mul_mat(context, matrix, vector)))
             plan = ggml.ggml_graph_plan(graph, 1, None)
             work = torch.empty(plan.work_size + 64, dtype=torch.uint8)
             plan.work_data = work.data_ptr()
