@@ -1,13 +1,13 @@
 """Plans against llama.cpp's own mixes of the same file size, on SmolLM2-135M. Writes llama_cpp.md.
 
-    python benchmarks/bench_llama_cpp.py [--tools DIRECTORY] [--refine ROUNDS] [--chunks CHUNKS]
+    python benchmarks/bench_llama_cpp.py [--tools DIRECTORY] [--refine ROUNDS] [--chunks CHUNKS] [--with-matrix RULE]
 
 The rivals are made by llama-quantize from the unquantized file that bitplan exports, once without an importance matrix
-and once with one, which is bitplan's own: both sides then know the same of the inputs. The size of each rival's file is
-the budget of a plan, so that a plan is never a byte larger. Without the matrix a plan's codes are rounded to nearest;
-with it its scales are searched for the least weighted error (``weighted_clipping``). Each of the two has a profile of
-its own, measured on what will be written. All KL is llama-perplexity's; ``llama_cpp_tools.py`` says how to build the
-two programs.
+and once with one, which is bitplan's own. The size of each rival's file is the budget of a plan, so that a plan is
+never a byte larger. Without the matrix a plan's codes are rounded to nearest; with it they come of the same text by
+GPTQ, or by ``--with-matrix weighted_clipping``, which reads no more of it than the matrix holds. Each of the two has a
+profile of its own, measured on what will be written. All KL is llama-perplexity's; ``llama_cpp_tools.py`` says how to
+build the two programs.
 
 All of it is kept in the store and found again: the profile, measured plans, files, their KL.
 """
@@ -44,8 +44,9 @@ from sensitivity.weight_inputs import find_statistics
 
 ENGINE = find_engine("llama.cpp")
 MIXES = ("Q3_K_S", "Q4_0", "Q3_K_M", "Q4_K_M", "Q5_K_M")
-# Whether an importance matrix is used -> the rule that renders a plan's codes.
-RENDERINGS = {False: "rtn", True: "weighted_clipping"}
+# The rules that render a plan's codes: without a matrix; with one, of which the first is the table's.
+WITHOUT_MATRIX = "rtn"
+WITH_MATRIX = ("gptq", "weighted_clipping")
 Kl = tuple[float, float]
 
 
@@ -75,16 +76,18 @@ def main() -> None:
     parser.add_argument("--tools", type=Path, help="directory of llama-quantize and llama-perplexity")
     parser.add_argument("--refine", type=int, default=0, help="rounds of refinement; none: one solve")
     parser.add_argument("--chunks", type=int, default=12, help=f"pieces of {CONTEXT_TOKENS} tokens of the text")
+    parser.add_argument("--with-matrix", choices=WITH_MATRIX, default=WITH_MATRIX[0], help="rule of a plan's codes")
     options = parser.parse_args()
     try:
         tools = Tools.find(options.tools)
     except FileNotFoundError as error:
         # `make bench` goes on with the other tables.
         parser.exit(message=f"left out: {error}\n")
-    bench = Bench(tools, Store(), options.refine, options.chunks)
+    rules = {False: WITHOUT_MATRIX, True: options.with_matrix}
+    bench = Bench(tools, Store(), rules, options.refine, options.chunks)
     with shown_progress() as progress:
         rows = [bench.compare(mix, progress) for mix in MIXES]
-    text = render(rows, options.refine, options.chunks)
+    text = render(rows, options)
     (Path(__file__).parent / "llama_cpp.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
@@ -102,12 +105,13 @@ class Bench:
     Args:
         tools: llama.cpp's programs.
         store: Where everything is kept.
+        rules: Whether an importance matrix is used -> the rule that renders a plan's codes.
         refine: Rounds of refinement.
         chunks: Pieces of text that a KL is measured on.
     """
 
-    def __init__(self, tools: Tools, store: Store, refine: int, chunks: int) -> None:
-        self._tools, self._store, self._refine = tools, store, refine
+    def __init__(self, tools: Tools, store: Store, rules: dict[bool, str], refine: int, chunks: int) -> None:
+        self._tools, self._store, self._rules, self._refine = tools, store, rules, refine
         self._model = Model(str(prepare_demo_model(store.root)))
         self._place = store.root / "llama.cpp"
         self._place.mkdir(parents=True, exist_ok=True)
@@ -117,7 +121,7 @@ class Bench:
         """Returns the rivals of a mix beside the plans of their size."""
         profiles = {
             weighted: measure(self._model, quantizer, self._store, progress)
-            for weighted, quantizer in RENDERINGS.items()
+            for weighted, quantizer in self._rules.items()
         }
         imatrix = self._find_matrix(profiles[True])
         rivals = {weighted: self._make_rival(mix, imatrix if weighted else None) for weighted in profiles}
@@ -125,7 +129,7 @@ class Bench:
         size = min(path.stat().st_size for path in rivals.values())
         plans = {weighted: self._make_plan(profile, size, progress) for weighted, profile in profiles.items()}
         for weighted, plan in plans.items():
-            allocator.save_plan(plan, self._place / f"{mix}-plan-{RENDERINGS[weighted]}.json")
+            allocator.save_plan(plan, self._place / f"{mix}-plan-{self._rules[weighted]}.json")
         return Row(
             mix=mix,
             rival_bytes=size,
@@ -203,18 +207,18 @@ class Bench:
         return document["kl"], document["std_error"]
 
 
-def render(rows: list[Row], refine: int, chunks: int) -> str:
+def render(rows: list[Row], options: argparse.Namespace) -> str:
     """Returns the page."""
     lines = [
         "# Plans for llama.cpp beside its own mixes, SmolLM2-135M",
         "",
-        f"Made by `python benchmarks/bench_llama_cpp.py --refine {refine} --chunks {chunks}`. Machine: "
-        f"{describe_machine()}.",
+        f"Made by `python benchmarks/bench_llama_cpp.py --refine {options.refine} --chunks {options.chunks} "
+        f"--with-matrix {options.with_matrix}`. Machine: {describe_machine()}.",
         "",
         "Mean KL to the unquantized model, nats per token ± its standard error, measured by llama-perplexity on "
-        f"{chunks} pieces of {CONTEXT_TOKENS} tokens of the Python reference, which nothing else saw. The files of "
-        "llama.cpp are llama-quantize's. No plan is larger than its rival, and each file is as long as its plan "
-        "predicted, to the byte.",
+        f"{options.chunks} pieces of {CONTEXT_TOKENS} tokens of the Python reference, which nothing else saw. "
+        "The files of llama.cpp are llama-quantize's. No plan is larger than its rival, and each file is as long as "
+        "its plan predicted, to the byte.",
         "",
         "## Without an importance matrix",
         "",
@@ -222,7 +226,8 @@ def render(rows: list[Row], refine: int, chunks: int) -> str:
         "",
         "## With an importance matrix",
         "",
-        "Both sides have the same matrix, which bitplan wrote from the calibration text.",
+        "Both sides have seen the same calibration text: llama.cpp by the importance matrix that bitplan wrote from "
+        f"it, the plan by what the rule '{options.with_matrix}' reads of it.",
         "",
         *_table(rows, weighted=True),
     ]
