@@ -52,7 +52,7 @@ def main() -> None:
         "",
         f"Made by `python benchmarks/bench_service_faults.py`. Machine: {describe_machine(('sqlalchemy', 'psycopg'))}.",
         f"{KILLS} kills on each database, two workers, leases of 3 s. At the end a job is lost that was acknowledged "
-        "and is not there or did not succeed; done twice that more than one attempt ended, or whose request has two; an "
+        "and is not there or did not succeed; done twice that two attempts ended, or whose request has two; an "
         "artefact is partial that no job recorded, lacks a file or bytes of one, or cannot be loaded.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
