@@ -31,8 +31,11 @@ _GRACE_S = 10.0
 _UNITS = {"verify": "plans", "prediction_fit": "plans", "apply": "models", "export": "models"}
 
 
-class Stopping(Exception):
-    """The process was told to stop."""
+class Stopping(BaseException):
+    """The process was told to stop.
+
+    No ``Exception``: what reads a model makes an error of its own of each of those, and its job would have failed.
+    """
 
 
 class Hold:
@@ -197,8 +200,8 @@ def run_worker(settings: ServiceSettings, *, watch_stdin: bool = False) -> None:
         settings: The service's settings.
         watch_stdin: Whether a server holds the other end of the standard input.
     """
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, stop_working)
+    signal.signal(signal.SIGINT, stop_working)
     if watch_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     worker = Worker(settings)
@@ -209,11 +212,17 @@ def run_worker(settings: ServiceSettings, *, watch_stdin: bool = False) -> None:
         log.info("worker stops", extra={"worker": worker.name})
 
 
-def _stop(_signal: int, _frame: object) -> None:
+def stop_working(number: int, _frame: object) -> None:
+    """Ends what the process does, as the handler of a signal.
+
+    Raises:
+        Stopping: Always.
+    """
     # A second signal (the server's, after its pipe has closed) would interrupt the giving back.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise Stopping
+    msg = f"told to stop by signal {number}"
+    raise Stopping(msg)
 
 
 def _end_with_stdin() -> None:

@@ -37,9 +37,7 @@ def test_an_engine_whose_file_is_not_known_beforehand_has_none(noted: Store, tin
 
 
 def test_what_was_not_noted_is_said(tiny_profile: SensitivityProfile, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"counts the bytes of its file.*Submit its job 'measure'"
-    ):
+    with pytest.raises(ValueError, match=r"counts the bytes of its file.*Submit its job 'measure'"):
         noted_fixed_bytes(find_engine("llama.cpp"), tiny_profile, Store(tmp_path))
 
 

@@ -70,7 +70,5 @@ def test_a_frontier_of_read_bytes_shows_itself(tiny_profile: SensitivityProfile)
 
 
 def test_other_resources_have_no_frontier(tiny_profile: SensitivityProfile, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"must be along one of memory_bytes, read_bytes, latency_us: got 'x'"
-    ):
+    with pytest.raises(ValueError, match=r"must be along one of memory_bytes, read_bytes, latency_us: got 'x'"):
         allocator.frontier(tiny_profile, resource="x")
