@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 
 from allocator.service.settings import SETTINGS_VARIABLE, ServiceSettings
-from allocator.service.worker import Stopping, Worker, describe_problem, stop_working
+from allocator.service.worker import Worker, describe_problem
 from allocator.store import Store
 from reports.browser import BROWSERS
 from runtime.packed_model import load_packed
@@ -322,25 +321,6 @@ def test_a_worker_that_is_told_to_stop_gives_its_job_back(
     job = jobs_service.get(f"/jobs/{job_id}").json()
     assert (job["state"], job["attempts"]) == ("queued", 0)
     assert finish(jobs_service, Worker(settings), job_id)["state"] == "succeeded"
-
-
-def test_being_told_to_stop_is_no_failure_of_a_verb() -> None:
-    # What reads models makes one error of every Exception; a signal at that moment must end the worker, not the job.
-    def read_model() -> None:
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        except Exception as error:
-            msg = "a model must be readable"
-            raise ValueError(msg) from error
-
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    signal.signal(signal.SIGTERM, stop_working)
-    try:
-        with pytest.raises(Stopping, match=r"told to stop by signal 15"):
-            read_model()
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_an_engines_plan_counts_the_file_that_the_command_counts(
     assert (plan["bytes"], plan["bits_per_weight"]) == (expected.memory_bytes, expected.bits_per_weight)
     assert plan["engine_price"]["unrestricted_bytes"] == expected.rules.unrestricted_bytes
     written = running.get(f"/plans/{plan['id']}/file").json()
-    assert written["fixed_bytes"] == expected.fixed_bytes
+    assert written["memory_bytes"] == expected.memory_bytes
     points = running.get(f"/frontiers/{profile_id}?points=3&engine={engine}").json()["points"]
     assert points[-1]["bytes"] == expected.memory_bytes
 
