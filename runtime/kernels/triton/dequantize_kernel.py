@@ -96,7 +96,7 @@ def dequantize_kernel(
         affine = load_affine(
             scale_ptr, zero_ptr, group, row_block, mask, row_blocks, like, BITS, SYMMETRIC, DTYPE, WARPS
         )
-        weight = operand_half(words, base_bits, affine, half, BITS, 0, BITS, POSITION, tl.float16, WARPS)
+        weight = operand_half(words, base_bits, affine, half, BITS, POSITION, tl.float16, WARPS)
         # Tile order (v, warp, j, g): each row is put where it belongs.
         place = tl.arange(0, 64 * WARPS)
         row_in_block = place // (16 * WARPS) * 2 + place // 8 % 2

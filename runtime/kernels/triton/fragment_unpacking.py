@@ -1,7 +1,8 @@
 """Device code: from packed words to the operand of a tensor core, without arithmetic.
 
 A code q of ``BITS`` bits is put into the mantissa of a 16-bit float whose exponent makes the mantissa's last bit
-worth 1: the float is BASE + 2**POSITION * q with BASE = 1024 for float16 (10 mantissa bits) and 128 for bfloat16 (7).
+worth 1: the float is BASE + 2**POSITION * q with BASE = 1024 for float16 (10 mantissa bits) and 128 for bfloat16 (7,
+so not for codes of 8 bits).
 So a pair costs a shift and one three-input logic operation, and scale and zero point wait for the accumulator. POSITION
 is the highest place in the half-word where a whole code lies: there the pair needs no shift, and BASE is fewest steps
 of q away, which keeps the cancellation of BASE small.
@@ -45,8 +46,6 @@ def pair_floats(
     affine,
     PAIR: tl.constexpr,
     BITS: tl.constexpr,
-    LOW: tl.constexpr,
-    WIDTH: tl.constexpr,
     POSITION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -58,14 +57,13 @@ def pair_floats(
         affine: () for code floats; for weights s (q - z), the scales of the rows j = 0 and j = 1 and their zero points
             as code floats, each [r, 1, v], and a tensor of the type that the weights are rounded to.
         PAIR: Which of the 16 pairs.
-        BITS, LOW, WIDTH, POSITION, DTYPE: Bits LOW .. LOW + WIDTH of the codes, put at POSITION, in floats of DTYPE.
+        BITS, POSITION, DTYPE: Width of the codes, which are put at POSITION in floats of DTYPE.
     """
     SLOTS: tl.constexpr = 16 // BITS
     if PAIR < BITS * SLOTS:
-        FIELD: tl.constexpr = (((1 << WIDTH) - 1) << POSITION) * 0x10001
-        field = shift_right(words[PAIR // SLOTS], PAIR % SLOTS * BITS + LOW - POSITION) & FIELD
+        FIELD: tl.constexpr = (((1 << BITS) - 1) << POSITION) * 0x10001
+        field = shift_right(words[PAIR // SLOTS], PAIR % SLOTS * BITS - POSITION) & FIELD
     else:
-        tl.static_assert(WIDTH == BITS, "only whole codes are put together from spare bits")
         field = spare_run(words, (PAIR - BITS * SLOTS) * BITS, 0, BITS, POSITION)
         for low in tl.static_range(1, BITS):
             field |= spare_run(words, (PAIR - BITS * SLOTS) * BITS + low, low, BITS, POSITION)
@@ -88,8 +86,6 @@ def join_half(
     affine,
     HALF: tl.constexpr,
     BITS: tl.constexpr,
-    LOW: tl.constexpr,
-    WIDTH: tl.constexpr,
     POSITION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -97,22 +93,22 @@ def join_half(
     FIRST: tl.constexpr = 8 * HALF
     t0 = tl.join(
         tl.join(
-            pair_floats(words, base_bits, affine, FIRST + 0, BITS, LOW, WIDTH, POSITION, DTYPE),
-            pair_floats(words, base_bits, affine, FIRST + 1, BITS, LOW, WIDTH, POSITION, DTYPE),
+            pair_floats(words, base_bits, affine, FIRST + 0, BITS, POSITION, DTYPE),
+            pair_floats(words, base_bits, affine, FIRST + 1, BITS, POSITION, DTYPE),
         ),
         tl.join(
-            pair_floats(words, base_bits, affine, FIRST + 2, BITS, LOW, WIDTH, POSITION, DTYPE),
-            pair_floats(words, base_bits, affine, FIRST + 3, BITS, LOW, WIDTH, POSITION, DTYPE),
+            pair_floats(words, base_bits, affine, FIRST + 2, BITS, POSITION, DTYPE),
+            pair_floats(words, base_bits, affine, FIRST + 3, BITS, POSITION, DTYPE),
         ),
     )
     t1 = tl.join(
         tl.join(
-            pair_floats(words, base_bits, affine, FIRST + 4, BITS, LOW, WIDTH, POSITION, DTYPE),
-            pair_floats(words, base_bits, affine, FIRST + 5, BITS, LOW, WIDTH, POSITION, DTYPE),
+            pair_floats(words, base_bits, affine, FIRST + 4, BITS, POSITION, DTYPE),
+            pair_floats(words, base_bits, affine, FIRST + 5, BITS, POSITION, DTYPE),
         ),
         tl.join(
-            pair_floats(words, base_bits, affine, FIRST + 6, BITS, LOW, WIDTH, POSITION, DTYPE),
-            pair_floats(words, base_bits, affine, FIRST + 7, BITS, LOW, WIDTH, POSITION, DTYPE),
+            pair_floats(words, base_bits, affine, FIRST + 6, BITS, POSITION, DTYPE),
+            pair_floats(words, base_bits, affine, FIRST + 7, BITS, POSITION, DTYPE),
         ),
     )
     return tl.join(t0, t1)
@@ -125,14 +121,12 @@ def operand_half(
     affine,
     HALF: tl.constexpr,
     BITS: tl.constexpr,
-    LOW: tl.constexpr,
-    WIDTH: tl.constexpr,
     POSITION: tl.constexpr,
     DTYPE: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     """Returns half a tile [64 * WARPS, 32] in tile order, for groups of 32."""
-    pairs = join_half(words, base_bits, affine, HALF, BITS, LOW, WIDTH, POSITION, DTYPE)
+    pairs = join_half(words, base_bits, affine, HALF, BITS, POSITION, DTYPE)
     split = tl.reshape(pairs, (WARPS, 8, 4, 4, 2, 2, 2, 2))  # warp, g, q, v, l, j, h, t
     return tl.reshape(tl.permute(split, (3, 0, 5, 1, 7, 6, 2, 4)), (64 * WARPS, 32))
 
@@ -143,16 +137,14 @@ def operand_tile(
     base_bits,
     affine,
     BITS: tl.constexpr,
-    LOW: tl.constexpr,
-    WIDTH: tl.constexpr,
     POSITION: tl.constexpr,
     DTYPE: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     """Returns a tile [64 * WARPS, 64] in tile order."""
     pairs = tl.join(
-        join_half(words, base_bits, affine, 0, BITS, LOW, WIDTH, POSITION, DTYPE),
-        join_half(words, base_bits, affine, 1, BITS, LOW, WIDTH, POSITION, DTYPE),
+        join_half(words, base_bits, affine, 0, BITS, POSITION, DTYPE),
+        join_half(words, base_bits, affine, 1, BITS, POSITION, DTYPE),
     )
     split = tl.reshape(pairs, (WARPS, 8, 4, 4, 2, 2, 2, 2, 2))  # warp, g, q, v, l, j, h, t mod 2, t // 2
     return tl.reshape(tl.permute(split, (3, 0, 5, 1, 8, 7, 6, 2, 4)), (64 * WARPS, 64))

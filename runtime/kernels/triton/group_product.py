@@ -18,7 +18,7 @@ from runtime.kernels.triton.fragment_unpacking import operand_half, operand_tile
 @triton.constexpr_function
 def find_position(bits, mantissa_bits):
     """Returns the highest bit where a whole code begins that ends inside the mantissa."""
-    return max(first for first in range(0, 16 - bits + 1, bits) if first == 0 or first + bits <= mantissa_bits)
+    return max(first for first in range(0, 16 - bits + 1, bits) if first + bits <= mantissa_bits)
 
 
 @triton.constexpr_function
@@ -64,10 +64,9 @@ def load_zero(
 ):
     """Returns BASE + STEP z of a group in float32, [64 * WARPS] in tile order, made without a conversion."""
     if SYMMETRIC:
-        BASE: tl.constexpr = 17 * 128 if BITS > MANTISSA else 1 << MANTISSA
         # Halfway between its two codes for one bit.
         ZERO: tl.constexpr = 0.5 if BITS == 1 else 1 << (BITS - 1)
-        return tl.full((64 * WARPS,), BASE + (1 << POSITION) * ZERO, tl.float32)
+        return tl.full((64 * WARPS,), (1 << MANTISSA) + (1 << POSITION) * ZERO, tl.float32)
     else:
         offset = group * row_blocks * 2 + row_block[:, None] * 2 + tl.arange(0, 2)[None, :]
         words = tl.load(zero_ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)
@@ -75,11 +74,8 @@ def load_zero(
         odd = tl.join((words >> 8) & 0xFF, words >> 24)
         zero = to_tile_order(tl.join(even, odd), WARPS)
         # The float 2**e has 127 + e in its exponent, and its mantissa begins at bit 23 - e for whole numbers.
-        if BITS > MANTISSA:
-            return ((zero << 12) | 0x45000000).to(tl.float32, bitcast=True) + (17 * 128 - 2048)
-        else:
-            BASE_BITS: tl.constexpr = (127 + MANTISSA) << 23
-            return ((zero << (23 - MANTISSA + POSITION)) | BASE_BITS).to(tl.float32, bitcast=True)
+        BASE_BITS: tl.constexpr = (127 + MANTISSA) << 23
+        return ((zero << (23 - MANTISSA + POSITION)) | BASE_BITS).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -101,8 +97,6 @@ def make_operand(
     base_bits,
     affine,
     HALF: tl.constexpr,
-    LOW: tl.constexpr,
-    WIDTH: tl.constexpr,
     BITS: tl.constexpr,
     POSITION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -110,9 +104,9 @@ def make_operand(
 ):
     """Returns the operand of a tile, or of one of its halves when HALF is 0 or 1; ``affine`` as in ``pair_floats``."""
     if HALF < 0:
-        return operand_tile(words, base_bits, affine, BITS, LOW, WIDTH, POSITION, DTYPE, WARPS)
+        return operand_tile(words, base_bits, affine, BITS, POSITION, DTYPE, WARPS)
     else:
-        return operand_half(words, base_bits, affine, HALF, BITS, LOW, WIDTH, POSITION, DTYPE, WARPS)
+        return operand_half(words, base_bits, affine, HALF, BITS, POSITION, DTYPE, WARPS)
 
 
 @triton.jit
@@ -129,18 +123,10 @@ def add_products(
 ):
     """Returns the sums of a group after one more tile or half tile.
 
-    ``products`` is (of x c, of the high nibbles, of x), float32: two of [64 * WARPS, BLOCK_M], and
-    [16 * WARPS, BLOCK_M] for the sums of x, the same in every row. Eight bits are more than bfloat16 holds, so there
-    the codes are two operands of four bits; the second entry is idle otherwise.
+    ``products`` is (of x c, of x), float32: [64 * WARPS, BLOCK_M], and [16 * WARPS, BLOCK_M] for the sums of x, the
+    same in every row.
     """
     DTYPE: tl.constexpr = x.dtype
     ones = tl.full((16 * WARPS, x.shape[0]), 1.0, tl.float32 if UPCAST else DTYPE)
-    sums = multiply_add(ones, x, products[2], UPCAST)
-    if BITS > count_mantissa_bits(DTYPE):
-        low = make_operand(words, base_bits, (), HALF, 0, 4, BITS, POSITION, DTYPE, WARPS)
-        high = make_operand(words, base_bits, (), HALF, 4, 4, BITS, POSITION, DTYPE, WARPS)
-        low_product = multiply_add(low, x, products[0], UPCAST)
-        return low_product, multiply_add(high, x, products[1], UPCAST), sums
-    else:
-        codes = make_operand(words, base_bits, (), HALF, 0, BITS, BITS, POSITION, DTYPE, WARPS)
-        return multiply_add(codes, x, products[0], UPCAST), products[1], sums
+    codes = make_operand(words, base_bits, (), HALF, BITS, POSITION, DTYPE, WARPS)
+    return multiply_add(codes, x, products[0], UPCAST), multiply_add(ones, x, products[1], UPCAST)

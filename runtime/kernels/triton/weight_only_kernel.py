@@ -16,6 +16,7 @@ from runtime.kernels.triton.group_product import (
     load_words,
     load_zero,
 )
+from runtime.kernels.triton.row_scaling_kernel import power_of_two
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def multiply_weight(
                 zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, MANTISSA, POSITION, SYMMETRIC, WARPS
             )
             none = tl.zeros((64 * WARPS, BLOCK_M), tl.float32)
-            products = (none, none, tl.zeros((16 * WARPS, BLOCK_M), tl.float32))
+            products = (none, tl.zeros((16 * WARPS, BLOCK_M), tl.float32))
             for tile in tl.static_range(TILES):
                 if part == 0:
                     words = load_words(words_ptr, step * TILES + tile, row_block, row_block_mask, row_blocks, BITS)
@@ -89,11 +90,10 @@ def multiply_weight(
                 products = add_products(
                     products, words, base_bits, x, part if GROUPS == 2 else -1, BITS, POSITION, WARPS, UPCAST
                 )
-            product = products[0] + 16.0 * products[1] if BITS > MANTISSA else products[0]
             # Tile order counts v slowest, so four copies of the sums lie one below the other.
-            sums = tl.broadcast_to(products[2][None, :, :], (4, 16 * WARPS, BLOCK_M))
+            sums = tl.broadcast_to(products[1][None, :, :], (4, 16 * WARPS, BLOCK_M))
             sums = tl.reshape(sums, (64 * WARPS, BLOCK_M))
-            total += scale.to(tl.float32)[:, None] * (product - zero[:, None] * sums)
+            total += scale.to(tl.float32)[:, None] * (products[0] - zero[:, None] * sums)
     return total * (1.0 / (1 << POSITION))
 
 
@@ -103,6 +103,7 @@ def weight_only_kernel(
     words_ptr,
     scale_ptr,
     zero_ptr,
+    exponent_ptr,
     bias_ptr,
     out_ptr,
     M,
@@ -114,6 +115,7 @@ def weight_only_kernel(
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    HAS_EXPONENT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -124,8 +126,9 @@ def weight_only_kernel(
     """Computes BLOCK_M rows and 64 * WARPS columns of y, or one addend of them; grid (columns, rows, splits).
 
     Args:
-        x_ptr: [M, K padded to a multiple of 64] float16 or bfloat16.
+        x_ptr: [M, K padded to a multiple of 64] float16, or bfloat16 for codes of up to 7 bits.
         words_ptr, scale_ptr, zero_ptr: As in ``multiply_weight``.
+        exponent_ptr: [M] int32, of the power of two that a row of y is multiplied by; read when HAS_EXPONENT.
         bias_ptr: [N], read when HAS_BIAS.
         out_ptr: [splits, M, N]; float32 when there are several splits.
         M, N: Rows of x, rows of the weight.
@@ -134,6 +137,7 @@ def weight_only_kernel(
         steps_per_split: Steps of one program.
         x_stride: Elements from one row of x to the next.
         BITS, GROUP_SIZE, SYMMETRIC, TILES, BLOCK_M, WARPS, STAGES, UPCAST: As in ``multiply_weight``.
+        HAS_EXPONENT: Rows of x are scaled.
         HAS_BIAS: Add the bias.
     """
     # One program: a block of y, over one range of k.
@@ -162,6 +166,8 @@ def weight_only_kernel(
         UPCAST,
     )
     y = from_tile_order(total, WARPS, BLOCK_M)
+    if HAS_EXPONENT:
+        y *= power_of_two(tl.load(exponent_ptr + row, mask=row_mask, other=0))[None, :]
     column = first_column + tl.arange(0, 64 * WARPS)
     if HAS_BIAS:
         y += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[:, None]

@@ -17,6 +17,7 @@ import pytest
 from runtime.kernels.triton.aot import (
     CompiledProduct,
     compile_dequantization,
+    compile_row_scaling,
     compile_split_sum,
     compile_weight_only,
     compile_weight_only_amd,
@@ -109,6 +110,7 @@ def test_golden_counts_reach_the_target() -> None:
     assert set(golden) == {str(variant) for variant in VARIANTS}
     for bits, most in MOST_INSTRUCTIONS.items():
         assert golden[str(Variant(bits=bits))] <= most
+    assert golden[str(Variant(bits=8, dtype="bf16"))] <= MOST_INSTRUCTIONS[8]
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -121,6 +123,14 @@ def test_product_compiles_for_amd(bits: int) -> None:
     assert text.count("global_load_dwordx4") >= bits * launch.tiles
     assert "v_cvt_f32_u32" not in text
     assert "v_cvt_f16_u16" not in text
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_scaling_of_rows_compiles_without_spills(dtype: str) -> None:
+    code = compile_row_scaling(architecture=90, dtype=dtype)
+    assert code.spill_bytes == 0
+    # Neither the exponent nor the powers of two take a function: they are bits of floats.
+    assert not any(name.startswith(("I2F", "F2I", "MUFU", "LDL", "STL")) for name in code.whole)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
