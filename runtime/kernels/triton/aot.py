@@ -43,7 +43,9 @@ class CompiledProduct:
         return self.code.loop_length / self.weights_per_step
 
 
-def compile_weight_only(key: LaunchKey, launch: Launch, *, dtype: str, symmetric: bool = False) -> CompiledProduct:
+def compile_weight_only(
+    key: LaunchKey, launch: Launch, *, dtype: str, symmetric: bool = False, element: int = -1
+) -> CompiledProduct:
     """Returns the weight-only product compiled for ``key.architecture``.
 
     Args:
@@ -51,12 +53,13 @@ def compile_weight_only(key: LaunchKey, launch: Launch, *, dtype: str, symmetric
         launch: Its launch.
         dtype: Type of x, ``fp16`` or ``bf16``.
         symmetric: No zero points.
+        element: Mantissa bits of codes that are floats, -1 for integers.
     """
     target = GPUTarget("cuda", key.architecture, _THREADS_PER_WARP)
-    scaled = needs_scaled_rows(torch.bfloat16 if dtype == "bf16" else torch.float16, key.bits)
+    scaled = needs_scaled_rows(torch.bfloat16 if dtype == "bf16" else torch.float16, key.bits, element)
     kernel = _compile(
         weight_only_kernel,
-        {**_weight_only_constants(key, launch, symmetric), "HAS_EXPONENT": scaled},
+        {**_weight_only_constants(key, launch, symmetric), "HAS_EXPONENT": scaled, "ELEMENT": element},
         "fp16" if scaled else dtype,
         target,
         {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.max_registers},
@@ -105,7 +108,8 @@ def compile_dequantization(
         "BITS": bits,
         "GROUP_SIZE": group_size or 0,
         "SYMMETRIC": symmetric,
-        "DTYPE": triton.language.float16 if dtype == "fp16" else triton.language.bfloat16,
+        "EXACT": dtype == "fp16",
+        "ELEMENT": -1,
         "WARPS": 2,
     }
     target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
@@ -147,6 +151,7 @@ def _weight_only_constants(key: LaunchKey, launch: Launch, symmetric: bool) -> d
         "WARPS": launch.warps,
         "STAGES": launch.stages,
         "UPCAST": False,
+        "ELEMENT": -1,
     }
 
 
@@ -161,6 +166,7 @@ def _compile(
 ) -> Any:
     types = {
         "x_ptr": f"*{dtype}",
+        "factor": "fp32",
         "exponent_ptr": "*i32",
         "bias_ptr": f"*{dtype}",
         "out_ptr": f"*{out}",

@@ -4,6 +4,8 @@ With code floats c = BASE + STEP q (``fragment_unpacking``) and W = s (q - z), t
 
     sum_k x_k W_k = s / STEP * (sum_k x_k c_k - (BASE + STEP z) sum_k x_k).
 
+For floats of few bits c is the weight but for a power of two, and the second sum is not needed.
+
 The tensor core takes c as it is. The sum of x comes from a product with ones: it has the same rounding as the first sum
 and lies where it is needed. Results are computed transposed, W x': 16 rows of the weight then share an instruction with
 8 rows of x, half the instructions of the usual order for few rows of x. All results are in tile order.
@@ -12,7 +14,7 @@ and lies where it is needed. Results are computed transposed, W x': 16 rows of t
 import triton
 import triton.language as tl
 
-from runtime.kernels.triton.fragment_unpacking import operand_half, operand_tile, to_tile_order
+from runtime.kernels.triton.fragment_unpacking import operand, to_tile_order
 
 
 @triton.constexpr_function
@@ -92,41 +94,28 @@ def load_words(words_ptr, tile, row_block, row_block_mask, row_blocks, BITS: tl.
 
 
 @triton.jit
-def make_operand(
-    words,
-    base_bits,
-    affine,
-    HALF: tl.constexpr,
-    BITS: tl.constexpr,
-    POSITION: tl.constexpr,
-    DTYPE: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    """Returns the operand of a tile, or of one of its halves when HALF is 0 or 1; ``affine`` as in ``pair_floats``."""
-    if HALF < 0:
-        return operand_tile(words, base_bits, affine, BITS, POSITION, DTYPE, WARPS)
-    else:
-        return operand_half(words, base_bits, affine, HALF, BITS, POSITION, DTYPE, WARPS)
-
-
-@triton.jit
 def add_products(
     products,
     words,
     base_bits,
     x,
-    HALF: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     POSITION: tl.constexpr,
+    ELEMENT: tl.constexpr,
     WARPS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Returns the sums of a group after one more tile or half tile.
+    """Returns the sums of a group after one more tile or part of a tile.
 
     ``products`` is (of x c, of x), float32: [64 * WARPS, BLOCK_M], and [16 * WARPS, BLOCK_M] for the sums of x, the
-    same in every row.
+    same in every row. Floats have no BASE and no zero point, so they need no sums.
     """
     DTYPE: tl.constexpr = x.dtype
-    ones = tl.full((16 * WARPS, x.shape[0]), 1.0, tl.float32 if UPCAST else DTYPE)
-    codes = make_operand(words, base_bits, (), HALF, BITS, POSITION, DTYPE, WARPS)
-    return multiply_add(codes, x, products[0], UPCAST), multiply_add(ones, x, products[1], UPCAST)
+    codes = operand(words, base_bits, (), PART, PARTS, BITS, POSITION, ELEMENT, DTYPE, WARPS)
+    sums = products[1]
+    if ELEMENT < 0:
+        ones = tl.full((16 * WARPS, x.shape[0]), 1.0, tl.float32 if UPCAST else DTYPE)
+        sums = multiply_add(ones, x, sums, UPCAST)
+    return multiply_add(codes, x, products[0], UPCAST), sums

@@ -24,9 +24,15 @@ class ScaledRows:
     exponent: Tensor
 
 
-def needs_scaled_rows(dtype: torch.dtype, bits: int) -> bool:
-    """Returns True where activations of a type must become float16 to be multiplied by codes of a width."""
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and bits == 8)
+def needs_scaled_rows(dtype: torch.dtype, bits: int, element: int = -1) -> bool:
+    """Returns True where activations of a type must become float16 to be multiplied by codes.
+
+    Args:
+        dtype: Type of the activations.
+        bits: Width of the codes.
+        element: Mantissa bits of codes that are floats, which become float16 numbers; -1 for integers.
+    """
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and (bits == 8 or element >= 0))
 
 
 def scale_rows(x: Tensor) -> ScaledRows:

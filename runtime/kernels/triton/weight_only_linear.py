@@ -4,9 +4,9 @@ Up to 64 rows of x are multiplied by the codes as they are. For more rows the we
 its rows at a time, and multiplied by the library's GEMM: then the time is that of arithmetic, and the weight is the
 very one that the reference multiplies by.
 
-Codes of 8 bits are no bfloat16 numbers, so they are multiplied by bfloat16 activations as float16 numbers times a power
-of two for each row; float32 activations become two such rows, which costs nothing while both fit the tensor core's
-eight (``row_scaling_kernel``).
+Codes of 8 bits and floats of few bits are no bfloat16 numbers as they are, so they are multiplied by bfloat16
+activations as float16 numbers times a power of two for each row; float32 activations become two such rows, which costs
+nothing while both fit the tensor core's eight (``row_scaling_kernel``).
 
 Runs on a CUDA device, or on the CPU if Triton was imported with TRITON_INTERPRET=1.
 """
@@ -52,6 +52,8 @@ def triton_linear(x: Tensor, weight: FragmentWeight, bias: Tensor | None = None)
         weight.bits,
         weight.group_size or 0,
         weight.shape[0],
+        weight.element,
+        weight.factor,
     )
     return y
 
@@ -66,6 +68,8 @@ def weight_only_linear(
     bits: int,
     group_size: int,
     out_features: int,
+    element: int = -1,
+    factor: float = 1.0,
 ) -> Tensor:
     """Returns x W' + bias; the arguments are the fields of a ``FragmentWeight``, group_size 0 for the whole row."""
     weight = FragmentWeight(
@@ -75,6 +79,8 @@ def weight_only_linear(
         words=words,
         scale=scale,
         zero_point=zero_point,
+        element=element,
+        factor=factor,
     )
     rows = x.reshape(-1, x.shape[-1])
     if x.dtype == torch.float32:
@@ -82,7 +88,7 @@ def weight_only_linear(
         y = y if bias is None else y + bias
     elif rows.shape[0] > MOST_ROWS:
         y = _multiply_many(rows, weight, bias)
-    elif needs_scaled_rows(x.dtype, bits):
+    elif needs_scaled_rows(x.dtype, bits, element):
         scaled = scale_rows(rows)
         y = _multiply_few(scaled.values[0], weight, bias, x.dtype, scaled.exponent[0])
     else:
@@ -101,6 +107,8 @@ def _(
     bits: int,
     group_size: int,
     out_features: int,
+    element: int = -1,
+    factor: float = 1.0,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -130,10 +138,12 @@ def dequantize_fragments(weight: FragmentWeight, dtype: torch.dtype, rows: tuple
         last - first,
         weight.words.shape[2],
         out.stride(0),
+        weight.factor,
         BITS=weight.bits,
         GROUP_SIZE=weight.group_size or 0,
         SYMMETRIC=weight.zero_point is None,
-        DTYPE=triton.language.float16 if dtype == torch.float16 else triton.language.bfloat16,
+        EXACT=dtype == torch.float16 and weight.element < 0 and weight.factor == 1,
+        ELEMENT=weight.element,
         WARPS=_DEQUANTIZE_WARPS,
         # Twice as many as the rows are divided among: half a tile in float32 would not fit the registers of one.
         num_warps=2 * _DEQUANTIZE_WARPS,
@@ -182,6 +192,7 @@ def _multiply_few(
         steps,
         triton.cdiv(steps, launch.splits),
         x.stride(0),
+        weight.factor,
         BITS=weight.bits,
         GROUP_SIZE=weight.group_size or 0,
         SYMMETRIC=weight.zero_point is None,
@@ -192,6 +203,7 @@ def _multiply_few(
         WARPS=launch.warps,
         STAGES=launch.stages,
         UPCAST=INTERPRETED,
+        ELEMENT=weight.element,
         num_warps=launch.warps,
         maxnreg=launch.max_registers,
     )
