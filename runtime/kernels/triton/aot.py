@@ -104,7 +104,7 @@ def compile_dequantization(
     bits: int, group_size: int | None, *, architecture: int, dtype: str, symmetric: bool
 ) -> KernelCode:
     """Returns the dequantization of a weight to ``fp16`` or ``bf16``, compiled for a compute capability."""
-    constants = {
+    constants: dict[str, object] = {
         "BITS": bits,
         "GROUP_SIZE": group_size or 0,
         "SYMMETRIC": symmetric,

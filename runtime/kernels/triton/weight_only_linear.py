@@ -228,10 +228,10 @@ def _multiply_many(x: Tensor, weight: FragmentWeight, bias: Tensor | None) -> Te
 def _multiply_float32(x: Tensor, weight: FragmentWeight) -> Tensor:
     scaled = scale_rows(x)
     parts, exponents = scaled.values.flatten(0, 1), scaled.exponent.flatten()
-    pieces = [
-        _multiply_few(part, weight, None, torch.float32, exponent)
-        for part, exponent in zip(parts.split(MOST_ROWS), exponents.split(MOST_ROWS), strict=True)
-    ]
+    pieces = []
+    for first in range(0, max(1, parts.shape[0]), MOST_ROWS):
+        some = slice(first, first + MOST_ROWS)
+        pieces.append(_multiply_few(parts[some], weight, None, torch.float32, exponents[some]))
     return sum_parts(torch.cat(pieces).view(2, x.shape[0], weight.shape[0]))
 
 

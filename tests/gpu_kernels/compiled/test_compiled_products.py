@@ -112,7 +112,9 @@ def test_product_compiles_to_what_it_should(variant: Variant) -> None:
     # A thread copies the words of a step in 16-byte pieces, and nothing narrower than 8 but scales and zero points.
     assert count_copies(code.loop, 128) >= variant.bits * launch.tiles
     groups = 64 // variant.group_size if variant.group_size in (16, 32) else 1
-    assert count_copies(code.loop, 32) <= groups * (1 if variant.symmetric else 2)
+    # Of activations a thread has 4 bytes where a group is 16.
+    of_x = groups if variant.group_size == 16 else 0
+    assert count_copies(code.loop, 32) <= groups * (1 if variant.symmetric else 2) + of_x
     assert code.count("LDG") == 0
     # Through shared memory there would be stores to it.
     assert code.count("STS", "STSM") == 0
