@@ -105,8 +105,8 @@ def operand_widths(format_: Format) -> tuple[tuple[int, float], ...]:
 def count_signed_digits(value: int) -> int:
     """Returns the nonzero digits of an integer in its non-adjacent form, the fewest of -1, 0 and 1 that there are."""
     # A digit is nonzero where 3 n and n differ.
-    differing: int = (3 * abs(value)) ^ abs(value)
-    return differing.bit_count()
+    magnitude = abs(value)
+    return int((3 * magnitude ^ magnitude).bit_count())
 
 
 def mean_digits(bits: int, group: int) -> float:
