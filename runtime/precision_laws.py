@@ -121,7 +121,7 @@ def zero_share(bits: int, group: int) -> float:
 
 def detected_bits(bits: int, count: int) -> int:
     """Returns the bits that the largest of 16 of ``count`` numbers needs, when the largest of all needs ``bits``."""
-    greatest = 2 ** (bits - 1) - 1
+    greatest = (1 << (bits - 1)) - 1
     part = round(greatest * median_greatest(min(_DETECTED_GROUP, count)) / median_greatest(count))
     return 1 + part.bit_length()
 
@@ -136,7 +136,7 @@ def _code_shares(bits: int, group: int) -> tuple[tuple[int, float], ...]:
     """Returns (code, share of the weights) for codes -c .. c, c = 2**(bits - 1) - 1; both signs of 1 for one bit."""
     if bits == 1:
         return (-1, 0.5), (1, 0.5)
-    greatest = 2 ** (bits - 1) - 1
+    greatest = (1 << (bits - 1)) - 1
     step = median_greatest(group) / greatest
     edges = [_NORMAL.cdf((code - 0.5) * step) for code in range(-greatest + 1, greatest + 1)]
     inner = zip([0.0, *edges], [*edges, 1.0], strict=True)
