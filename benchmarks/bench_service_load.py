@@ -72,7 +72,8 @@ class Load:
 
 
 LOADS = (
-    Load(name="dragging: 5 requests/s each, 500 budgets", requests=REQUESTS, pause_s=0.2, budgets=500),
+    Load(name="dragging: 5 requests/s each, 500 budgets, none asked before", requests=2_500, pause_s=0.2, budgets=500),
+    Load(name="the same budgets", requests=REQUESTS, pause_s=0.2, budgets=500),
     Load(name="dragging: 1 request/s each, every budget new", requests=1_500, pause_s=1.0, budgets=None),
     Load(name="no pause, 500 budgets", requests=REQUESTS, pause_s=0.0, budgets=500),
     Load(name="no pause, every budget new", requests=1_500, pause_s=0.0, budgets=None),
