@@ -139,8 +139,8 @@ def main() -> None:
     text = (
         "# The page: from a move of the budget to its plan on the screen\n\n"
         f"SmolLM2-135M, 211 units × 7 formats; server, worker and browser on one machine: {describe_machine()}.\n"
-        f"The pointer moves every {EVERY_MS} ms. Load average of other work before it began: {other_work:.0f}. Written by "
-        f"`benchmarks/bench_page.py`.\n\n{header}\n{row}\n"
+        f"The pointer moves every {EVERY_MS} ms. Load average of other work before it began: {other_work:.0f}. "
+        f"Written by `benchmarks/bench_page.py`.\n\n{header}\n{row}\n"
     )
     (Path(__file__).parent / "page.md").write_text(text, encoding="utf-8")
 
