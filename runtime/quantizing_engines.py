@@ -22,10 +22,12 @@ QUANTIZING_ENGINES = (
         command=(
             'python -c "import json; from gptqmodel import GPTQModel, QuantizeConfig; '
             "config = QuantizeConfig(**json.load(open('{out}/quantize_config.json'))); "
-            "GPTQModel.load('{model}', config)\""
+            "model = GPTQModel.load('{model}', config); model.quantize(open('calibration.txt').readlines()); "
+            "model.save('{out}/quantized')\""
         ),
-        checked="each rule matched with the names of every module, fused ones included; GPTQModel was not run",
+        checked="quantized by GPTQModel on a CPU, formats and bytes read back; rules resolved by vLLM's own classes",
         notes=(
+            "calibration.txt is yours, a text a line. On two cores set GPTQMODEL_CPU_WORKERS=2.",
             "vLLM reads dynamic rules by fused names, hence the fusions; of these formats it runs int4 and int8, "
             "symmetric.",
             "transformers 5.23 does not load checkpoints with dynamic rules.",
@@ -42,10 +44,12 @@ QUANTIZING_ENGINES = (
         command=(
             'python -c "import json; from auto_round import AutoRound; '
             "layers = json.load(open('{out}/layer_config.json')); "
-            "AutoRound('{model}', layer_config=layers).quantize_and_save('{out}/quantized', format='auto_round')\""
+            "AutoRound('{model}', layer_config=layers, iters=0, disable_opt_rtn=True)"
+            ".quantize_and_save('{out}/quantized', format='auto_round')\""
         ),
-        checked="names and keys against its documentation; AutoRound was not run",
+        checked="quantized by AutoRound on a CPU, formats and bytes read back; layers resolved by vLLM's own classes",
         notes=(
+            "Without iters=0 and disable_opt_rtn=True it tunes its rounding, with text that it fetches.",
             "vLLM refuses fused projections that differ, hence the fusions.",
             "The codes are AutoRound's own: measure the result.",
         ),
@@ -58,11 +62,13 @@ QUANTIZING_ENGINES = (
         exporter="torchao",
         command=(
             'python -c "import json; from torchao.core.config import config_from_dict; '
-            "from transformers import AutoModelForCausalLM, TorchAoConfig; "
+            "from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig; "
             "config = TorchAoConfig(config_from_dict(json.load(open('{out}/torchao.json')))); "
-            "AutoModelForCausalLM.from_pretrained('{model}', quantization_config=config)\""
+            "model = AutoModelForCausalLM.from_pretrained('{model}', quantization_config=config); "
+            "words = AutoTokenizer.from_pretrained('{model}'); "
+            "print(words.decode(model.generate(**words('The', return_tensors='pt'), max_new_tokens=8)[0]))\""
         ),
-        checked="read and applied by torchao on a CPU",
+        checked="quantized by torchao on a CPU; formats read back, logits compared",
         notes=(
             "On a CPU torchao keeps every code in a byte: files do not shrink below 8 bits.",
             "The codes are torchao's own: measure the result.",
@@ -112,7 +118,7 @@ QUANTIZING_ENGINES = (
         menu=("nvfp4", "mxfp8_e4m3", "bf16"),
         exporter="modelopt",
         command="cat {out}/hf_quant_config.json  # for trtllm-serve, beside weights that ModelOpt quantized",
-        checked="keys against its documentation; it needs a GPU, and none was used",
+        checked="resolved by vLLM's own classes; it needs a GPU, and none was used",
         notes=("Weights come from ModelOpt itself; its runs on activations of 4 or 8 bits are other formats.",),
     ),
 )

@@ -47,7 +47,7 @@ WEIGHT_ENGINES = (
         menu=SYMMETRIC_MENU,
         exporter="compressed-tensors",
         command=("python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}')('The'))\""),
-        checked="loaded by transformers on a CPU; weights equal bit for bit, logits equal",
+        checked="loaded by transformers on a CPU; weights and logits equal bit for bit, bytes equal the prediction",
         notes=(
             "Asymmetric formats are refused: transformers 5.23 expects zero points in another shape than "
             "compressed-tensors 0.20 writes, and stops.",
@@ -69,9 +69,10 @@ WEIGHT_ENGINES = (
         menu=("int4_g32", "int4_g64", "int4_g128", "int4_channel", "int8_g64_sym", "int8_channel_sym", "bf16"),
         exporter="compressed-tensors for vLLM",
         command="vllm serve {out} --dtype float16",
-        checked="the same files are loaded by transformers, quantized experts included; vLLM was not run",
+        checked="loaded and run by vLLM on a CPU; formats of all modules and bytes equal, logits compared",
         notes=(
-            "8 bits without activations' quantization, and all of Marlin, need a GPU.",
+            "On a CPU 4 bits need AVX-512. 8 bits whose inputs stay unquantized, and all of Marlin, need a GPU.",
+            "Experts were resolved by its classes, and loaded by transformers.",
             "vLLM reads one scheme for all experts of a layer.",
         ),
     ),
@@ -86,8 +87,9 @@ WEIGHT_ENGINES = (
         menu=("int2_g64", "int3_g64", "int4_g64", "int5_g64", "int6_g64", "int8_g64", "bf16"),
         exporter="mlx-lm",
         command="mlx_lm.generate --model {out} --prompt 'The'",
-        checked="read back by mlx on a CPU: mx.dequantize gives the planned numbers",
+        checked="loaded by mlx-lm on a CPU; numbers, bytes and logits compared",
         notes=(
+            "MLX stores a bias of two bytes for each group, which a budget counts.",
             "Symmetric formats are exact; of asymmetric ones MLX rounds scale * zero_point to float16.",
             "Experts stay unquantized.",
         ),
