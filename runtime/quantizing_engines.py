@@ -42,9 +42,12 @@ QUANTIZING_ENGINES = (
         menu=("int2_g64_sym", "int3_g64_sym", "int4_g64_sym", "int8_g64_sym", "bf16"),
         exporter="auto-round",
         command=(
+            # Given a path it takes another way, on which it leaves layers of 3 bits as they are.
             'python -c "import json; from auto_round import AutoRound; '
+            "from transformers import AutoModelForCausalLM, AutoTokenizer; "
             "layers = json.load(open('{out}/layer_config.json')); "
-            "AutoRound('{model}', layer_config=layers, iters=0, disable_opt_rtn=True)"
+            "parts = [kind.from_pretrained('{model}') for kind in (AutoModelForCausalLM, AutoTokenizer)]; "
+            "AutoRound(*parts, layer_config=layers, iters=0, disable_opt_rtn=True)"
             ".quantize_and_save('{out}/quantized', format='auto_round')\""
         ),
         checked="quantized by AutoRound on a CPU, formats and bytes read back; layers resolved by vLLM's own classes",
