@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from allocator.artefacts import Model
     from allocator.budget import Budget, InfeasibleBudget
     from allocator.client import AsyncClient, Client
-    from allocator.client_verbs import ServiceError
+    from allocator.client_requests import ServiceError
     from allocator.comparing import compare
     from allocator.exporting import Exported, export
     from allocator.format_table import list_formats
@@ -48,7 +48,7 @@ _HOME = {
     "PrefixFound": "allocator.prefixes",
     "Priced": "allocator.pricing",
     "SensitivityProfile": "sensitivity.profile",
-    "ServiceError": "allocator.client_verbs",
+    "ServiceError": "allocator.client_requests",
     "Store": "allocator.store",
     "UnitPlan": "allocator.plans",
     "apply": "allocator.pipeline",

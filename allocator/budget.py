@@ -22,6 +22,8 @@ READ = "read_bytes"
 LATENCY = "latency_us"
 BIT_OPERATIONS = "bit_operations"
 RESOURCES = (MEMORY, READ, LATENCY, BIT_OPERATIONS)
+# Those that a frontier can be along.
+FRONTIER_RESOURCES = (MEMORY, READ, LATENCY)
 # Resources that are not bytes: what it is, its unit of measure, an example.
 _PLAIN = {
     LATENCY: ("a latency", "microseconds", "900"),

@@ -19,6 +19,7 @@ from allocator.cli_further import FURTHER_COMMANDS
 from allocator.cli_options import (
     budget_options,
     cache_options,
+    frontier_options,
     json_option,
     low_memory_option,
     make_budget,
@@ -146,14 +147,15 @@ def plan(
 @click.argument("model")
 @click.option("--points", type=click.IntRange(2), default=33, show_default=True, help="Budgets to solve.")
 @click.option("--metric", help="Metric to plan with.")
+@frontier_options
 @cache_options
 @json_option
 @printed
-def frontier(model: str, points: int, metric: str | None, as_json: bool, **cache: Any) -> str:
-    """Print the least loss of MODEL at every size."""
+def frontier(model: str, points: int, metric: str | None, as_json: bool, **axes: Any) -> str:
+    """Print the least loss of MODEL at every size, or at every use of another resource."""
     from allocator.frontiers import frontier as run
 
-    found = with_progress(run, model, points=points, metric=metric, **cache)
+    found = with_progress(run, model, points=points, metric=metric, **axes)
     return render({"points": found}, as_json, lambda document: table(document["points"]))
 
 

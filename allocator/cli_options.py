@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from allocator.budget import Budget, parse_bytes, parse_limits
+from allocator.budget import FRONTIER_RESOURCES, MEMORY, Budget, parse_bytes, parse_limits
 from allocator.cli_output import stray_output_to_stderr
 
 if TYPE_CHECKING:
@@ -143,6 +143,17 @@ def budget_options(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return cache_options(command)
+
+
+def frontier_options(command: Command) -> Command:
+    known = click.Choice(FRONTIER_RESOURCES)
+    options = [
+        click.option("--resource", type=known, default=MEMORY, show_default=True, help="What is limited."),
+        click.option("--engine", help="Keep the rules of an engine at every point ('bitplan engines' lists them)."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def cache_options(command: Command) -> Command:

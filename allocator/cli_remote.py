@@ -7,6 +7,8 @@ import click
 
 from allocator.cli_options import (
     budget_options,
+    cache_options,
+    frontier_options,
     json_option,
     make_budget,
     make_request,
@@ -62,12 +64,14 @@ def plan(model: str, metric: str | None, engine: str | None, out: Path | None, a
 @click.argument("model")
 @click.option("--points", type=click.IntRange(2, 257), default=33, show_default=True, help="Budgets to solve.")
 @click.option("--metric", help="Metric to plan with.")
+@frontier_options
+@cache_options
 @json_option
 @printed
-def frontier(model: str, points: int, metric: str | None, as_json: bool) -> str:
-    """Print the least loss of MODEL at every size."""
+def frontier(model: str, points: int, metric: str | None, as_json: bool, **axes: Any) -> str:
+    """Print the least loss of MODEL at every size, or at every use of another resource."""
     with _client() as client:
-        found = client.frontier(model, points=points, metric=metric)
+        found = client.frontier(model, points=points, metric=metric, **axes)
     return render({"points": found}, as_json, lambda document: table(document["points"]))
 
 
@@ -107,14 +111,28 @@ def export(plan_id: str, engine: str, out: Path) -> str:
 
 
 @click.command()
-@plan_id_option
+@click.option("--plan", "plan_id", help="Id of a plan, which 'plan' prints.")
+@click.option("--compare", "compared", nargs=2, metavar="A B", help="Ids of two plans of one model, side by side.")
 @click.option("--text", help="Evaluation text on the server; default: the profile's.")
+@click.option("--parquet", is_flag=True, help="Parquet files beside the CSV files.")
+@click.option("--pdf", is_flag=True, help="One page as report.pdf, where the server has a Chromium.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the report.")
 @printed
-def report(plan_id: str, text: str | None, out: Path) -> str:
-    """Fetch the report of a plan."""
+def report(
+    plan_id: str | None, compared: tuple[str, str] | None, text: str | None, parquet: bool, pdf: bool, out: Path
+) -> str:
+    """Fetch the report of a plan, or the comparison of two."""
+    if (plan_id is None) == (compared is None):
+        msg = f"one of --plan and --compare must be given: got {'neither' if plan_id is None else 'both'}. Name one."
+        raise click.UsageError(msg)
+    if compared is not None and (parquet or pdf):
+        msg = "--parquet and --pdf belong to --plan: got one of them with --compare. Leave it out."
+        raise click.UsageError(msg)
     with _client() as client:
-        return str(client.report(_plan(plan_id), out, text=text))
+        if compared is not None:
+            first, second = map(_plan, compared)
+            return str(client.compare(first, second, out, text=text))
+        return str(client.report(_plan(str(plan_id)), out, text=text, parquet=parquet, pdf=pdf))
 
 
 REMOTE_COMMANDS: dict[str, click.Command] = {

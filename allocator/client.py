@@ -20,8 +20,9 @@ import httpx2
 
 from allocator import client_verbs as verbs
 from allocator.budget import Budget
+from allocator.client_requests import Call, Fetch, Steps, Wait
 from allocator.client_steps import ClientSteps
-from allocator.client_verbs import Call, Fetch, RemotePlan, RemoteProfile, Steps, Wait
+from allocator.client_verbs import RemotePlan, RemoteProfile
 from allocator.plans import Evaluation
 
 if TYPE_CHECKING:
@@ -82,11 +83,15 @@ class Client(ClientSteps):
         """
         return self._run(self.plan_steps(model, budget, metric, engine))  # type: ignore[no-any-return]
 
-    def frontier(
-        self, model: str | RemoteProfile, *, points: int = 33, metric: str | None = None
-    ) -> list[dict[str, float]]:
-        """Returns the least loss at ``points`` memory budgets."""
-        return self._run(self.frontier_steps(model, points, metric))  # type: ignore[no-any-return]
+    def frontier(self, model: str | RemoteProfile, *, points: int = 33, **axes: Any) -> list[dict[str, float]]:
+        """Returns the least loss at ``points`` budgets.
+
+        Args:
+            model: A model's path on the server, whose latest profile is taken, or a profile.
+            points: Budgets to solve.
+            axes: ``metric``, ``resource``, ``engine``, ``context`` and ``batch``, as of ``allocator.frontier``.
+        """
+        return self._run(self.frontier_steps(model, {"points": points, **axes}))  # type: ignore[no-any-return]
 
     def evaluate(self, plan: RemotePlan, *, text: str | None = None) -> list[Evaluation]:
         """Returns the measured quality of the reference, the plan, and every uniform format of no more bytes.
@@ -108,10 +113,22 @@ class Client(ClientSteps):
         with self.shown() as progress:
             return self._run(verbs.export(plan.id, engine, out, progress))  # type: ignore[no-any-return]
 
-    def report(self, plan: RemotePlan, out: Path, *, text: str | None = None) -> Path:
-        """Writes the report of a plan to a directory, and returns its page's path."""
+    def report(self, plan: RemotePlan, out: Path, **options: Any) -> Path:
+        """Writes the report of a plan to a directory, and returns its page's path.
+
+        Args:
+            plan: The plan.
+            out: The directory.
+            options: ``text`` (on the server), ``parquet`` and ``pdf``, as of ``allocator.report``.
+        """
         with self.shown() as progress:
-            return self._run(verbs.report(plan.id, out, text, progress))  # type: ignore[no-any-return]
+            return self._run(verbs.report(plan.id, out, options, progress))  # type: ignore[no-any-return]
+
+    def compare(self, first: RemotePlan, second: RemotePlan, out: Path, *, text: str | None = None) -> Path:
+        """Writes the comparison of two plans of one model to a directory, and returns its page's path."""
+        with self.shown() as progress:
+            steps = verbs.compare((first.id, second.id), out, text, progress)
+            return self._run(steps)  # type: ignore[no-any-return]
 
     def plan_file(self, plan: RemotePlan) -> dict[str, Any]:
         """Returns a plan as the record that ``allocator.load_plan`` reads from a file."""
@@ -184,11 +201,9 @@ class AsyncClient(ClientSteps):
         """Returns the best plan for a budget, as ``Client.plan`` does."""
         return await self._run(self.plan_steps(model, budget, metric, engine))  # type: ignore[no-any-return]
 
-    async def frontier(
-        self, model: str | RemoteProfile, *, points: int = 33, metric: str | None = None
-    ) -> list[dict[str, float]]:
-        """Returns the least loss at ``points`` memory budgets."""
-        return await self._run(self.frontier_steps(model, points, metric))  # type: ignore[no-any-return]
+    async def frontier(self, model: str | RemoteProfile, *, points: int = 33, **axes: Any) -> list[dict[str, float]]:
+        """Returns the least loss at ``points`` budgets, as ``Client.frontier`` does."""
+        return await self._run(self.frontier_steps(model, {"points": points, **axes}))  # type: ignore[no-any-return]
 
     async def evaluate(self, plan: RemotePlan, *, text: str | None = None) -> list[Evaluation]:
         """Returns the measured quality of a plan, as ``Client.evaluate`` does."""
@@ -205,10 +220,16 @@ class AsyncClient(ClientSteps):
         with self.shown() as progress:
             return await self._run(verbs.export(plan.id, engine, out, progress))  # type: ignore[no-any-return]
 
-    async def report(self, plan: RemotePlan, out: Path, *, text: str | None = None) -> Path:
-        """Writes the report of a plan to a directory, and returns its page's path."""
+    async def report(self, plan: RemotePlan, out: Path, **options: Any) -> Path:
+        """Writes the report of a plan to a directory, as ``Client.report`` does."""
         with self.shown() as progress:
-            return await self._run(verbs.report(plan.id, out, text, progress))  # type: ignore[no-any-return]
+            return await self._run(verbs.report(plan.id, out, options, progress))  # type: ignore[no-any-return]
+
+    async def compare(self, first: RemotePlan, second: RemotePlan, out: Path, *, text: str | None = None) -> Path:
+        """Writes the comparison of two plans, as ``Client.compare`` does."""
+        with self.shown() as progress:
+            steps = verbs.compare((first.id, second.id), out, text, progress)
+            return await self._run(steps)  # type: ignore[no-any-return]
 
     async def plan_file(self, plan: RemotePlan) -> dict[str, Any]:
         """Returns a plan as the record that ``allocator.load_plan`` reads from a file."""

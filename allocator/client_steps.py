@@ -13,7 +13,8 @@ import httpx2
 
 from allocator import client_verbs as verbs
 from allocator.budget import Budget
-from allocator.client_verbs import Call, Fetch, RemoteProfile, ServiceError, Steps, Wait
+from allocator.client_requests import Call, Fetch, ServiceError, Steps, Wait
+from allocator.client_verbs import RemoteProfile
 from allocator.progress import Progress, shown_progress, silent
 
 if TYPE_CHECKING:
@@ -61,10 +62,10 @@ class ClientSteps:
         held = model if isinstance(model, RemoteProfile) else (yield from verbs.latest_profile(model))
         return (yield from verbs.plan(held.id, budget, metric, engine))
 
-    def frontier_steps(self, model: str | RemoteProfile, points: int, metric: str | None) -> Steps:
+    def frontier_steps(self, model: str | RemoteProfile, axes: Mapping[str, Any]) -> Steps:
         """Returns the steps of ``frontier``."""
         held = model if isinstance(model, RemoteProfile) else (yield from verbs.latest_profile(model))
-        return (yield from verbs.frontier(held.id, points, metric))
+        return (yield from verbs.frontier(held.id, axes))
 
     def persist(self, steps: Steps) -> Steps:
         """Gives the steps of a verb as single tries, each of which may be sent again after a wait."""

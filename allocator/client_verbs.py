@@ -1,79 +1,25 @@
 """What a client asks of a service for each verb, as steps: the same for a client that waits and for one that awaits.
 
-A verb is a generator. It yields what is to be done (``Call``, ``Fetch``, ``Wait``), is sent what came of it, and
-returns the verb's result. Who runs it (``allocator.client``) knows of connections and repeats; this file does not.
+A verb is a generator of steps (``allocator.client_requests``), and returns the verb's result. Who runs it
+(``allocator.client``) knows of connections and repeats; this file does not.
 """
 
 import dataclasses
 import json
 import tarfile
-import uuid
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from allocator.budget import LATENCY, MEMORY, Budget, InfeasibleBudget
+from allocator.client_requests import Call, Fetch, ServiceError, Steps, Wait
 from allocator.plans import Evaluation
 from allocator.progress import Progress
 from runtime.files import atomic_directory
 
 _LOOK_EVERY_S = 0.3
-
-
-class ServiceError(ValueError):
-    """The service refused, or a job of it failed.
-
-    Args:
-        message: What it said.
-        status: HTTP status.
-        problem: The problem document.
-    """
-
-    def __init__(self, message: str, *, status: int, problem: Mapping[str, Any]) -> None:
-        super().__init__(message)
-        self.status = status
-        self.problem = dict(problem)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """A request with a JSON answer.
-
-    Args:
-        method: HTTP method.
-        path: Path and query.
-        body: JSON body, or None.
-        key: Makes a POST that is sent twice count once.
-    """
-
-    method: str
-    path: str
-    body: Any = None
-    key: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fetch:
-    """A file to be fetched; what comes of it is nothing.
-
-    Args:
-        path: Path on the server.
-        out: File to write.
-    """
-
-    path: str
-    out: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wait:
-    """Time to pass."""
-
-    seconds: float
-
-
-Steps = Generator[Call | Fetch | Wait, Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +108,17 @@ def plan_file(plan_id: str) -> Steps:
     return (yield Call(method="GET", path=f"/plans/{plan_id}/file"))
 
 
-def frontier(profile_id: str, points: int, metric: str | None) -> Steps:
-    """Returns the points of least loss."""
-    chosen = "" if metric is None else f"&metric={metric}"
-    document = yield Call(method="GET", path=f"/frontiers/{profile_id}?points={points}{chosen}")
+def frontier(profile_id: str, axes: Mapping[str, Any]) -> Steps:
+    """Returns the points of least loss.
+
+    Args:
+        profile_id: The profile.
+        axes: Keyword arguments of ``allocator.frontier``.
+    """
+    resource = axes.get("resource") or MEMORY
+    asked = {**axes, "resource": "bytes" if resource == MEMORY else resource}
+    query = urlencode({name: value for name, value in asked.items() if value is not None})
+    document = yield Call(method="GET", path=f"/frontiers/{profile_id}?{query}")
     return document["points"]
 
 
@@ -189,16 +142,26 @@ def export(plan_id: str, engine: str, out: Path, progress: Progress) -> Steps:
     return document["command"].replace("DIRECTORY", str(out))
 
 
-def report(plan_id: str, out: Path, text: str | None, progress: Progress) -> Steps:
-    """Fetches the report of a plan, and returns its page's path."""
-    result = yield from _finish(_job("report", plan_id, text=text), progress)
-    document = yield Call(method="GET", path=f"/reports/{result['report_id']}")
-    out.mkdir(parents=True, exist_ok=True)
-    for file in document["files"]:
-        target = _place(out, file["name"])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield Fetch(path=file["url"], out=target)
+def report(plan_id: str, out: Path, options: Mapping[str, Any], progress: Progress) -> Steps:
+    """Fetches the report of a plan, and returns its page's path.
+
+    Args:
+        plan_id: The plan.
+        out: Directory of the files.
+        options: Options of the job.
+        progress: Called with (stage, done, total).
+    """
+    result = yield from _finish(_job("report", plan_id, **options), progress)
+    yield from _fetch_report(result["report_id"], out)
     return out / "report.html"
+
+
+def compare(plan_ids: tuple[str, str], out: Path, text: str | None, progress: Progress) -> Steps:
+    """Fetches the comparison of two plans, and returns its page's path."""
+    options = {} if text is None else {"text": text}
+    result = yield from _finish({"kind": "report", "plan_ids": list(plan_ids), "options": options}, progress)
+    yield from _fetch_report(result["report_id"], out)
+    return out / "comparison.html"
 
 
 def raise_problem(status: int, content: bytes) -> None:
@@ -270,6 +233,15 @@ def _fetch_export(export_id: str, out: Path) -> Steps:
             opened.extractall(directory, filter="data")
         archive.unlink()
     return out
+
+
+def _fetch_report(report_id: str, out: Path) -> Steps:
+    document = yield Call(method="GET", path=f"/reports/{report_id}")
+    out.mkdir(parents=True, exist_ok=True)
+    for file in document["files"]:
+        target = _place(out, file["name"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield Fetch(path=file["url"], out=target)
 
 
 def _place(out: Path, name: str) -> Path:

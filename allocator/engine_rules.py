@@ -81,6 +81,17 @@ def engine_fixed_bytes(engine: Engine, reference: ReferenceModel, *, routers: bo
     return None if count is None else count(reference, routers=routers)
 
 
+def price_engine_file(profile: SensitivityProfile, engine: Engine, fixed_bytes: int | None) -> SensitivityProfile:
+    """Returns the profile with the bytes of an engine's file, or as it is where its other bytes are not known.
+
+    Args:
+        profile: The profile.
+        engine: The engine.
+        fixed_bytes: Bytes of the file that no choice changes (``engine_fixed_bytes``).
+    """
+    return profile if fixed_bytes is None else replace(profile, fixed_bytes=fixed_bytes, exporter=engine.exporter)
+
+
 def price_file(profile: SensitivityProfile, plan: Plan) -> SensitivityProfile:
     """Returns the profile with the bytes of the file that a plan counts: the packed one, or that of its engine."""
     exporter = None if plan.rules is None else plan.rules.exporter

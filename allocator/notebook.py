@@ -8,6 +8,8 @@ from typing import Protocol
 from runtime.notebook_html import bits_shade, html_heading, html_table
 
 WIDTH_PX, HEIGHT_PX, MARGIN_PX = 560, 220, 46
+# What a table shows of every point of a frontier -> its header.
+_SHOWN = {"bits_per_weight": "bits per weight", "predicted_loss": "predicted loss", "lower_bound": "lower bound"}
 
 
 class UnitRow(Protocol):
@@ -63,26 +65,19 @@ class Frontier(list[dict[str, float]]):
 
 def frontier_html(points: Sequence[Mapping[str, float]]) -> str:
     """Returns a frontier as HTML: a line of the loss by size, on a log scale, and its points."""
+    # Along another resource than memory a point has its use too.
+    own = sorted(set().union(*points) - set(_SHOWN) - {"memory_bytes", "shadow_price_per_mib", "shadow_price"})
+    price = "shadow_price" if own else "shadow_price_per_mib"
     rows = [
-        [
-            f"{point['memory_bytes'] / 2**20:.2f}",
-            point["bits_per_weight"],
-            point["predicted_loss"],
-            point["lower_bound"],
-            point["shadow_price_per_mib"],
-        ]
-        for point in points
+        [f"{point['memory_bytes'] / 2**20:.2f}", *(point[name] for name in (*own, *_SHOWN, price))] for point in points
     ]
-    headers = ["MiB", "bits per weight", "predicted loss", "lower bound", "one more MiB saves"]
-    return (
-        html_heading(f"Frontier of {len(points)} sizes, losses in nats per token")
-        + _line(points)
-        + html_table(headers, rows)
-    )
+    headers = ["MiB", *own, *_SHOWN.values(), "one more of it saves" if own else "one more MiB saves"]
+    line = _line(points, "memory_bytes", 2.0**20, "MiB") if not own else _line(points, own[0], 1.0, own[0])
+    return html_heading(f"Frontier of {len(points)} sizes, losses in nats per token") + line + html_table(headers, rows)
 
 
-def _line(points: Sequence[Mapping[str, float]]) -> str:
-    shown = [(p["memory_bytes"] / 2**20, log10(p["predicted_loss"])) for p in points if p["predicted_loss"] > 0]
+def _line(points: Sequence[Mapping[str, float]], along: str, unit: float, unit_name: str) -> str:
+    shown = [(p[along] / unit, log10(p["predicted_loss"])) for p in points if p["predicted_loss"] > 0]
     if len(shown) < 2:
         return ""
     (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*shown, strict=True))
@@ -91,8 +86,8 @@ def _line(points: Sequence[Mapping[str, float]]) -> str:
     label = '<text x="{x}" y="{y}" fill="currentColor" font-size="11" text-anchor="{anchor}">{text}</text>'
     bottom = HEIGHT_PX - MARGIN_PX
     labels = [
-        label.format(x=MARGIN_PX, y=bottom + 26, anchor="start", text=f"{left:.4g} MiB"),
-        label.format(x=WIDTH_PX - MARGIN_PX, y=bottom + 26, anchor="end", text=f"{right:.4g} MiB"),
+        label.format(x=MARGIN_PX, y=bottom + 26, anchor="start", text=f"{left:.4g} {unit_name}"),
+        label.format(x=WIDTH_PX - MARGIN_PX, y=bottom + 26, anchor="end", text=f"{right:.4g} {unit_name}"),
         label.format(x=MARGIN_PX - 6, y=MARGIN_PX + 4, anchor="end", text=f"{10**high:.2g}"),
         label.format(x=MARGIN_PX - 6, y=bottom + 4, anchor="end", text=f"{10**low:.2g}"),
     ]

@@ -7,7 +7,8 @@ from typing import Any
 from allocator.artefacts import Model, find_profile, model_to_measure, open_model, provenance
 from allocator.budget import BIT_OPERATIONS, LATENCY, Budget
 from allocator.competition import Competition, list_rivals
-from allocator.engine_rules import Optimum, engine_fixed_bytes, price_rules, restrict_profile
+from allocator.engine_files import count_engine_file
+from allocator.engine_rules import Optimum, price_rules, restrict_profile
 from allocator.evolution import Evolution
 from allocator.improvement import Improve
 from allocator.planning import default_metric, find_assignment, make_plan
@@ -143,9 +144,4 @@ def _profile_to_plan(
         whole = join_cache(whole, context=budget.context, batch=budget.batch)
     if BIT_OPERATIONS in budget.limits:
         whole = join_activations(whole)
-    if target is not None and isinstance(model, Model):
-        # Bytes are those of the file that the engine loads, where they are known.
-        routers = any(unit.kind == "router" for unit in whole.candidates.units)
-        fixed = engine_fixed_bytes(target, model.reference_of(whole, store), routers=routers)
-        whole = whole if fixed is None else replace(whole, fixed_bytes=fixed, exporter=target.exporter)
-    return whole
+    return whole if target is None else count_engine_file(model, whole, target, store)

@@ -6,19 +6,23 @@
     <root>/transforms/<hash>.safetensors      tensors that a reference model's transforms were folded by
     <root>/evaluations/<hash>.safetensors     per-sequence KL and log-likelihood of one assignment on one text
     <root>/latencies/<hash>.safetensors       microseconds of every candidate on one device
+    <root>/timed/<fingerprint>.json           the device on which a profile's candidates were timed last
+    <root>/engine_files/<fingerprint>.json    bytes of engines' files of a profile's model that no choice changes
     <root>/latest/<model fingerprint>.json    which profile was measured last for a model
     <root>/texts/sampled-<hash>.safetensors   calibration text that a model sampled
     <root>/shortlists/<hash>.safetensors      errors of all formats on a few rows, of which a shortlist is taken
 
 Everything is keyed by content, written whole or not at all, and safe to delete at any time. What no profile needs any
-more is deleted by ``prune``: renderings of profiles that are neither there nor being measured, and what a killed
-process left under a temporary name.
+more is deleted by ``prune``: renderings and notes of profiles that are neither there nor being measured, and what a
+killed process left under a temporary name.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +33,8 @@ from runtime.files import atomic_path, write_text
 from sensitivity.profile import SensitivityProfile, load_profile, save_profile
 
 CACHE_VARIABLE = "BITPLAN_CACHE"
-KINDS = ("profiles", "pieces", "renderings", "evaluations", "latencies", "latest", "texts", "shortlists")
+TIMED, ENGINE_FILES = NOTES = ("timed", "engine_files")
+KINDS = ("profiles", "pieces", "renderings", "evaluations", "latencies", "latest", "texts", "shortlists", *NOTES)
 
 
 def default_root() -> Path:
@@ -94,7 +99,8 @@ class Store:
     def prune(self) -> int:
         """Deletes what no profile needs, and returns its bytes. No measurement may run meanwhile."""
         needed = {path.name for kind in ("profiles", "pieces") for path in (self.root / kind).glob("*")}
-        stale = [path for path in (self.root / "renderings").glob("*") if path.name not in needed]
+        beside = [path for kind in ("renderings", *NOTES) for path in (self.root / kind).glob("*")]
+        stale = [path for path in beside if path.name.partition(".")[0] not in needed and path.name[0] != "."]
         # rglob finds what lies below another one as well.
         left = [path for kind in KINDS for end in ("tmp", "old") for path in (self.root / kind).rglob(f".*.{end}")]
         freed_bytes = 0
@@ -133,6 +139,21 @@ class Store:
         """Keeps microseconds [U, F] under a key."""
         with atomic_path(self._latency(key)) as temporary:
             save_file({"latency_us": latency_us}, temporary)
+
+    def find_note(self, kind: str, fingerprint: str) -> dict[str, Any] | None:
+        """Returns what is noted of a profile under a kind in ``NOTES``, or None."""
+        try:
+            found = json.loads(self._note(kind, fingerprint).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def save_note(self, kind: str, fingerprint: str, note: Mapping[str, Any]) -> None:
+        """Notes JSON values of a profile under a kind in ``NOTES``."""
+        write_text(self._note(kind, fingerprint), json.dumps(dict(note)) + "\n")
+
+    def _note(self, kind: str, fingerprint: str) -> Path:
+        return self.root / kind / f"{fingerprint}.json"
 
     def _transforms(self, key: str) -> Path:
         return self.root / "transforms" / f"{key}.safetensors"

@@ -10,7 +10,7 @@ import socket
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from machine import describe_machine
@@ -18,14 +18,16 @@ from machine import describe_machine
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from allocator.service.settings import ServiceSettings
-from runtime.packed_model import load_packed
-from tests.allocator.service.faults import TormentedService, check_outcome, torment
+from tests.allocator.service.faults import TormentedService, find_outcome, torment
 from tests.postgres_cluster import PostgresCluster, find_postgres
 from tests.tiny_models import build_tiny_llama, sample_text, save_model
 
 KILLS = 50
 LONGEST_S = 10.0
-COLUMNS = ("database", "kills of workers", "of the server", "jobs", "attempts", "profiles", "packed models", "minutes")
+COLUMNS = (
+    *("database", "kills of workers", "of the server", "jobs", "attempts", "profiles", "packed models"),
+    *("jobs lost", "done twice", "artefacts partial", "minutes"),
+)
 
 
 def main() -> None:
@@ -41,9 +43,7 @@ def main() -> None:
     cluster = PostgresCluster(place, binaries)
     cluster.start()
     urls = {"SQLite": None, "PostgreSQL": cluster.make_database()}
-    with ThreadPoolExecutor() as threads:
-        # Both at once: each is the other's disturbance.
-        rows = list(threads.map(lambda name: run(name, urls[name], directory), urls))
+    rows = [run(name, url, directory) for name, url in urls.items()]
     cluster.stop()
     shutil.rmtree(place)
     shutil.rmtree(directory)
@@ -51,9 +51,9 @@ def main() -> None:
         "# Faults of the service",
         "",
         f"Made by `python benchmarks/bench_service_faults.py`. Machine: {describe_machine(('sqlalchemy', 'psycopg'))}.",
-        f"{KILLS} kills on each database, two workers, leases of 3 s. Checked at the end: every acknowledged job is "
-        "there and succeeded, each by exactly one attempt, no request twice; every profile loads; every directory of "
-        "files is that of a job and complete, and every packed model loads.",
+        f"{KILLS} kills on each database, two workers, leases of 3 s. At the end a job is lost that was acknowledged "
+        "and is not there or did not succeed; done twice that two attempts ended, or whose request has two; an "
+        "artefact is partial that no job recorded, lacks a file or bytes of one, or cannot be loaded.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -82,11 +82,10 @@ def run(name: str, url: str | None, directory: Path) -> str:
     started = time.monotonic()
     service = TormentedService(settings, directory / f"{name}.log")
     tally = torment(service, kills=KILLS, seed=len(name), longest_s=LONGEST_S, waiting=4)
-    counted = check_outcome(settings, tally)
-    for path in (settings.directory / "artefacts").iterdir():
-        assert load_packed(path)[0] is not None
+    found = find_outcome(settings, tally)
     minutes = (time.monotonic() - started) / 60
-    cells = [name, tally.kills["worker"], tally.kills["server"], *counted.values(), f"{minutes:.0f}"]
+    cells = [name, tally.kills["worker"], tally.kills["server"], *asdict(found).values(), f"{minutes:.0f}"]
+    sys.stderr.write(f"{cells}\n")
     return "| " + " | ".join(map(str, cells)) + " |"
 
 

@@ -48,7 +48,10 @@ SHAPES = {
 }
 PORT = 8473
 PROFILE = "f" * 64
-COLUMNS = ("load", "requests", "errors", "p50 ms", "p99 ms", "requests/s", "server CPU", "MiB before", "MiB after")
+COLUMNS = (
+    *("load", "requests", "errors", "p50 ms", "p99 ms", "requests/s", "server: CPU", "ms of it a request"),
+    *("clients: CPU", "MiB before", "MiB after"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,8 @@ def main() -> None:
         "Made by `python benchmarks/bench_service_load.py`. Server and clients share the cores of one machine: "
         f"{describe_machine(('fastapi', 'uvicorn', 'numpy'))}.",
         f"{CLIENTS} clients, one server process, SQLite; `POST /plans` on a cached profile of {7 * LAYERS} units and "
-        f"{len(DEFAULT_FORMATS)} formats. Memory is the server's resident set; errors are answers other than 200.",
+        f"{len(DEFAULT_FORMATS)} formats. Memory is the server's resident set; errors are answers other than 200; "
+        "CPU is the part of one core that a process takes.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -177,11 +181,12 @@ async def run(load: Load, server: psutil.Process) -> str:
         return numbers.uniform(2.6, 8.0) if grid is None else numbers.choice(grid)
 
     before_mib = server.memory_info().rss / 2**20
-    cpu_s, started = sum(server.cpu_times()[:2]), time.perf_counter()
+    clients = psutil.Process()
+    cpu_s, own_s, started = sum(server.cpu_times()[:2]), sum(clients.cpu_times()[:2]), time.perf_counter()
     each = load.requests // CLIENTS
     found = await asyncio.gather(*(ask(each, load.pause_s, next_budget, numbers) for _ in range(CLIENTS)))
     elapsed_s = time.perf_counter() - started
-    used_s = sum(server.cpu_times()[:2]) - cpu_s
+    used_s, own_s = sum(server.cpu_times()[:2]) - cpu_s, sum(clients.cpu_times()[:2]) - own_s
     times_ms = sorted(1e3 * seconds for seconds, _ in sum(found, []))
     errors = sum(status != 200 for _, status in sum(found, []))
     after_mib = server.memory_info().rss / 2**20
@@ -193,6 +198,8 @@ async def run(load: Load, server: psutil.Process) -> str:
         f"{times_ms[int(0.99 * len(times_ms))]:.1f}",
         f"{len(times_ms) / elapsed_s:.0f}",
         f"{used_s / elapsed_s:.2f}",
+        f"{1e3 * used_s / len(times_ms):.2f}",
+        f"{own_s / elapsed_s:.2f}",
         f"{before_mib:.0f}",
         f"{after_mib:.0f}",
     ]

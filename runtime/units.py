@@ -21,6 +21,7 @@ or read in batches only: what replaces them would not do the same.
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import networkx as nx
@@ -101,7 +102,7 @@ class Unit:
     cache_shape: tuple[int, int] | None = None
     modules: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def weight_count(self) -> int:
         """Number of weights in the unit."""
         return sum(weight.weight_count for weight in self.weights)

@@ -18,21 +18,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from tests.tiny_models import VOCABULARY_SIZE, build_tiny_mixtral, build_tiny_qwen_moe
+from tests.tiny_models import SIZES, build_tiny_mixtral, build_tiny_qwen_moe
 
-_SIZES = {
-    "vocab_size": VOCABULARY_SIZE,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-    "tie_word_embeddings": False,
-}
+_SIZES = {**SIZES, "tie_word_embeddings": False}
 _LATENT_ATTENTION = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 32,

@@ -34,7 +34,7 @@ _SENTENCES = (
 )
 
 # hidden 64 and feed-forward 128: groups of 32 and 64 divide both, a group of 128 only the latter.
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY_SIZE,
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -85,12 +85,29 @@ def _build(model_class: Callable[..., PreTrainedModel], config: object, seed: in
     return model
 
 
+def build_one_layer_llama(vocabulary: int) -> LlamaForCausalLM:
+    """Returns a frozen layer of a width of 32: small enough to differentiate along every single weight."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.15,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
 def build_tiny_llama(
     *, tied: bool = False, key_value_heads: int = 2, head_dim: int = 16, attention_bias: bool = False, seed: int = 0
 ) -> LlamaForCausalLM:
     """Returns a dense decoder; with `tied`, embedding and lm_head are one parameter."""
     config = LlamaConfig(
-        **{**_SIZES, "num_key_value_heads": key_value_heads},
+        **{**SIZES, "num_key_value_heads": key_value_heads},
         head_dim=head_dim,
         intermediate_size=128,
         tie_word_embeddings=tied,
@@ -103,7 +120,7 @@ def build_tiny_llama(
 def build_tiny_mixtral(*, seed: int = 0) -> MixtralForCausalLM:
     """Returns a mixture of four experts, two per token, their weights fused into 3-D parameters."""
     config = MixtralConfig(
-        **_SIZES, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False
+        **SIZES, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False
     )
     return _build(MixtralForCausalLM, config, seed)
 
@@ -111,7 +128,7 @@ def build_tiny_mixtral(*, seed: int = 0) -> MixtralForCausalLM:
 def build_tiny_qwen_moe(*, seed: int = 0) -> Qwen2MoeForCausalLM:
     """Returns a mixture of four experts with a shared expert and biases in the attention."""
     config = Qwen2MoeConfig(
-        **_SIZES,
+        **SIZES,
         intermediate_size=128,
         moe_intermediate_size=128,
         shared_expert_intermediate_size=128,

@@ -99,10 +99,13 @@ class NewJob(Body):
     kind: Literal["measure", "evaluate", "apply", "export", "report"]
     model_id: Identifier | None = Field(default=None, description="The model; known from the plan where there is one.")
     plan_id: Identifier | None = None
+    plan_ids: Annotated[list[Identifier], Field(min_length=2, max_length=2)] | None = Field(
+        default=None, description="Two plans of one model, for a report that compares them."
+    )
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="measure: the fields of MeasureRequest and MeasureConfig, engine, low_memory, latency; evaluate "
-        "and report: text; export: engine.",
+        "and report: text; export: engine; report of one plan: pdf, parquet.",
     )
 
     model_config = ConfigDict(

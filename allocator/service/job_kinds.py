@@ -61,7 +61,15 @@ class JobContext:
     def plan(self) -> Plan:
         """Returns the job's plan."""
         assert self.claim.plan_id is not None, "checked when the job was submitted"
-        row = self.records.find(plans, self.claim.plan_id)
+        return self._rebuild(self.claim.plan_id)
+
+    def compared(self) -> tuple[Plan, Plan] | None:
+        """Returns the two plans that the job compares, or None where it is of one."""
+        plan_ids = self.claim.options.get("plan_ids")
+        return None if plan_ids is None else (self._rebuild(plan_ids[0]), self._rebuild(plan_ids[1]))
+
+    def _rebuild(self, plan_id: str) -> Plan:
+        row = self.records.find(plans, plan_id)
         assert row is not None, "plans are never deleted"
         return rebuild_plan(row, self.store)
 
@@ -86,12 +94,14 @@ class Outcome:
 def measure(context: JobContext) -> Outcome:
     """Measures a model; pieces of an attempt that was killed are taken up."""
     from allocator.artefacts import Model
+    from allocator.engine_files import note_engine_files
     from allocator.pipeline import measure as run
     from allocator.timings import find_latency
 
     request = make_measure_request(context.claim.options, context.settings.model_roots)
     model = Model(context.model_path(), low_memory=bool(context.claim.options.get("low_memory")))
     profile = run(model, request=request, store=context.store, progress=context.progress)
+    note_engine_files(model, profile, context.store)
     if context.claim.options.get("latency"):
         find_latency(profile, context.store, context.progress)
 
@@ -135,18 +145,25 @@ def export(context: JobContext) -> Outcome:
 
 
 def report(context: JobContext) -> Outcome:
-    """Writes the report of a plan."""
+    """Writes the report of a plan, or of two side by side."""
+    from allocator.comparing import compare
     from allocator.pipeline import report as run
 
-    run(
-        context.model_path(),
-        context.plan(),
-        context.place,
-        text=context.text(),
-        store=context.store,
-        progress=context.progress,
-    )
+    measured: dict[str, Any] = {"text": context.text(), "store": context.store, "progress": context.progress}
+    compared = context.compared()
+    if compared is not None:
+        names = _names_of(compared)
+        compare(*compared, context.place, names=names, model=context.model_path(), **measured)
+        return _written(context, "report", {"plan_ids": context.claim.options["plan_ids"]})
+    files: dict[str, Any] = {name: bool(context.claim.options.get(name)) for name in ("pdf", "parquet")}
+    run(context.model_path(), context.plan(), context.place, **files, **measured)
     return _written(context, "report", {})
+
+
+def _names_of(compared: tuple[Plan, Plan]) -> tuple[str, str]:
+    """Returns what a page calls two plans: their budgets, numbered where these are the same."""
+    first, second = (plan.budget for plan in compared)
+    return (first, second) if first != second else (f"{first} (first)", f"{second} (second)")
 
 
 JOB_KINDS: dict[str, Callable[[JobContext], Outcome]] = {

@@ -14,12 +14,15 @@ TEXTS = ("calibration", "selection", "evaluation")
 SAMPLED = "self-balanced"
 # Options of a measurement that are no fields of its request.
 _BESIDE = ("engine", "low_memory", "latency")
+# A job 'report' of two plans.
+COMPARISON = "comparison"
 # Kind -> options that it takes; those of a measurement are the fields of its request.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "evaluate": ("text",),
     "apply": (),
     "export": ("engine",),
-    "report": ("text",),
+    "report": ("text", "pdf", "parquet"),
+    COMPARISON: ("text",),
 }
 
 
@@ -27,7 +30,7 @@ def check_options(kind: str, options: Mapping[str, Any], roots: Sequence[Path]) 
     """Checks the options of a job.
 
     Args:
-        kind: Name in ``JOB_KINDS``.
+        kind: Name in ``JOB_KINDS``, or ``COMPARISON``.
         options: JSON values.
         roots: Directories below which texts may lie.
 
@@ -43,6 +46,8 @@ def check_options(kind: str, options: Mapping[str, Any], roots: Sequence[Path]) 
         from runtime.engines import find_engine
 
         find_engine(str(options.get("engine")))
+    if kind == "report":
+        _check_files(options)
     list_texts(options, ("text",), roots)
 
 
@@ -96,6 +101,24 @@ def list_texts(options: Mapping[str, Any], names: Sequence[str], roots: Sequence
         sampled = text is None or text == SAMPLED
         found[name] = text if sampled else str(resolve_below(str(text), roots))
     return found
+
+
+def _check_files(options: Mapping[str, Any]) -> None:
+    """Checks what a report is asked to write besides its page; what is not installed is said before the job waits."""
+    from reports.browser import find_browser
+    from reports.parquet_files import import_pyarrow
+
+    for name in ("pdf", "parquet"):
+        if not isinstance(options.get(name, False), bool):
+            msg = f"option '{name}' of 'report' must be true or false: got {options[name]!r}. Correct it."
+            raise ValueError(msg)
+    try:
+        if options.get("pdf"):
+            find_browser()
+        if options.get("parquet"):
+            import_pyarrow()
+    except ModuleNotFoundError as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_names(kind: str, options: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ from sensitivity.profile import fingerprint_of
 from solvers import SolveResult, Termination
 
 # Raised whenever the same question would have another answer.
-ANSWER_VERSION = 1
+ANSWER_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class Question:
         return Axes(
             profile_id=self.profile_id,
             engine=self.engine,
+            file_of=self.engine,
             context=self.budget.context,
             batch=self.budget.batch,
             timed=LATENCY in self.budget.limits,
@@ -132,8 +133,10 @@ class PlanAnswers:
         row = self.records.find(plans, question.plan_id)
         if row is None:
             answer = solve_question(question, model_id, self.profiles)
-            self.records.add_plan(**_row_of(answer))
-            # Another process may have been first; its numbers are the plan's then.
+            created_at = self.records.add_plan(**_row_of(answer))
+            if created_at is not None:
+                return replace(answer, created_at=created_at)
+            # Another process was first; its numbers are the plan's.
             row = self.records.find(plans, question.plan_id)
             assert row is not None
         return read_answer(row, self.profiles)
@@ -151,7 +154,8 @@ def solve_question(question: Question, model_id: str, profiles: PricedProfiles) 
     best = _optimum(question, profiles.find(question.axes))
     rules = None
     if engine is not None:
-        free = _optimum(question, profiles.find(replace(question, engine=None).axes))
+        # The same file without the rules, so that the rules alone make the difference.
+        free = _optimum(question, profiles.find(replace(question.axes, engine=None)))
         rules = price_rules(find_engine(engine), kept=best, free=free)
     return Answer(
         plan_id=question.plan_id,

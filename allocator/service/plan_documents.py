@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from allocator.assignments import bits_per_weight, cache_use, pick, use_of
+from allocator.assignments import cache_use, pick, use_of
 from allocator.budget import LATENCY, MEMORY, Budget
 from allocator.planning import predicted_kl, predicted_std_error, predicting_metric
 from allocator.plans import jsonable
@@ -26,7 +26,7 @@ def plan_document(answer: Answer, evaluation: Sequence[dict[str, Any]] | None) -
     priced, assignment = answer.priced, answer.assignment
     result = assignment.result
     assert result is not None, "plans are solved"
-    use = use_of(assignment.choice, priced.tables)
+    use, weights = use_of(assignment.choice, priced.tables), priced.weight_count
     memory = pick(priced.tables[MEMORY].cost, assignment.choice)
     cache_bytes = cache_use(priced.profile.candidates, assignment.choice, priced.tables[MEMORY])
     formats = [f.name for f in priced.profile.candidates.formats]
@@ -47,21 +47,22 @@ def plan_document(answer: Answer, evaluation: Sequence[dict[str, Any]] | None) -
         "measured_kl": measured and measured["kl"],
         "interval": measured and [measured["kl_low"], measured["kl_high"]],
         "bytes": round(use[MEMORY]),
-        "bits_per_weight": bits_per_weight(priced.profile, round(use[MEMORY]) - round(cache_bytes)),
+        "bits_per_weight": 8.0 * (round(use[MEMORY]) - round(cache_bytes) - priced.profile.fixed_bytes) / weights,
         "latency_us": use.get(LATENCY),
         "termination": result.termination.value,
         "lower_bound": result.lower_bound + fixed,
         "gap": result.gap,
         "shadow_price": memory_price(answer),
         "solve_ms": result.seconds * 1e3,
-        "choice": {unit.name: formats[f] for unit, f in zip(units, assignment.choice.tolist(), strict=True)},
         "bytes_by_role": role_rows(priced, memory),
         "baselines": _baselines(priced, assignment.metric),
         "engine_price": _engine_price(answer),
     }
     cleaned = jsonable(document)
     assert isinstance(cleaned, dict)
-    return cleaned
+    # Names need no cleaning, and are most of the document.
+    choice = {unit.name: formats[f] for unit, f in zip(units, assignment.choice.tolist(), strict=True)}
+    return {**cleaned, "choice": choice}
 
 
 def budget_document(budget: Budget) -> dict[str, Any]:
@@ -117,8 +118,14 @@ def _on_hull(loss: NDArray[np.float64], cost: NDArray[np.float64], allowed: NDAr
 
 def _baselines(priced: PricedProfile, metric: str) -> list[dict[str, Any]]:
     table = priced.profile.table(predicting_metric(priced.profile, metric))
+    latency = priced.tables.get(LATENCY)
     return [
-        {"name": name, "bytes": size_bytes, "predicted_loss": float(pick(table.loss, choice).sum())}
+        {
+            "name": name,
+            "bytes": size_bytes,
+            "predicted_loss": float(pick(table.loss, choice).sum()),
+            "latency_us": None if latency is None else float(pick(latency.cost, choice).sum()) + latency.fixed,
+        }
         for name, choice, size_bytes in priced.uniform
     ]
 

@@ -10,13 +10,15 @@ from numpy.typing import NDArray
 
 from allocator.assignments import list_uniform, pick
 from allocator.budget import MEMORY
-from allocator.engine_rules import restrict_profile
+from allocator.engine_files import noted_fixed_bytes
+from allocator.engine_rules import price_engine_file, restrict_profile
 from allocator.problems import build_cost_tables
 from allocator.service.recent import Recent
 from allocator.store import Store
 from allocator.timings import find_kept_latency
 from runtime.costs import CostTable
 from runtime.engines import find_engine
+from runtime.units import count_weights
 from sensitivity.cache_losses import join_cache
 from sensitivity.profile import SensitivityProfile
 
@@ -28,6 +30,7 @@ class Axes:
     Args:
         profile_id: The profile.
         engine: Name of the engine whose rules hold, or None.
+        file_of: Name of the engine whose file's bytes are counted; None for those of a packed model.
         context: Tokens of a cache that is part of the plan, or None.
         batch: Sequences decoded together.
         timed: Whether the latency of the candidates is among their costs.
@@ -35,6 +38,7 @@ class Axes:
 
     profile_id: str
     engine: str | None = None
+    file_of: str | None = None
     context: int | None = None
     batch: int = 1
     timed: bool = False
@@ -64,12 +68,18 @@ class PricedProfile:
         ]
 
     @cached_property
-    def roles(self) -> dict[str, NDArray[np.int64]]:
-        """Role -> indices of its units."""
+    def weight_count(self) -> int:
+        """Weights in all units."""
+        return count_weights(self.profile.candidates.units)
+
+    @cached_property
+    def roles(self) -> dict[str, tuple[NDArray[np.int64], int]]:
+        """Role -> indices of its units, and their weights."""
         found: dict[str, list[int]] = {}
         for index, unit in enumerate(self.profile.candidates.units):
             found.setdefault(unit.role, []).append(index)
-        return {role: np.array(indices) for role, indices in found.items()}
+        units = self.profile.candidates.units
+        return {role: (np.array(own), count_weights([units[u] for u in own])) for role, own in found.items()}
 
 
 class UnknownProfile(Exception):
@@ -110,13 +120,24 @@ class PricedProfiles:
 
         Raises:
             UnknownProfile: If it is not in the store.
-            ValueError: If the profile knows nothing of caches, the engine is unknown or runs none of its formats, or
-                latencies are asked for that were not measured.
+            ValueError: If the profile knows nothing of caches, the engine is unknown, can have no file of the model or
+                runs none of the profile's formats, or latencies are asked for that were not measured.
         """
         return self._priced.get_or_make(axes, lambda: self._price(axes))
 
+    def is_timed(self, profile_id: str) -> bool:
+        """Returns whether a profile's candidates were timed, so that latency can be limited.
+
+        Raises:
+            UnknownProfile: If it is not in the store.
+        """
+        return find_kept_latency(self.load(profile_id), self.store) is not None
+
     def _price(self, axes: Axes) -> PricedProfile:
         profile = self.load(axes.profile_id)
+        if axes.file_of is not None:
+            engine = find_engine(axes.file_of)
+            profile = price_engine_file(profile, engine, noted_fixed_bytes(engine, profile, self.store))
         if axes.context is not None:
             profile = join_cache(profile, context=axes.context, batch=axes.batch)
         refusals: Counter[str] = Counter()
@@ -148,10 +169,9 @@ def role_rows(priced: PricedProfile, memory_by_unit: NDArray[np.float64]) -> lis
         priced: The profile.
         memory_by_unit: [U] bytes.
     """
-    units = priced.profile.candidates.units
     rows = []
-    for role, indices in priced.roles.items():
-        role_bytes, weights = float(memory_by_unit[indices].sum()), sum(units[int(u)].weight_count for u in indices)
+    for role, (indices, weights) in priced.roles.items():
+        role_bytes = float(memory_by_unit[indices].sum())
         bits = 8.0 * role_bytes / weights if weights else None
         rows.append({"role": role, "bytes": round(role_bytes), "bits_per_weight": bits})
     return rows

@@ -6,20 +6,21 @@ import numpy as np
 
 from allocator.assignments import bits_per_weight, cache_use, pick
 from allocator.budget import MEMORY
-from allocator.frontiers import frontier
+from allocator.frontiers import frontier_along
 from allocator.planning import default_metric, predicting_metric
 from allocator.plans import jsonable
 from allocator.service.priced_profiles import PricedProfile
 from sensitivity.experts.routing import RoutingStatistics
 
 
-def profile_document(priced: PricedProfile, *, model_id: str, created_at: str) -> dict[str, Any]:
+def profile_document(priced: PricedProfile, *, model_id: str, created_at: str, timed: bool) -> dict[str, Any]:
     """Returns a profile: its units, what each format costs and loses in them, and the uniform formats.
 
     Args:
         priced: The profile.
         model_id: The model.
         created_at: When it was measured.
+        timed: Whether its candidates were timed.
     """
     profile = priced.profile
     metric = default_metric(profile)
@@ -37,6 +38,7 @@ def profile_document(priced: PricedProfile, *, model_id: str, created_at: str) -
         "fixed_bytes": profile.fixed_bytes,
         "reference_bytes": profile.reference_bytes,
         "has_cache": profile.cache is not None,
+        "has_latency": timed,
         "uniform": _uniform(priced, metric),
         "experts": None if profile.routing is None else _experts(profile.routing),
         "provenance": dict(profile.provenance),
@@ -46,21 +48,23 @@ def profile_document(priced: PricedProfile, *, model_id: str, created_at: str) -
     return cleaned
 
 
-def frontier_document(priced: PricedProfile, *, metric: str | None, points: int) -> dict[str, Any]:
-    """Returns the least predicted loss at each size.
+def frontier_document(priced: PricedProfile, *, metric: str | None, points: int, along: str = MEMORY) -> dict[str, Any]:
+    """Returns the least predicted loss at each size, or at each use of another resource.
 
     Args:
         priced: The profile.
         metric: Metric to plan with; None for the best one held.
         points: Budgets to solve.
+        along: Name of the resource.
 
     Raises:
         ValueError: If the metric is not in the profile.
     """
-    found = frontier(priced.profile, points=points, metric=metric)
+    found = frontier_along(priced.profile, priced.tables, resource=along, points=points, metric=metric)
     rows = [
         {
-            "use": point["memory_bytes"],
+            "use": point[along],
+            "bytes": point["memory_bytes"],
             "bits_per_weight": point["bits_per_weight"],
             "predicted_loss": point["predicted_loss"],
             "gap": point["predicted_loss"] - point["lower_bound"],
@@ -69,7 +73,7 @@ def frontier_document(priced: PricedProfile, *, metric: str | None, points: int)
     ]
     document = {
         "profile_id": priced.profile.fingerprint,
-        "resource": "bytes",
+        "resource": "bytes" if along == MEMORY else along,
         "metric": metric or default_metric(priced.profile),
         "points": rows,
     }

@@ -45,10 +45,10 @@ class Records:
             add_once(connection, models, id=key, name=name, path=path, facts=json.dumps(dict(facts)))
             return connection.execute(select(models).where(models.c.id == key)).one()
 
-    def add_plan(self, **values: Any) -> None:
-        """Keeps a plan; one that is there already stays as it is."""
+    def add_plan(self, **values: Any) -> float | None:
+        """Keeps a plan and returns when, or None where it is there already and stays as it is."""
         with self.database.writing() as connection:
-            add_once(connection, plans, **values)
+            return add_once(connection, plans, **values)
 
     def related(self, table: Table, model_id: str, *, limit: int = SHOWN_PLANS) -> list[Row[Any]]:
         """Returns the newest rows of a table that belong to a model."""
@@ -75,11 +75,13 @@ class Records:
         return {state: count for state, count in rows}
 
 
-def add_once(connection: Connection, table: Table, **values: Any) -> None:
-    """Adds a row unless its id is there already."""
+def add_once(connection: Connection, table: Table, **values: Any) -> float | None:
+    """Adds a row and returns when it was made, or None where its id is there already."""
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
     statement = dialect.insert(table).values(created_at=now_s(), **values)
-    connection.execute(statement.on_conflict_do_nothing(index_elements=["id"]))
+    added = statement.on_conflict_do_nothing(index_elements=["id"]).returning(table.c.created_at)
+    created_at: float | None = connection.execute(added).scalar()
+    return created_at
 
 
 def add_profile(connection: Connection, profile_id: str, model_id: str) -> None:

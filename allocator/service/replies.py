@@ -44,6 +44,7 @@ class JobReply(Named):
     state: State
     model_id: str
     plan_id: str | None
+    plan_ids: list[str] | None
     options: dict[str, Any]
     attempts: int
     progress: ProgressReply
@@ -89,6 +90,7 @@ class BaselineReply(Reply):
     name: str
     bytes: int
     predicted_loss: float
+    latency_us: float | None
 
 
 class PlanReply(Reply):
@@ -156,9 +158,10 @@ class ProfileReply(Named):
 
 
 class PointReply(Reply):
-    """One point of a frontier."""
+    """One point of a frontier; ``use`` is of the resource that it is along."""
 
     use: float
+    bytes: float
     bits_per_weight: float
     predicted_loss: float
     gap: float

@@ -49,13 +49,15 @@ def plan_summary(row: Row[Any]) -> str:
 
 def job_document(row: Row[Any]) -> dict[str, Any]:
     """Returns a job."""
+    options = json.loads(row.options)
     return {
         "id": row.id,
         "kind": row.kind,
         "state": row.state,
         "model_id": row.model_id,
         "plan_id": row.plan_id,
-        "options": json.loads(row.options),
+        "plan_ids": options.pop("plan_ids", None),
+        "options": options,
         "attempts": row.attempts,
         "progress": json.loads(row.progress),
         "result": None if row.result is None else json.loads(row.result),

@@ -22,6 +22,7 @@ from allocator.service.job_kinds import JOB_KINDS, JobContext, delete_older_plac
 from allocator.service.job_queue import Claim, JobLost, JobQueue
 from allocator.service.records import Records
 from allocator.service.settings import ServiceSettings
+from allocator.service.stop_signals import Stopping, StopSignals
 from allocator.store import Store
 
 log = logging.getLogger("bitplan.worker")
@@ -29,10 +30,6 @@ _WRITE_EVERY_S = 0.3
 # How long a verb may go on after its job is lost, until its next progress.
 _GRACE_S = 10.0
 _UNITS = {"verify": "plans", "prediction_fit": "plans", "apply": "models", "export": "models"}
-
-
-class Stopping(Exception):
-    """The process was told to stop."""
 
 
 class Hold:
@@ -108,6 +105,7 @@ class Worker:
         self.queue = JobQueue(self.database, lease_s=settings.lease_s, most_attempts=settings.most_attempts)
         self.records = Records(self.database)
         self.store = Store(settings.store_root)
+        self.stops = StopSignals()
 
     def run(self) -> None:
         """Takes jobs until the process is told to stop."""
@@ -122,24 +120,27 @@ class Worker:
 
     def run_once(self) -> bool:
         """Takes one job, if there is one, and does it; returns whether there was one."""
-        claim = self.queue.claim(self.name)
-        if claim is None:
-            return False
-        about = {"job": claim.job_id, "kind": claim.kind, "fence": claim.fence}
-        log.info("job taken", extra=about)
-        with Hold(self.queue, claim) as hold:
-            context = JobContext(
-                claim=claim, settings=self.settings, records=self.records, store=self.store, progress=hold.progress
-            )
-            try:
-                delete_older_places(context)
-                self._do(context)
-            except JobLost:
-                delete_place(context)
-                log.info("job lost", extra=about)
-            except Stopping:
-                self._give_back(context)
-                raise
+        # From the moment that a job is the worker's a signal must give it back.
+        with self.stops.later():
+            claim = self.queue.claim(self.name)
+            if claim is None:
+                return False
+            about = {"job": claim.job_id, "kind": claim.kind, "fence": claim.fence}
+            log.info("job taken", extra=about)
+            with Hold(self.queue, claim) as hold:
+                context = JobContext(
+                    claim=claim, settings=self.settings, records=self.records, store=self.store, progress=hold.progress
+                )
+                try:
+                    with self.stops.at_once():
+                        delete_older_places(context)
+                        self._do(context)
+                except JobLost:
+                    delete_place(context)
+                    log.info("job lost", extra=about)
+                except Stopping:
+                    self._give_back(context)
+                    raise
         return True
 
     def _give_back(self, context: JobContext) -> None:
@@ -197,23 +198,15 @@ def run_worker(settings: ServiceSettings, *, watch_stdin: bool = False) -> None:
         settings: The service's settings.
         watch_stdin: Whether a server holds the other end of the standard input.
     """
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
-    if watch_stdin:
-        threading.Thread(target=_end_with_stdin, daemon=True).start()
     worker = Worker(settings)
-    log.info("worker starts", extra={"worker": worker.name})
     try:
+        worker.stops.listen()
+        if watch_stdin:
+            threading.Thread(target=_end_with_stdin, daemon=True).start()
+        log.info("worker starts", extra={"worker": worker.name})
         worker.run()
     except Stopping:
         log.info("worker stops", extra={"worker": worker.name})
-
-
-def _stop(_signal: int, _frame: object) -> None:
-    # A second signal (the server's, after its pipe has closed) would interrupt the giving back.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise Stopping
 
 
 def _end_with_stdin() -> None:

@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
-import type { FrontierPoint, Plan } from "../src/api/contract";
-import { BUDGET_KINDS, BUDGETS, latencyRange, rangeOf, shareOf, valueAfterKey, valueAt } from "../src/figures/budgets";
+import type { FrontierPoint } from "../src/api/contract";
+import { BUDGET_KINDS, BUDGETS, rangeOf, resourceOf, shareOf, valueAfterKey, valueAt } from "../src/figures/budgets";
 import { MIB } from "../src/figures/quantities";
 
 const memory = { least: 40 * MIB, most: 140 * MIB };
@@ -57,9 +57,9 @@ describe("requests", () => {
 
 describe("ranges", () => {
   const points: FrontierPoint[] = [
-    { use: 10, bits_per_weight: 2, predicted_loss: 1, gap: 0 },
-    { use: 30, bits_per_weight: 8, predicted_loss: 0.01, gap: 0 },
-    { use: 50, bits_per_weight: 16, predicted_loss: 0, gap: 0 },
+    { use: 10, bytes: 10, bits_per_weight: 2, predicted_loss: 1, gap: 0 },
+    { use: 30, bytes: 30, bits_per_weight: 8, predicted_loss: 0.01, gap: 0 },
+    { use: 50, bytes: 50, bits_per_weight: 16, predicted_loss: 0, gap: 0 },
   ];
 
   it("span the points, in every kind", () => {
@@ -68,13 +68,11 @@ describe("ranges", () => {
     // A logarithm knows no zero.
     expect(rangeOf("max_kl", points)).toEqual({ least: 0.01, most: 1 });
     expect(rangeOf("memory", points.slice(1, 2))).toBeNull();
-    expect(rangeOf("latency_us", points)).toBeNull();
   });
 
-  it("of latency need both ends", () => {
-    const free = { latency_us: 900 } as Plan;
-    expect(latencyRange(300, free)).toEqual({ least: 300, most: 900 });
-    expect(latencyRange(undefined, free)).toBeNull();
-    expect(latencyRange(900, free)).toBeNull();
+  it("of latency are those of a frontier along it", () => {
+    expect(resourceOf("latency_us")).toBe("latency_us");
+    expect(resourceOf("max_kl")).toBe("bytes");
+    expect(rangeOf("latency_us", points)).toEqual({ least: 10, most: 50 });
   });
 });

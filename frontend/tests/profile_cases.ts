@@ -26,6 +26,7 @@ export const profile: Profile = {
   units: [unit("embed", null, "embed"), unit("0.q", 0, "q"), unit("1.q", 1, "q"), unit("1.down", 1, "down")],
   fixed_bytes: 10,
   has_cache: false,
+  has_latency: false,
   uniform: [
     { format: "int2", bytes: 810, bits_per_weight: 2, predicted_loss: 1.6, measured_kl: null },
     { format: "int4, 8-bit embeddings", bytes: 2010, bits_per_weight: 5, predicted_loss: 0.3, measured_kl: null },

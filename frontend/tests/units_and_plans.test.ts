@@ -84,6 +84,7 @@ describe("two plans", () => {
 describe("the chart", () => {
   const points = [3, 1, 0.2, 0.02, 0].map((predicted_loss, index) => ({
     use: (index + 1) * 2 ** 20,
+    bytes: (index + 1) * 2 ** 20,
     bits_per_weight: index + 1,
     predicted_loss,
     gap: 0,
@@ -103,7 +104,20 @@ describe("the chart", () => {
     expect(curveColumns("bits_per_weight", points.slice(0, 2).toReversed())[0]).toEqual([1, 2]);
   });
 
+  it("has the latencies that are known", () => {
+    expect(
+      curveColumns("latency_us", [{ use: 7, bytes: 2 ** 20, bits_per_weight: 4, predicted_loss: 1, gap: 0 }]),
+    ).toEqual([[7], [1]]);
+    const timed = { format: "int4", bytes: 1, bits_per_weight: 4, predicted_loss: 1 };
+    const places = [
+      { ...timed, latency_us: 900 },
+      { ...timed, latency_us: null },
+    ];
+    expect(listMarks("latency_us", places, [], null).map((mark) => mark.x)).toEqual([900]);
+  });
+
   it("labels a format once and puts measured plans before uniform ones", () => {
+    const untimed = profile.uniform.map((uniform) => ({ ...uniform, latency_us: null }));
     const row = {
       kind: "plan",
       memory_bytes: 2 ** 20,
@@ -112,7 +126,7 @@ describe("the chart", () => {
       kl_low: 0.2,
       kl_high: 0.4,
     } as EvaluationRow;
-    const marks = listMarks("memory", profile.uniform, [row], plan(choice));
+    const marks = listMarks("memory", untimed, [row], plan(choice));
     expect(marks.map((mark) => mark.label)).toEqual(["pinned", "plan, measured", "int2", "int4", ""]);
     expect(marks[1]?.interval).toEqual([0.2, 0.4]);
     const { x, y } = axisRanges(curveColumns("memory", points.slice(0, 3)), marks);
@@ -124,20 +138,20 @@ describe("the chart", () => {
 
   it("places uniform formats where the question of a plan sees them", () => {
     const baselines = [
-      { name: "uniform int2", bytes: 900, predicted_loss: 1.7 },
-      { name: "uniform int3", bytes: 1, predicted_loss: 1 },
+      { name: "uniform int2", bytes: 900, predicted_loss: 1.7, latency_us: 40 },
+      { name: "uniform int3", bytes: 1, predicted_loss: 1, latency_us: null },
     ];
     expect(placeUniforms(profile, baselines)).toEqual([
-      { format: "int2", bytes: 900, predicted_loss: 1.7, bits_per_weight: 2 },
-      { format: "int3", bytes: 1, predicted_loss: 1, bits_per_weight: Number.NaN },
+      { format: "int2", bytes: 900, predicted_loss: 1.7, latency_us: 40, bits_per_weight: 2 },
+      { format: "int3", bytes: 1, predicted_loss: 1, latency_us: null, bits_per_weight: Number.NaN },
     ]);
   });
 
   it("names as rival the best uniform format within the budget", () => {
     const baselines = [
-      { name: "uniform int2", bytes: 810, predicted_loss: 1.6 },
-      { name: "uniform int4", bytes: 1650, predicted_loss: 0.4 },
-      { name: "uniform int8", bytes: 3210, predicted_loss: 0.04 },
+      { name: "uniform int2", bytes: 810, predicted_loss: 1.6, latency_us: null },
+      { name: "uniform int4", bytes: 1650, predicted_loss: 0.4, latency_us: null },
+      { name: "uniform int8", bytes: 3210, predicted_loss: 0.04, latency_us: null },
     ];
     expect(uniformRival(plan(choice, { baselines }))?.name).toBe("uniform int4");
     expect(uniformRival(plan(choice, { baselines, bytes: 700, budget: { max_kl: 1 } }))).toBeNull();

@@ -15,7 +15,8 @@ import allocator
 from allocator.budget import Budget, InfeasibleBudget
 from allocator.cli import run
 from allocator.client import AsyncClient, Client
-from allocator.client_verbs import RemoteProfile, ServiceError, options_of, raise_problem
+from allocator.client_requests import ServiceError
+from allocator.client_verbs import RemoteProfile, options_of, raise_problem
 from allocator.measuring import MeasureRequest
 from allocator.plan_files import load_plan
 from allocator.service.settings import ServiceSettings

@@ -26,6 +26,16 @@ def open_plan(page: Page, name: str) -> None:
     wait_for_plan(page)
 
 
+def compare_two(page: Page) -> None:
+    """Pins the plan that is shown, and compares it with the largest one."""
+    page.get_by_role("button", name="Pin, to compare").click()
+    slider(page).focus()
+    page.keyboard.press("End")
+    wait_for_plan(page)
+    page.get_by_role("link", name="Compare with the pinned plan").click()
+    expect(page.get_by_text("units are stored otherwise")).to_be_visible()
+
+
 def wait_for_plan(page: Page) -> None:
     """Waits until the plan of the present budget and the frontier are there."""
     expect(slider(page)).to_be_visible()

@@ -40,6 +40,19 @@ def show_export(page: Page) -> None:
     expect(page.get_by_role("dialog").get_by_text("The rules cost")).to_be_visible()
 
 
+def show_report(page: Page) -> None:
+    open_plan(page, WILD_NAME)
+    page.get_by_role("button", name="Report …").click()
+    expect(page.get_by_role("dialog").get_by_role("button", name="Write the report")).to_be_visible()
+
+
+def show_latency(page: Page) -> None:
+    open_plan(page, WILD_NAME)
+    page.get_by_label("Latency", exact=True).check()
+    expect(page.get_by_role("heading", name="Least predicted loss at every latency")).to_be_visible()
+    wait_for_plan(page)
+
+
 def show_comparison(page: Page) -> None:
     open_plan(page, WILD_NAME)
     page.get_by_role("button", name="Pin, to compare").click()
@@ -68,6 +81,8 @@ VIEWS: dict[str, Callable[[Page], None]] = {
     "plan": show_plan,
     "unit": show_unit,
     "export": show_export,
+    "report": show_report,
+    "latency": show_latency,
     "comparison": show_comparison,
     "experts": show_experts,
 }

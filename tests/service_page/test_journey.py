@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.service_page.conftest import WILD_NAME
+from tests.service_page.conftest import MIXTURE, WILD_NAME
 from tests.service_page.journeys import (
     add_model,
+    compare_two,
     figure,
     number_of,
     open_plan,
@@ -102,9 +103,24 @@ def test_an_infeasible_budget_says_what_can_be_reached(plan_page: Page) -> None:
     wait_for_plan(plan_page)
 
 
-def test_a_latency_needs_measured_latencies(plan_page: Page) -> None:
+def test_latency_is_dragged_on_its_own_axis(plan_page: Page) -> None:
     plan_page.get_by_label("Latency", exact=True).check()
-    expect(plan_page.get_by_role("alert")).to_contain_text("measured latencies")
+    expect(plan_page.get_by_role("heading", name="Least predicted loss at every latency")).to_be_visible()
+    handle = slider(plan_page)
+    handle.focus()
+    plan_page.keyboard.press("Home")
+    wait_for_plan(plan_page)
+    least = float(handle.get_attribute("aria-valuenow") or "nan")
+    plan_page.keyboard.press("PageUp")
+    wait_for_plan(plan_page)
+    assert float(handle.get_attribute("aria-valuenow") or "nan") > least > 0
+    expect(plan_page.locator("dl.figures")).to_contain_text("per token")
+
+
+def test_a_latency_needs_measured_latencies(page: Page, measured_models: None) -> None:
+    page.goto("/")
+    open_plan(page, MIXTURE)
+    expect(page.get_by_label("Latency", exact=True)).to_be_disabled()
 
 
 def test_a_cache_shares_the_budget(plan_page: Page) -> None:
@@ -137,12 +153,7 @@ def test_a_unit_explains_its_format(plan_page: Page) -> None:
 
 
 def test_two_plans_are_compared(plan_page: Page) -> None:
-    plan_page.get_by_role("button", name="Pin, to compare").click()
-    slider(plan_page).focus()
-    plan_page.keyboard.press("End")
-    wait_for_plan(plan_page)
-    plan_page.get_by_role("link", name="Compare with the pinned plan").click()
-    expect(plan_page.get_by_text("units are stored otherwise")).to_be_visible()
+    compare_two(plan_page)
     changes = plan_page.get_by_role("region", name="Units that differ", exact=True).first
     assert changes.get_by_role("row").count() >= 2
 
@@ -181,9 +192,23 @@ def test_export_names_the_price_and_gives_the_files(plan_page: Page, tmp_path: P
 def test_report_opens(plan_page: Page) -> None:
     plan_page.get_by_role("button", name="Report …").click()
     dialog = plan_page.get_by_role("dialog")
-    link = dialog.get_by_role("link", name="Open report.html")
-    expect(link).to_be_visible(timeout=120_000)
-    with plan_page.context.expect_page() as opened:
+    dialog.get_by_label("One page as PDF").check()
+    dialog.get_by_role("button", name="Write the report").click()
+    expect(dialog.get_by_role("button", name="Save report.pdf")).to_be_visible()
+    check_report_opens(plan_page, "report.html")
+
+
+def test_report_of_two_plans_opens(plan_page: Page) -> None:
+    compare_two(plan_page)
+    plan_page.get_by_role("button", name="Report of both …").click()
+    plan_page.get_by_role("dialog").get_by_role("button", name="Write the report").click()
+    check_report_opens(plan_page, "comparison.html")
+
+
+def check_report_opens(page: Page, name: str) -> None:
+    link = page.get_by_role("dialog").get_by_role("link", name=f"Open {name}")
+    expect(link).to_be_visible()
+    with page.context.expect_page() as opened:
         link.click()
     report = opened.value
     report.wait_for_load_state()

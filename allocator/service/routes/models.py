@@ -1,11 +1,12 @@
 """Models and profiles: what is known, and what was measured."""
 
 import hashlib
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Row
 
+from allocator.budget import LATENCY, MEMORY
 from allocator.service.access import admin_scope, read_scope
 from allocator.service.allowed_paths import check_contents, resolve_below
 from allocator.service.answers import IdempotentRoute, json_response, tagged_response
@@ -98,7 +99,9 @@ def read_profile(profile_id: str, request: Request, service: ServiceOf) -> Respo
     row = _find_profile(service, profile_id)
     priced = service.profiles.find(Axes(profile_id=row.id))
     created_at = iso_time(row.created_at)
-    return tagged_response(request, profile_document(priced, model_id=row.model_id, created_at=created_at))
+    timed = service.profiles.is_timed(row.id)
+    document = profile_document(priced, model_id=row.model_id, created_at=created_at, timed=timed)
+    return tagged_response(request, document)
 
 
 @router.get(
@@ -111,18 +114,32 @@ def read_frontier(
     profile_id: str,
     request: Request,
     service: ServiceOf,
-    resource: Annotated[str, Query(pattern="^bytes$")] = "bytes",
+    resource: Annotated[Literal["bytes", "read_bytes", "latency_us"], Query()] = "bytes",
     metric: Annotated[str | None, Query(max_length=200)] = None,
     points: Annotated[int, Query(ge=2, le=257)] = 33,
+    engine: Annotated[str | None, Query(max_length=200)] = None,
     context: Annotated[int | None, Query(ge=1, le=10**8)] = None,
     batch: Annotated[int, Query(ge=1, le=10**6)] = 1,
 ) -> Response:
-    """Solves a budget at each of the points, kept in memory afterwards; with a context the cache is part of them."""
-    axes = Axes(profile_id=_find_profile(service, profile_id).id, context=context, batch=batch)
+    """Solves a budget at each of the points, kept in memory afterwards.
+
+    Along ``bytes`` of the file, ``read_bytes`` or ``latency_us`` of a step; with a context the cache is part of them,
+    with an engine its rules hold at each.
+    """
+    along = MEMORY if resource == "bytes" else resource
+    axes = Axes(
+        profile_id=_find_profile(service, profile_id).id,
+        engine=engine,
+        file_of=engine,
+        context=context,
+        batch=batch,
+        timed=along == LATENCY,
+    )
     with refused():
         priced = service.profiles.find(axes)
         document = service.frontiers.get_or_make(
-            (axes, resource, metric, points), lambda: frontier_document(priced, metric=metric, points=points)
+            (axes, resource, metric, points),
+            lambda: frontier_document(priced, metric=metric, points=points, along=along),
         )
     return tagged_response(request, document)
 

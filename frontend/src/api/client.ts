@@ -105,6 +105,7 @@ export interface JobRequest {
   kind: JobKind;
   model_id?: string;
   plan_id?: string;
+  plan_ids?: [string, string];
   options?: Record<string, unknown>;
 }
 

@@ -49,6 +49,8 @@ export interface Job {
   state: JobState;
   model_id: string | null;
   plan_id: string | null;
+  /** The two plans that a report compares. */
+  plan_ids: string[] | null;
   options: Record<string, unknown>;
   progress: JobProgress | null;
   result: JobResult | null;
@@ -117,12 +119,16 @@ export interface Profile {
   fixed_bytes: number;
   /** Whether a cache may be part of a plan. */
   has_cache: boolean;
+  /** Whether its formats were timed, so that latency can be limited. */
+  has_latency: boolean;
   uniform: UniformBaseline[];
   experts: { layers: ExpertLayer[] } | null;
 }
 
 export interface FrontierPoint {
+  /** Of the resource that the frontier is along. */
   use: number;
+  bytes: number;
   bits_per_weight: number;
   predicted_loss: number;
   gap: number;
@@ -179,7 +185,8 @@ export interface Plan {
   solve_ms: number;
   choice: Record<string, string>;
   bytes_by_role: { role: string; bytes: number; bits_per_weight: number | null }[];
-  baselines: { name: string; bytes: number; predicted_loss: number }[];
+  /** Latencies are null where none is limited. */
+  baselines: { name: string; bytes: number; predicted_loss: number; latency_us: number | null }[];
   engine_price: EnginePrice | null;
 }
 

@@ -106,19 +106,17 @@ export function valueAfterKey(kind: BudgetKind, value: number, range: Range, key
   return step === undefined ? null : valueAt(kind, share + step / STEPS, range);
 }
 
-/** Returns the range that points of a frontier span in a kind of budget; null where they say nothing of it. */
+/** Returns the range that points of a frontier along a kind of budget span; null where they are too few. */
 export function rangeOf(kind: BudgetKind, points: FrontierPoint[]): Range | null {
   const values = points
     .map((point) =>
-      kind === "memory" ? point.use : kind === "bits_per_weight" ? point.bits_per_weight : point.predicted_loss,
+      kind === "bits_per_weight" ? point.bits_per_weight : kind === "max_kl" ? point.predicted_loss : point.use,
     )
     .filter((value) => value > 0);
-  if (kind === "latency_us" || values.length < 2) return null;
-  return { least: Math.min(...values), most: Math.max(...values) };
+  return values.length < 2 ? null : { least: Math.min(...values), most: Math.max(...values) };
 }
 
-/** Returns the range of a latency budget from the least that can be reached and the use of a plan that minds nothing. */
-export function latencyRange(least: number | undefined, free: Plan): Range | null {
-  if (least === undefined || free.latency_us === null || free.latency_us <= least) return null;
-  return { least, most: free.latency_us };
+/** Returns the resource whose frontier shows a kind of budget. */
+export function resourceOf(kind: BudgetKind): string {
+  return kind === "latency_us" ? "latency_us" : "bytes";
 }

@@ -12,9 +12,17 @@ export interface Mark {
   interval?: [number, number];
 }
 
-/** Returns the position on the horizontal axis: MiB, or bits per weight where these are asked for. */
-export function alongAxis(kind: BudgetKind, bytes: number, bits: number): number {
-  return kind === "bits_per_weight" ? bits : bytes / MIB;
+/** What stands on the axes: its size, and its latency where it is known. */
+export interface Placed {
+  bytes: number;
+  bits_per_weight: number;
+  latency_us?: number | null;
+}
+
+/** Returns the position on the horizontal axis: MiB, or what else is asked for; NaN where it is not known. */
+export function alongAxis(kind: BudgetKind, placed: Placed): number {
+  if (kind === "latency_us") return placed.latency_us ?? Number.NaN;
+  return kind === "bits_per_weight" ? placed.bits_per_weight : placed.bytes / MIB;
 }
 
 /** Returns the points worth a look: beyond a tenth of what the best uniform format loses nobody sees a difference. */
@@ -29,19 +37,21 @@ export function usefulPoints(frontier: Frontier, profile: Profile): FrontierPoin
 /** Returns the curve as columns. */
 export function curveColumns(kind: BudgetKind, useful: FrontierPoint[]): [number[], number[]] {
   const points = useful
-    .map((point) => [alongAxis(kind, point.use, point.bits_per_weight), point.predicted_loss] as const)
+    .map((point) => [alongAxis(kind, { ...point, latency_us: point.use }), point.predicted_loss] as const)
     .sort((a, b) => a[0] - b[0]);
   return [points.map(([x]) => x), points.map(([, y]) => y)];
 }
 
-export type UniformPlace = Pick<UniformBaseline, "format" | "bytes" | "bits_per_weight" | "predicted_loss">;
+export interface UniformPlace extends Pick<UniformBaseline, "format" | "bytes" | "bits_per_weight" | "predicted_loss"> {
+  latency_us: number | null;
+}
 
 /** Returns the uniform formats as a plan's question sees them: by its metric, and with the cache where it is part of the plan. */
 export function placeUniforms(profile: Profile, baselines: Plan["baselines"]): UniformPlace[] {
   const bits = new Map(profile.uniform.map((uniform) => [uniform.format, uniform.bits_per_weight]));
-  return baselines.map(({ name, bytes, predicted_loss }) => {
+  return baselines.map(({ name, bytes, predicted_loss, latency_us }) => {
     const format = name.replace(/^uniform /, "");
-    return { format, bytes, predicted_loss, bits_per_weight: bits.get(format) ?? Number.NaN };
+    return { format, bytes, predicted_loss, latency_us, bits_per_weight: bits.get(format) ?? Number.NaN };
   });
 }
 
@@ -54,12 +64,12 @@ export function listMarks(
 ): Mark[] {
   const marks: Mark[] = [];
   if (pinned !== null) {
-    const x = alongAxis(kind, pinned.bytes, pinned.bits_per_weight);
+    const x = alongAxis(kind, pinned);
     marks.push({ x, y: pinned.predicted_loss, label: "pinned", kind: "pinned" });
   }
   for (const row of measured) {
     marks.push({
-      x: alongAxis(kind, row.memory_bytes, row.bits_per_weight),
+      x: alongAxis(kind, { bytes: row.memory_bytes, bits_per_weight: row.bits_per_weight }),
       y: row.kl,
       label: row.kind === "plan" ? "plan, measured" : "",
       kind: row.kind === "plan" ? "verified" : "uniform measured",
@@ -68,7 +78,7 @@ export function listMarks(
   }
   const named = new Set<string>();
   for (const uniform of uniforms) {
-    const x = alongAxis(kind, uniform.bytes, uniform.bits_per_weight);
+    const x = alongAxis(kind, uniform);
     // What follows a comma (the embedding of such a format) stands in the table.
     const name = uniform.format.split(",")[0] ?? "";
     marks.push({ x, y: uniform.predicted_loss, label: named.has(name) ? "" : name, kind: "uniform" });

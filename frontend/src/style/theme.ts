@@ -33,13 +33,20 @@ export function onThemeChange(redraw: () => void): () => void {
   };
 }
 
+// A drawing asks for the same few colours again and again, and each resolving makes the browser compute styles.
+const resolved = new Map<string, string>();
+onThemeChange(() => resolved.clear());
+
 /** Returns a colour of the style sheet, such as "--accent", resolved in the theme that is shown. */
 export function themeColour(name: string): string {
+  const known = resolved.get(name);
+  if (known !== undefined) return known;
   // A custom property itself would read "light-dark(…)"; the colour of an element is resolved.
   const probe = document.createElement("span");
   probe.style.color = `var(${name})`;
   document.body.append(probe);
   const colour = getComputedStyle(probe).color;
   probe.remove();
+  resolved.set(name, colour);
   return colour;
 }

@@ -25,6 +25,16 @@ function parseCount(text: string): number | null {
   return value !== null && Number.isInteger(value) ? value : null;
 }
 
+function whyBarred(kind: BudgetKind, withCache: boolean, profile: Profile): string | null {
+  if (withCache && (kind === "bits_per_weight" || kind === "latency_us")) {
+    return "says nothing of a cache: empty the context first";
+  }
+  if (kind === "latency_us" && !profile.has_latency) {
+    return "its formats were not timed: measure the model again, with times";
+  }
+  return null;
+}
+
 /** The budget as fields, for those who know what they want. */
 export function BudgetControls({ budget, profile, onChange, onKind }: BudgetControlsProps) {
   const form = BUDGETS[budget.kind];
@@ -33,9 +43,8 @@ export function BudgetControls({ budget, profile, onChange, onKind }: BudgetCont
   const comparable = profile.metric_names.filter((name) => profile.metric_units[name] === unit);
   const withCache = budget.context !== null;
   const options = BUDGET_KINDS.map((kind) => {
-    const barred = withCache && (kind === "bits_per_weight" || kind === "latency_us");
-    const title = barred ? "says nothing of a cache: empty the context first" : BUDGETS[kind].unit;
-    return { value: kind, label: BUDGETS[kind].label, disabled: barred, title };
+    const why = whyBarred(kind, withCache, profile);
+    return { value: kind, label: BUDGETS[kind].label, disabled: why !== null, title: why ?? BUDGETS[kind].unit };
   });
   return (
     <div class="stack">

@@ -9,6 +9,7 @@ import { type CellLook, describeCell, HeatMap } from "../widgets/heat_map";
 import { useLoaded } from "../widgets/hooks";
 import { ErrorNote } from "../widgets/job_line";
 import { planBudget } from "./frontier_chart";
+import { ReportDialog } from "./report_dialog";
 import { UnitDialog } from "./unit_dialog";
 
 interface CompareViewProps {
@@ -56,6 +57,7 @@ interface ComparisonProps {
 }
 
 function Comparison({ profile, first, second }: ComparisonProps) {
+  const [reporting, setReporting] = useState(false);
   const changes = useMemo(() => diffPlans(profile, first, second), [profile, first, second]);
   const text = (row: FigureRow, plan: Plan) => {
     const value = row.value(plan);
@@ -73,11 +75,23 @@ function Comparison({ profile, first, second }: ComparisonProps) {
           { title: "Second less first", cell: (row) => differenceText(row, first, second), number: true },
         ]}
       />
-      <p>
-        {changes.length === 0
-          ? "Both plans store every unit alike."
-          : `${changes.length} of ${Object.keys(second.choice).length} units are stored otherwise.`}
-      </p>
+      <div class="row spread">
+        <p>
+          {changes.length === 0
+            ? "Both plans store every unit alike."
+            : `${changes.length} of ${Object.keys(second.choice).length} units are stored otherwise.`}
+        </p>
+        <button type="button" onClick={() => setReporting(true)}>
+          Report of both …
+        </button>
+      </div>
+      {reporting && (
+        <ReportDialog
+          title="Report of both plans"
+          of={{ plan_ids: [first.id, second.id] }}
+          onClose={() => setReporting(false)}
+        />
+      )}
       <div class="two-columns even">
         <ChangeMap profile={profile} first={first} second={second} />
         <ChangeList changes={changes} />

@@ -2,17 +2,17 @@
 import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { service } from "../api/client";
 import type { EvaluationRow, Frontier, FrontierPoint, Plan, PlanRequest, Profile } from "../api/contract";
-import { BUDGETS, type BudgetKind, type Range, rangeOf } from "../figures/budgets";
+import { BUDGETS, type BudgetKind, type Range, rangeOf, resourceOf } from "../figures/budgets";
 import { placeUniforms, type UniformPlace, usefulPoints } from "../figures/chart_series";
 import { collectMeasured } from "../figures/measured_plans";
 import { type Loaded, useLoaded } from "../widgets/hooks";
 import type { Budget } from "./budget_controls";
-import { loadLatencyRange } from "./latency_range";
 import { type PlanState, usePlanQuery } from "./plan_query";
 
 /** Budgets that are solved for the curve. */
 export const POINTS = 65;
 const NONE: EvaluationRow[] = [];
+const REST_MS = 200;
 
 function requestOf(profile: string, budget: Budget): PlanRequest {
   const request: PlanRequest = {
@@ -36,9 +36,9 @@ function startBudget(profile: Profile): Budget {
   return { kind: "memory", value, context: null, batch: 1, metric: profile.default_metric };
 }
 
-function loadFrontier(profile: string, budget: Budget | null): Promise<Frontier> {
-  const cache = budget?.context == null ? {} : { context: budget.context, batch: budget.batch };
-  return service.frontier(profile, { resource: "bytes", metric: budget?.metric ?? "", points: POINTS, ...cache });
+function loadFrontier(profile: string, { kind, metric, context, batch }: Budget): Promise<Frontier> {
+  const cache = context === null ? {} : { context, batch };
+  return service.frontier(profile, { resource: resourceOf(kind), metric, points: POINTS, ...cache });
 }
 
 /** The budget, what changes it, and when it was changed last; kept while the tab is open. */
@@ -51,9 +51,17 @@ function useStoredBudget(
   const [budget, setBudget] = useState<Budget>(() => {
     const stored = sessionStorage.getItem(entry);
     const found = { ...startBudget(profile), ...(stored === null ? {} : (JSON.parse(stored) as Partial<Budget>)) };
-    return profile.metric_names.includes(found.metric) ? found : startBudget(profile);
+    const known = profile.metric_names.includes(found.metric) && (found.kind !== "latency_us" || profile.has_latency);
+    return known ? found : startBudget(profile);
   });
-  useEffect(() => sessionStorage.setItem(entry, JSON.stringify(budget)), [entry, budget]);
+  const newest = useRef(budget);
+  newest.current = budget;
+  useEffect(() => {
+    // Once it rests, as a drag would write with every move; and when the page is left.
+    const timer = setTimeout(() => sessionStorage.setItem(entry, JSON.stringify(budget)), REST_MS);
+    return () => clearTimeout(timer);
+  }, [entry, budget]);
+  useEffect(() => () => sessionStorage.setItem(entry, JSON.stringify(newest.current)), [entry]);
   const change = useCallback((part: Partial<Budget>) => {
     moved_ms.current = performance.now();
     setBudget((previous) => ({ ...previous, ...part }));
@@ -77,16 +85,13 @@ export interface Desk extends PlanState {
   reloadMeasured: () => void;
 }
 
-/** Returns the latency's range while latency is what is limited, and keeps the budget inside of it. */
-function useLatency(profile: Profile, budget: Budget, setBudget: Desk["setBudget"]): Loaded<Range | null> {
-  const active = budget.kind === "latency_us";
-  const latency = useLoaded([profile.id, budget.metric, active].join("\n"), () =>
-    active ? loadLatencyRange(profile.id, budget.metric) : Promise.resolve(null),
-  );
+/** Returns whether the budget can be asked for: a latency once its range is known, as it is a guess before. */
+function useSettled(budget: Budget, range: Range | null, setBudget: Desk["setBudget"]): boolean {
+  const guessed = budget.kind === "latency_us" && budget.value === Number.MAX_SAFE_INTEGER;
   useEffect(() => {
-    if (active && latency.value !== null) setBudget({ value: inside(budget.value, latency.value) });
-  }, [active, latency.value]);
-  return latency;
+    if (guessed && range !== null) setBudget({ value: inside(budget.value, range) });
+  }, [guessed, range]);
+  return !guessed;
 }
 
 /** Returns the uniform formats by the plan's question: one value for all budgets on the same axes. */
@@ -100,13 +105,12 @@ export function useDesk(model: string, profile: Profile): Desk {
   const [budget, setBudget, moved_ms] = useStoredBudget(model, profile);
   const [answer, ask] = usePlanQuery();
   const { plan } = answer;
-  const axes = [profile.id, budget.metric, budget.context, budget.batch].join("\n");
+  const axes = [profile.id, resourceOf(budget.kind), budget.metric, budget.context, budget.batch].join("\n");
   const frontier = useLoaded(axes, () => loadFrontier(profile.id, budget));
   const measured = useLoaded(model, () => loadMeasured(model));
-  const latency = useLatency(profile, budget, setBudget);
   const points = useMemo(() => frontier.value && usefulPoints(frontier.value, profile), [frontier.value, profile]);
-  // A latency is asked for once its range is known; its value before that is a guess.
-  const settled = budget.kind !== "latency_us" || latency.value !== null;
+  const range = useMemo(() => points && rangeOf(budget.kind, points), [points, budget.kind]);
+  const settled = useSettled(budget, range, setBudget);
   const request = requestOf(profile.id, budget);
   // Before the next picture is painted: an ordinary effect would ask a frame later.
   useLayoutEffect(() => {
@@ -130,8 +134,8 @@ export function useDesk(model: string, profile: Profile): Desk {
     points,
     uniforms: useUniforms(profile, plan),
     measured: measured.value ?? NONE,
-    range: budget.kind === "latency_us" ? latency.value : points && rangeOf(budget.kind, points),
-    failure: frontier.error ?? latency.error,
+    range,
+    failure: frontier.error,
     reloadMeasured: () => {
       measured.reload();
       ask(request, performance.now(), true);

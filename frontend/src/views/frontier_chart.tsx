@@ -1,7 +1,7 @@
 import { useMemo, useRef, useState } from "preact/hooks";
 import type uPlot from "uplot";
 import type { EvaluationRow, Frontier, FrontierPoint, Plan } from "../api/contract";
-import { BUDGETS, type BudgetKind, type Range, valueAt } from "../figures/budgets";
+import { BUDGETS, type BudgetKind, type Range } from "../figures/budgets";
 import { alongAxis, axisRanges, curveColumns, listMarks, type Mark, type UniformPlace } from "../figures/chart_series";
 import { bitsText, bytesText, lossText, MIB } from "../figures/quantities";
 import { BudgetHandle } from "../widgets/budget_handle";
@@ -23,14 +23,20 @@ interface FrontierChartProps {
   onValue: (value: number) => void;
 }
 
+const X_LABELS: Record<BudgetKind, string> = {
+  memory: "memory, MiB",
+  bits_per_weight: "bits per weight",
+  max_kl: "memory, MiB",
+  latency_us: "latency of a step, µs",
+};
+
 function makeShape(kind: BudgetKind, points: FrontierPoint[], marks: Mark[]): PlotShape {
   const columns = curveColumns(kind, points);
-  const bits = kind === "bits_per_weight";
   return {
     columns,
     ...axisRanges(columns, marks),
     logarithmic: true,
-    xLabel: bits ? "bits per weight" : "memory, MiB",
+    xLabel: X_LABELS[kind],
     xText: (value) => String(Number(value.toPrecision(6))),
     xSpace: 60,
   };
@@ -42,13 +48,14 @@ interface Place {
   length: number;
 }
 
+// From the chart's own numbers: to ask the browser for them would have it lay the page out for every move.
 function placeHandle(plot: uPlot, along: "x" | "y", value: number): Place {
-  const { left, top, width, height } = plot.over.getBoundingClientRect();
-  const frame = plot.root.getBoundingClientRect();
-  const offset = { left: left - frame.left, top: top - frame.top };
+  const [left, top, width, height] = [plot.bbox.left, plot.bbox.top, plot.bbox.width, plot.bbox.height].map(
+    (pixels) => pixels / devicePixelRatio,
+  ) as [number, number, number, number];
   return along === "x"
-    ? { left: offset.left + plot.valToPos(value, "x") - 1, top: offset.top, length: height }
-    : { left: offset.left, top: offset.top + plot.valToPos(value, "y") - 1, length: width };
+    ? { left: left + plot.valToPos(value, "x") - 1, top, length: height }
+    : { left, top: top + plot.valToPos(value, "y") - 1, length: width };
 }
 
 /** The frontier, with everything else on its axes, and the budget as a line that can be dragged. */
@@ -56,51 +63,50 @@ export function FrontierChart(props: FrontierChartProps) {
   const { kind, value, range, frontier, points, plan, uniforms, measured, pinned, onValue } = props;
   const [measure, width] = useWidth<HTMLDivElement>();
   const [plot, setPlot] = useState<uPlot | null>(null);
-  const dragging = useRef(false);
+  // While the line is dragged: where the axes lie in the window.
+  const dragging = useRef<DOMRect | null>(null);
   const along = kind === "max_kl" ? "y" : "x";
-  const draggable = kind !== "latency_us";
   const others = useMemo(() => listMarks(kind, uniforms, measured, pinned), [kind, uniforms, measured, pinned]);
   const shape = useMemo(() => makeShape(kind, points, others), [kind, points, others]);
   const marks = useMemo<Mark[]>(() => {
     if (plan === null || plan.predicted_loss <= 0) return others;
-    const x = alongAxis(kind, plan.bytes, plan.bits_per_weight);
+    const x = alongAxis(kind, plan);
+    if (!Number.isFinite(x)) return others;
     return [{ x, y: plan.predicted_loss, label: "", kind: "plan" }, ...others];
   }, [kind, plan, others]);
   const height = Math.round(Math.min(430, Math.max(280, 0.48 * width)));
 
   function take(event: PointerEvent): void {
-    if (plot === null) return;
-    const box = plot.over.getBoundingClientRect();
+    const box = dragging.current;
+    if (plot === null || box === null) return;
     const at =
       along === "x" ? plot.posToVal(event.clientX - box.left, "x") : plot.posToVal(event.clientY - box.top, "y");
     const value = kind === "memory" ? at * MIB : at;
     onValue(Math.min(range.most, Math.max(range.least, value)));
   }
   function onPointerDown(event: PointerEvent): void {
-    if (!draggable || plot === null || event.button !== 0 || !plot.over.contains(event.target as Node)) return;
-    dragging.current = true;
+    if (plot === null || event.button !== 0 || !plot.over.contains(event.target as Node)) return;
+    dragging.current = plot.over.getBoundingClientRect();
     (event.currentTarget as HTMLElement).setPointerCapture(event.pointerId);
     (event.currentTarget as HTMLElement).querySelector<HTMLElement>("[role=slider]")?.focus({ preventScroll: true });
     event.preventDefault();
     take(event);
   }
-  const place = plot !== null && draggable ? placeHandle(plot, along, kind === "memory" ? value / MIB : value) : null;
+  const place = plot === null ? null : placeHandle(plot, along, kind === "memory" ? value / MIB : value);
   return (
     <div>
-      <h2>Least predicted loss at every size</h2>
-      <p class="caption">
-        Nats per token, logarithmic. {draggable ? "Drag the line, or move it with the arrow keys." : ""}
-      </p>
+      <h2>Least predicted loss at every {kind === "latency_us" ? "latency" : "size"}</h2>
+      <p class="caption">Nats per token, logarithmic. Drag the line, or move it with the arrow keys.</p>
       <div
         ref={measure}
-        class={`chart ${draggable ? "draggable" : ""} along-${along}`}
+        class={`chart draggable along-${along}`}
         onPointerDown={onPointerDown}
-        onPointerMove={(event) => dragging.current && take(event)}
+        onPointerMove={take}
         onPointerUp={() => {
-          dragging.current = false;
+          dragging.current = null;
         }}
         onPointerCancel={() => {
-          dragging.current = false;
+          dragging.current = null;
         }}
       >
         <Plot
@@ -119,50 +125,12 @@ export function FrontierChart(props: FrontierChartProps) {
             along={along}
             place={place}
             rightHalf={place.left > width / 2}
-            reading
             onValue={onValue}
           />
         )}
       </div>
-      {!draggable && <Track kind={kind} value={value} range={range} onValue={onValue} />}
       <ChartKey measured={measured.length > 0} />
       <FrontierTables uniforms={uniforms} frontier={frontier} measured={measured} />
-    </div>
-  );
-}
-
-function Track({ kind, value, range, onValue }: Pick<FrontierChartProps, "kind" | "value" | "range" | "onValue">) {
-  const [measure, width] = useWidth<HTMLDivElement>();
-  const dragging = useRef(false);
-  const share = (value - range.least) / (range.most - range.least);
-  function take(event: PointerEvent): void {
-    const box = (event.currentTarget as HTMLElement).getBoundingClientRect();
-    onValue(valueAt(kind, (event.clientX - box.left) / box.width, range));
-  }
-  return (
-    <div
-      ref={measure}
-      class="track"
-      onPointerDown={(event) => {
-        dragging.current = true;
-        event.currentTarget.setPointerCapture(event.pointerId);
-        take(event);
-      }}
-      onPointerMove={(event) => dragging.current && take(event)}
-      onPointerUp={() => {
-        dragging.current = false;
-      }}
-    >
-      <BudgetHandle
-        kind={kind}
-        value={value}
-        range={range}
-        along="x"
-        place={{ left: Math.min(1, Math.max(0, share)) * width, top: 16, length: 0 }}
-        rightHalf={share > 0.5}
-        reading={false}
-        onValue={onValue}
-      />
     </div>
   );
 }
@@ -194,7 +162,7 @@ type TablesProps = Pick<FrontierChartProps, "uniforms" | "frontier" | "measured"
 
 function FrontierTables({ uniforms, frontier, measured }: TablesProps) {
   const rows = (): FrontierRow[] => [
-    ...frontier.points.map((point) => ({ what: "best plan", bytes: point.use, ...point })),
+    ...frontier.points.map((point) => ({ what: "best plan", ...point })),
     ...uniforms.map((uniform) => ({ what: `uniform ${uniform.format}`, ...uniform })),
     ...measured.map((row) => ({
       what: row.name,

@@ -72,13 +72,15 @@ function AddModel({ onClose, onAdded }: AddModelProps) {
   const [path, setPath] = useState("");
   const [name, setName] = useState("");
   const [measure, setMeasure] = useState(true);
+  const [time, setTime] = useState(false);
   const [options, setOptions] = useState("");
   const [busy, setBusy] = useState(false);
   const [error, setError] = useState<Error | null>(null);
   async function add(): Promise<void> {
     const chosen = readOptions(options);
     const model = await service.addModel({ path: path.trim(), ...(name.trim() === "" ? {} : { name: name.trim() }) });
-    if (measure) await service.startJob({ kind: "measure", model_id: model.id, options: chosen });
+    const timed = time ? { latency: true } : {};
+    if (measure) await service.startJob({ kind: "measure", model_id: model.id, options: { ...chosen, ...timed } });
     onAdded();
   }
   function submit(event: Event): void {
@@ -102,6 +104,12 @@ function AddModel({ onClose, onAdded }: AddModelProps) {
           <input type="checkbox" checked={measure} onChange={(event) => setMeasure(event.currentTarget.checked)} />
           Measure it now
         </label>
+        {measure && (
+          <label class="row">
+            <input type="checkbox" checked={time} onChange={(event) => setTime(event.currentTarget.checked)} />
+            Time its formats on the server too, for budgets of latency
+          </label>
+        )}
         {measure && (
           <details>
             <summary>Options of the measurement</summary>

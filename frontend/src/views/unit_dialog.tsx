@@ -68,6 +68,15 @@ function Curve({ explanation }: { explanation: UnitExplanation }) {
   );
 }
 
+function FormatCell({ row }: { row: CurvePoint }) {
+  const note = row.reason ?? (row.on_hull ? "on the hull" : "");
+  return (
+    <>
+      {row.chosen ? <strong>{row.format}, chosen</strong> : row.format} <span class="soft small">{note}</span>
+    </>
+  );
+}
+
 function Formats({ explanation }: { explanation: UnitExplanation }) {
   const rows = [...explanation.curve].sort((a, b) => (a.price ?? Infinity) - (b.price ?? Infinity));
   return (
@@ -75,14 +84,10 @@ function Formats({ explanation }: { explanation: UnitExplanation }) {
       caption="Formats of this unit, the cheapest first"
       rows={rows}
       columns={[
-        { title: "Format", cell: (row) => (row.chosen ? <strong>{row.format}, chosen</strong> : row.format) },
+        { title: "Format", cell: (row) => <FormatCell row={row} /> },
         { title: "Bytes", cell: (row) => (row.bytes === null ? "–" : bytesText(row.bytes)), number: true },
         { title: "Loss", cell: (row) => (row.loss === null ? "–" : lossText(row.loss)), number: true },
         { title: "Price", cell: (row) => (row.price === null ? "–" : significant(row.price, 4)), number: true },
-        {
-          title: "",
-          cell: (row) => <span class="reason soft small">{row.reason ?? (row.on_hull ? "on the hull" : "")}</span>,
-        },
       ]}
     />
   );

@@ -8,12 +8,11 @@ interface BudgetHandleProps {
   /** Place of the line and its length, in CSS pixels of the surrounding chart. */
   place: { left: number; top: number; length: number };
   rightHalf: boolean;
-  reading: boolean;
   onValue: (value: number) => void;
 }
 
 /** The budget as a line with a grip: a slider for the keyboard, dragged by the chart around it. */
-export function BudgetHandle({ kind, value, range, along, place, rightHalf, reading, onValue }: BudgetHandleProps) {
+export function BudgetHandle({ kind, value, range, along, place, rightHalf, onValue }: BudgetHandleProps) {
   const form = BUDGETS[kind];
   const length = `${place.length}px`;
   function onKeyDown(event: KeyboardEvent): void {
@@ -40,7 +39,7 @@ export function BudgetHandle({ kind, value, range, along, place, rightHalf, read
       }}
       onKeyDown={onKeyDown}
     >
-      {reading && <span class="reading">{form.text(value)}</span>}
+      <span class="reading">{form.text(value)}</span>
       <span class="grip" />
     </div>
   );

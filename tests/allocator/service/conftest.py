@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from allocator.artefacts import Model
+from allocator.engine_files import note_engine_files
 from allocator.service.database import Database
 from allocator.service.settings import ServiceSettings
 from allocator.store import Store
@@ -59,7 +61,9 @@ def service_settings(
     """Settings of a service whose store holds the tiny profile, and whose models are tiny ones."""
     root = tmp_path_factory.mktemp("service_store")
     # Without what other tests timed: a budget of latency is refused until its candidates are.
-    shutil.copytree(tiny_store.root, root, dirs_exist_ok=True, ignore=shutil.ignore_patterns("latencies"))
+    shutil.copytree(tiny_store.root, root, dirs_exist_ok=True, ignore=shutil.ignore_patterns("latencies", "timed"))
+    # As a job 'measure' does.
+    note_engine_files(Model(str(tiny_llama_dir)), tiny_profile, Store(root))
     models = tmp_path_factory.mktemp("service_models")
     shutil.copytree(tiny_llama_dir, models / "tiny")
     shutil.copy(tiny_text, models / "calibration.txt")

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,6 +20,7 @@ import pytest
 from allocator.service.settings import SETTINGS_VARIABLE, ServiceSettings
 from allocator.service.worker import Worker, describe_problem
 from allocator.store import Store
+from reports.browser import BROWSERS
 from runtime.packed_model import load_packed
 from sensitivity.profile import SensitivityProfile
 from tests.allocator.service.running_service import RunningService, run_in_thread
@@ -171,6 +173,76 @@ def test_a_report_opens_in_a_sandbox(jobs_service: RunningService, worker: Worke
     assert len(answer.content) == page["bytes"]
 
 
+def test_a_report_has_the_files_that_are_asked_for(
+    jobs_service: RunningService, worker: Worker, plan: dict[str, Any]
+) -> None:
+    pdf = any(shutil.which(name) for name in BROWSERS)
+    job = do(jobs_service, worker, "report", plan, parquet=True, **({"pdf": True} if pdf else {}))
+    files = jobs_service.get(f"/reports/{job['result']['report_id']}").json()["files"]
+    by_kind = {Path(file["name"]).suffix: file for file in files}
+    assert jobs_service.get(by_kind[".parquet"]["url"]).content.startswith(b"PAR1")
+    assert by_kind[".parquet"]["media_type"] == "application/vnd.apache.parquet"
+    assert (".pdf" in by_kind) == pdf
+    if pdf:
+        assert jobs_service.get(by_kind[".pdf"]["url"]).content.startswith(b"%PDF")
+
+
+def test_two_plans_are_compared(
+    jobs_service: RunningService, worker: Worker, plan: dict[str, Any], measured: dict[str, Any]
+) -> None:
+    body = {"profile_id": measured["result"]["profile_id"], "budget": {"bits_per_weight": 6.0}}
+    other = jobs_service.post("/plans", body).json()
+    asked = {"kind": "report", "plan_ids": [plan["id"], other["id"]]}
+    submitted = jobs_service.post("/jobs", asked)
+    assert submitted.status_code == 202, submitted.text
+    job = finish(jobs_service, worker, submitted.json()["id"])
+    assert job["state"] == "succeeded", job["error"]
+    assert (job["plan_ids"], job["options"]) == (asked["plan_ids"], {})
+    document = jobs_service.get(f"/reports/{job['result']['report_id']}").json()
+    page = next(file for file in document["files"] if file["name"] == "comparison.html")
+    text = jobs_service.get(page["url"]).text
+    assert "bits per weight &lt;= 8.6" in text and "bits per weight &lt;= 6" in text
+    assert jobs_service.post("/jobs", asked).status_code == 200
+    turned = {"kind": "report", "plan_ids": asked["plan_ids"][::-1]}
+    assert jobs_service.post("/jobs", turned).status_code == 202
+
+
+def test_a_timed_profile_answers_latencies_without_any_kernel(
+    jobs_service: RunningService, worker: Worker, measured: dict[str, Any], settings: ServiceSettings
+) -> None:
+    profile_id = measured["result"]["profile_id"]
+    assert not jobs_service.get(f"/profiles/{profile_id}").json()["has_latency"]
+    body = {"kind": "measure", "model_id": measured["model_id"], "options": {**MEASURE, "latency": True}}
+    job = finish(jobs_service, worker, jobs_service.post("/jobs", body).json()["id"])
+    assert job["result"]["profile_id"] == profile_id
+    assert jobs_service.get(f"/profiles/{profile_id}").json()["has_latency"]
+    points = jobs_service.get(f"/frontiers/{profile_id}?resource=latency_us&points=5").json()["points"]
+    assert [p["use"] for p in points] == sorted(p["use"] for p in points)
+    question = {"profile_id": profile_id, "budget": {"latency_us": points[2]["use"]}}
+    answer = jobs_service.post("/plans", question).json()
+    assert answer["latency_us"] <= points[2]["use"]
+    assert answer["predicted_loss"] == pytest.approx(points[2]["predicted_loss"])
+    assert all(row["latency_us"] > 0 for row in answer["baselines"])
+    # A process of its own, in which nothing has selected kernels before the question.
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_LATENCY, str(settings.store_root), profile_id], check=True, capture_output=True
+    )
+    assert done.stdout.split() == [b"latency_us", b"0"]
+
+
+ASK_LATENCY = """
+import sys
+from pathlib import Path
+from allocator.service.priced_profiles import Axes, PricedProfiles
+from allocator.store import Store
+from runtime.kernels import cpu
+
+profiles = PricedProfiles(Store(Path(sys.argv[1])), 1)
+print([name for name in profiles.find(Axes(profile_id=sys.argv[2], timed=True)).tables][-1])
+print(cpu._load_library.cache_info().misses)
+"""
+
+
 def test_events_show_every_change_until_the_end(
     jobs_service: RunningService, worker: Worker, plan: dict[str, Any]
 ) -> None:
@@ -263,6 +335,8 @@ def test_a_worker_that_is_told_to_stop_gives_its_job_back(
         ({"kind": "measure", "options": {"fisher_sequences": 0}}, "fisher_sequences must be at least 2"),
         ({"kind": "measure", "options": {"engine": "none"}}, "engine must be a known name"),
         ({"kind": "export", "options": {}}, "engine must be a known name"),
+        ({"kind": "report", "options": {"pdf": "yes"}}, "option 'pdf' of 'report' must be true or false"),
+        ({"kind": "evaluate", "plan_ids": ["a", "b"]}, "must name a plan_id, or a 'report' two plan_ids"),
         ({"kind": "apply", "options": {"out": "elsewhere"}}, "options of 'apply' must be among none"),
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -204,6 +205,23 @@ def test_an_engine_states_what_its_rules_cost(
     assert plan["engine_price"]["unrestricted_bytes"] == expected.rules.unrestricted_bytes
 
 
+@pytest.mark.parametrize("engine", ["llama.cpp", "onnxruntime", "mlx-lm"])
+def test_an_engines_plan_counts_the_file_that_the_command_counts(
+    running: RunningService, profile_id: str, tiny_profile: SensitivityProfile, tiny_llama_dir: Path, engine: str
+) -> None:
+    body = {"profile_id": profile_id, "budget": {"bits_per_weight": 16}, "engine": engine}
+    plan = running.post("/plans", body).json()
+    budget = Budget(bits_per_weight=16)
+    expected = allocator.plan(str(tiny_llama_dir), budget, verify=False, profile=tiny_profile, engine=engine)
+    assert expected.rules is not None
+    assert (plan["bytes"], plan["bits_per_weight"]) == (expected.memory_bytes, expected.bits_per_weight)
+    assert plan["engine_price"]["unrestricted_bytes"] == expected.rules.unrestricted_bytes
+    written = running.get(f"/plans/{plan['id']}/file").json()
+    assert written["memory_bytes"] == expected.memory_bytes
+    points = running.get(f"/frontiers/{profile_id}?points=3&engine={engine}").json()["points"]
+    assert points[-1]["bytes"] == expected.memory_bytes
+
+
 def test_what_is_not_there_is_not_found(running: RunningService, profile_id: str) -> None:
     plan = ask(running, profile_id, bits_per_weight=4.5)
     for path in ("/plans/0", f"/plans/{plan['id']}/units/none", "/profiles/0", "/frontiers/0", "/models/0", "/jobs/0"):
@@ -231,8 +249,12 @@ def test_a_frontier_is_that_of_the_verb(
     expected = allocator.frontier(tiny_profile, points=5, metric="fisher")
     assert [p["use"] for p in document["points"]] == [p["memory_bytes"] for p in expected]
     assert [p["predicted_loss"] for p in document["points"]] == [p["predicted_loss"] for p in expected]
-    refused = running.get(f"/frontiers/{profile_id}?metric=guess")
-    assert (refused.status_code, refused.json()["title"]) == (400, "Bad Request")
+    read = running.get(f"/frontiers/{profile_id}?points=5&metric=fisher&resource=read_bytes").json()
+    expected = allocator.frontier(tiny_profile, points=5, metric="fisher", resource="read_bytes")
+    assert [(p["use"], p["bytes"]) for p in read["points"]] == [(p["read_bytes"], p["memory_bytes"]) for p in expected]
+    for wrong in ("metric=guess", "resource=weight", "resource=latency_us", "engine=guess"):
+        refused = running.get(f"/frontiers/{profile_id}?{wrong}")
+        assert (refused.status_code, refused.json()["title"]) == (400, "Bad Request")
 
 
 def test_profiles_are_loaded_once_for_many(running: RunningService, tiny_profile: SensitivityProfile) -> None:

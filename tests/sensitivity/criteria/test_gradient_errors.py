@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from runtime.candidates import Candidates, list_candidates
 from runtime.rendering import render
@@ -23,7 +23,13 @@ from sensitivity.criteria.gradient_errors import (
 )
 from sensitivity.sketches.fisher_sketch import fisher_loss, measure_fisher_sketch
 from tests.sensitivity.float64_models import make_float64
-from tests.tiny_models import VOCABULARY_SIZE, build_tiny_llama, build_tiny_mixtral, build_tiny_qwen_moe
+from tests.tiny_models import (
+    VOCABULARY_SIZE,
+    build_one_layer_llama,
+    build_tiny_llama,
+    build_tiny_mixtral,
+    build_tiny_qwen_moe,
+)
 
 FORMATS = ("int2_g64", "int4_g32_sym", "bf16")
 SEED = 5
@@ -236,22 +242,6 @@ def test_units_of_several_weights_sum_their_weights() -> None:
             np.testing.assert_allclose(whole[u], rows.sum(axis=0), rtol=1e-3, atol=1e-4 * np.abs(rows).sum())
 
 
-def build_one_layer_model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=11,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.15,
-        pad_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        return LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
 def exact_hessian_trace(model: PreTrainedModel, parameter: str, tokens: Tensor) -> float:
     """Returns the trace of one parameter's Hessian: second differences along every single weight, in float64."""
     weight = model.get_parameter(parameter)
@@ -278,7 +268,7 @@ def exact_hessian_trace(model: PreTrainedModel, parameter: str, tokens: Tensor) 
 
 
 def test_hessian_trace_against_second_differences() -> None:
-    model = make_float64(build_one_layer_model())
+    model = make_float64(build_one_layer_llama(11))
     candidates = list_candidates([unit for unit in find_units(model) if unit.role == "v_proj"], ("int4_g32",))
     # Probes are of sequences, so one text repeated gives many probes of one Hessian.
     text = torch.randint(0, 11, (1, 6), generator=torch.Generator().manual_seed(5))
@@ -293,7 +283,7 @@ def test_hessian_trace_against_second_differences() -> None:
 
 
 def test_trace_of_the_fisher_information_in_expectation() -> None:
-    model = make_float64(build_one_layer_model())
+    model = make_float64(build_one_layer_llama(11))
     candidates = list_candidates([unit for unit in find_units(model) if unit.role == "o_proj"], ("int4_g32",))
     text = torch.randint(0, 11, (1, 4), generator=torch.Generator().manual_seed(4))
     loss, std_error = measure_fisher_trace(model, candidates, text.repeat(400, 1), seed=SEED)

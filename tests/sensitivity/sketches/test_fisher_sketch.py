@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from runtime.candidates import Candidates, list_candidates
 from runtime.rendering import render
@@ -14,7 +14,7 @@ from runtime.units import find_units, read_weight
 from sensitivity.sketches.fisher_sketch import fisher_loss, measure_fisher_sketch
 from tests.sensitivity.exact_gradients import compute_gradients, contract, draw_labels, make_score
 from tests.sensitivity.float64_models import make_float64
-from tests.tiny_models import VOCABULARY_SIZE, build_tiny_llama, build_tiny_mixtral
+from tests.tiny_models import VOCABULARY_SIZE, build_one_layer_llama, build_tiny_llama, build_tiny_mixtral
 
 FORMATS = ("int2_g64", "int4_g32_sym", "bf16")
 SEED = 5
@@ -111,22 +111,6 @@ def test_padding_token_of_a_scaled_embedding_counts_like_any_other() -> None:
     assert padded.model.embed_tokens.padding_idx == 7
 
 
-def build_one_layer_model(vocabulary: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.15,
-        pad_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        return LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
 def measure_logit_change(model: PreTrainedModel, candidates: Candidates, u: int, tokens: Tensor, step: float) -> Tensor:
     """Returns how the float64 logits [B, T, V] change when a unit gets ``step`` times the error of format 0."""
     exact = make_float64(model)
@@ -150,7 +134,7 @@ def exact_quadratic_form(model: PreTrainedModel, candidates: Candidates, u: int,
 
 def test_expectation_over_all_labels_is_the_exact_fisher_and_the_kl_of_small_errors() -> None:
     vocabulary, sequences = 16, 320
-    model = build_one_layer_model(vocabulary)
+    model = build_one_layer_llama(vocabulary)
     candidates = make_candidates(model, ("int4_g32",))
     tokens = torch.full((sequences, 1), 3)
     logits = model(tokens[:1]).logits[0]
@@ -179,7 +163,7 @@ def test_expectation_over_all_labels_is_the_exact_fisher_and_the_kl_of_small_err
 
 
 def test_loss_is_the_mean_over_positions_within_its_standard_error() -> None:
-    model = build_one_layer_model(24)
+    model = build_one_layer_llama(24)
     candidates = make_candidates(model, ("int4_g32",))
     tokens = torch.randint(0, 24, (1, 4), generator=torch.Generator().manual_seed(1)).repeat(300, 1)
     sketch = np.stack(list(measure_fisher_sketch(model, candidates, tokens, seed=SEED)))
