@@ -73,6 +73,7 @@ WEIGHT_ENGINES = (
         notes=(
             "On a CPU 4 bits need AVX-512. 8 bits whose inputs stay unquantized, and all of Marlin, need a GPU.",
             "Experts were resolved by its classes, and loaded by transformers.",
+            "Its inputs of 8 bits have 127 steps on either side of zero, those of compressed-tensors 127.5.",
             "vLLM reads one scheme for all experts of a layer.",
         ),
     ),

@@ -179,5 +179,7 @@ def test_gptqmodel(reference: ReferenceModel, tmp_path: Path) -> None:
     model.save(str(tmp_path / "quantized"))
     engine = GPTQModel.load(str(tmp_path / "quantized"), backend=BACKEND.TORCH, device="cpu", dtype=torch.bfloat16)
     check_bytes(tmp_path / "quantized", reference, formats, index_bytes=4)
-    numbers = loaded_formats(reference, engine.model, formats, torch.bfloat16)
-    check_logits(reference, numbers, engine.model, MOST_KL["gptqmodel"])
+    # It would compile its products for each shape.
+    with torch.compiler.set_stance("force_eager"):
+        numbers = loaded_formats(reference, engine.model, formats, torch.bfloat16)
+        check_logits(reference, numbers, engine.model, MOST_KL["gptqmodel"])
