@@ -38,8 +38,6 @@ MENUS = {
     "auto-round": ("int4_g64_sym", "int8_g32_sym", "int2_g32_sym", "bf16", "int3_g64_sym"),
     "gptqmodel": ("int4_g64_sym", "int8_g32_sym", "bf16", "int3_g64_sym", "int4_g32"),
 }
-# What the engine computes in.
-DTYPES = {"torchao": torch.float32, "auto-round": torch.float16, "gptqmodel": torch.bfloat16}
 _SHAPE_BYTES = 16
 
 
@@ -75,11 +73,12 @@ def check_levels(weight: Tensor, format_: Format, name: str) -> None:
     assert format_.bits > 4 or max(levels) > 1 << (format_.bits - 1), name
 
 
-def check_logits(reference: ReferenceModel, numbers: dict[str, Tensor], engine: Any, dtype: torch.dtype) -> None:
+def check_logits(reference: ReferenceModel, numbers: dict[str, Tensor], engine: Any) -> None:
     """Compares the engine's logits and greedy text with those of our model with the engine's numbers.
 
     They may differ by a few times what the engine's type alone makes of our model's.
     """
+    dtype = engine.dtype
     tokens = torch.tensor([reference.tokenizer(PROMPT).input_ids])
     kept = {name: reference.model.get_parameter(name).data for name in numbers}
     with torch.no_grad():
@@ -94,11 +93,13 @@ def check_logits(reference: ReferenceModel, numbers: dict[str, Tensor], engine: 
         theirs = engine(sequence).logits[0].float().log_softmax(-1)
     divergence, noise = (float((ours.exp() * (ours - other)).sum(-1).mean()) for other in (theirs, rounded))
     lost = float((unquantized.exp() * (unquantized - ours[: tokens.shape[1]])).sum(-1).mean())
-    print(
-        f"mean KL to ours: of the engine {divergence:.3g}, of {dtype} {noise:.3g}; of ours to the reference {lost:.3g}"
-    )
+    print(f"mean KL to ours: engine {divergence:.3g}, {dtype} alone {noise:.3g}; of the reference to ours {lost:.3g}")
     assert divergence < 4 * noise + 1e-6
-    assert torch.equal(theirs[-NEW_TOKENS - 1 : -1].argmax(-1), sequence[0, -NEW_TOKENS:])
+    # Two tokens that are nearly as likely may change places in 16 bits.
+    best = ours[-NEW_TOKENS - 1 : -1].topk(2).values
+    certain = best[:, 0] - best[:, 1] > (0.0 if dtype == torch.float32 else 0.5)
+    assert certain.sum() > NEW_TOKENS // 3
+    assert torch.equal(theirs[-NEW_TOKENS - 1 : -1].argmax(-1)[certain], sequence[0, -NEW_TOKENS:][certain])
 
 
 def check_bytes(path: Path, reference: ReferenceModel, formats: dict[str, str], *, index_bytes: int) -> None:
@@ -137,12 +138,10 @@ def test_torchao(reference: ReferenceModel, tmp_path: Path) -> None:
             assert weight.block_size == (1, format_.group_size or weight.shape[1]), name
             numbers[name] = weight.dequantize()
             check_levels(numbers[name], format_, name)
-    check_logits(reference, numbers, engine, DTYPES["torchao"])
+    check_logits(reference, numbers, engine)
 
 
-def loaded_formats(
-    reference: ReferenceModel, engine: Any, formats: dict[str, str], dtype: torch.dtype
-) -> dict[str, Tensor]:
+def loaded_formats(reference: ReferenceModel, engine: Any, formats: dict[str, str]) -> dict[str, Tensor]:
     """Checks the formats of an engine's modules and returns weight name -> the numbers of those that are quantized."""
     numbers = {}
     for name, format_name in formats.items():
@@ -150,7 +149,7 @@ def loaded_formats(
         assert getattr(module, "bits", None) == (None if format_.unquantized else format_.bits), name
         if not format_.unquantized:
             assert module.group_size == (format_.group_size or -1), name
-            numbers[name] = numbers_of(module, reference.model.get_parameter(name).shape[1], dtype)
+            numbers[name] = numbers_of(module, reference.model.get_parameter(name).shape[1], engine.dtype)
             check_levels(numbers[name], format_, name)
     return numbers
 
@@ -168,9 +167,7 @@ def test_auto_round(reference: ReferenceModel, tmp_path: Path) -> None:
     [config] = (tmp_path / "quantized").rglob("config.json")
     engine = AutoModelForCausalLM.from_pretrained(config.parent).eval()
     check_bytes(config.parent, reference, formats, index_bytes=0)
-    check_logits(
-        reference, loaded_formats(reference, engine, formats, DTYPES["auto-round"]), engine, DTYPES["auto-round"]
-    )
+    check_logits(reference, loaded_formats(reference, engine, formats), engine)
 
 
 def test_gptqmodel(reference: ReferenceModel, tmp_path: Path) -> None:
@@ -189,5 +186,4 @@ def test_gptqmodel(reference: ReferenceModel, tmp_path: Path) -> None:
     check_bytes(tmp_path / "quantized", reference, formats, index_bytes=4)
     # It would compile its products for each shape.
     with torch.compiler.set_stance("force_eager"):
-        numbers = loaded_formats(reference, engine.model, formats, DTYPES["gptqmodel"])
-        check_logits(reference, numbers, engine.model, DTYPES["gptqmodel"])
+        check_logits(reference, loaded_formats(reference, engine.model, formats), engine.model)
