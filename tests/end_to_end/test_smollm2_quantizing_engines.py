@@ -96,10 +96,11 @@ def check_logits(reference: ReferenceModel, numbers: dict[str, Tensor], engine: 
     print(f"mean KL to ours: engine {divergence:.3g}, {dtype} alone {noise:.3g}; of the reference to ours {lost:.3g}")
     assert divergence < 4 * noise + 1e-6
     # Two tokens that are nearly as likely may change places in 16 bits.
-    best = ours[-NEW_TOKENS - 1 : -1].topk(2).values
+    first = tokens.shape[1] - 1
+    best = ours[first:-1].topk(2).values
     certain = best[:, 0] - best[:, 1] > (0.0 if dtype == torch.float32 else 0.5)
-    assert certain.sum() > NEW_TOKENS // 3
-    assert torch.equal(theirs[-NEW_TOKENS - 1 : -1].argmax(-1)[certain], sequence[0, -NEW_TOKENS:][certain])
+    assert certain.any()
+    assert torch.equal(theirs[first:-1].argmax(-1)[certain], sequence[0, first + 1 :][certain])
 
 
 def check_bytes(path: Path, reference: ReferenceModel, formats: dict[str, str], *, index_bytes: int) -> None:

@@ -1,7 +1,7 @@
 """torchao reads the plan and quantizes by it, module by module.
 
-Runs where torchao is installed (make engines). It is not among the tests' packages: where it is, transformers imports it with every
-model, it writes warnings to stderr, and its memory hides that of what is measured.
+Runs where torchao is installed (make engines). It is not among the tests' packages: where it is, transformers imports
+it with every model, it writes warnings to stderr, and its memory hides that of what is measured.
 """
 
 import json
