@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import BitsAndBytesConfig
 
 from runtime.engines import find_engine
 from runtime.exporters import export
@@ -51,6 +52,19 @@ def test_hqq_knows_types_of_weights_alone(tiny_llama_dir: Path, tmp_path: Path) 
     formats["model.layers.1.self_attn.q_proj.weight"] = "int2_g32"
     with pytest.raises(ValueError, match="one format for HQQ: got int4_g64 and int2_g32 for 'self_attn.q_proj'"):
         export(reference, formats, tmp_path / "out", exporter="hqq")
+
+
+def test_bitsandbytes_skips_what_stays_unquantized(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    reference = load_reference(str(tiny_llama_dir))
+    weights = list_weights(reference.model)
+    kept = "model.layers.1.mlp.up_proj"
+    formats = {n: "int8_channel_sym" if w.kind == "linear" else "bf16" for n, w in weights.items()}
+    export(reference, {**formats, f"{kept}.weight": "bf16"}, tmp_path / "out", exporter="bitsandbytes")
+    config = BitsAndBytesConfig(**json.loads((tmp_path / "out" / "bitsandbytes_config.json").read_text()))
+    assert config.quantization_method() == "llm_int8"
+    assert config.llm_int8_skip_modules == ["model.embed_tokens", kept, "lm_head"]
+    # No column is multiplied unquantized because its numbers are large.
+    assert config.llm_int8_threshold == 0.0
 
 
 def test_modelopt_names_every_layer_once(tiny_llama_dir: Path, tmp_path: Path) -> None:
