@@ -138,7 +138,7 @@ WEIGHT_ENGINES = (
         notes=(
             "On a CPU it rounds inputs to 8 bits by itself; DYNAMIC_QUANTIZATION_GROUP_SIZE=0 turns that off.",
             "Batches of one sequence; embeddings stay unquantized.",
-            "NNCF has no format for plans: it would choose the layers itself, so it is not used.",
+            "NNCF is not used: it has no format for plans, and 3.4 stops at the attention of this graph.",
         ),
     ),
 )
