@@ -65,8 +65,8 @@ NOTES = (
     "12 for 128 of 3; at 1.3 times the proportional time there is room for 17 and 11. Tried without a gain, ns for 64 "
     "codes of 2 and 3 bits: two rows at a time, not four, 0.94 and 1.29 (from 0.91 and 1.23), three 0.92 and 1.26, six "
     "0.95 and 1.30; all unpacked codes kept and the sums of high bytes shifted in place 0.90 and 1.23; 3 bits "
-    "spread by variable shifts of 16-bit words, which have units of their own, 1.36 (from 1.18). Activations of 14 bits for "
-    "every other code would by count save one instruction in ten at 2 bits and cost three times the error.",
+    "spread by variable shifts of 16-bit words, which have units of their own, 1.36 (from 1.18). Activations of 14 "
+    "bits for every other code would by count save one instruction in ten at 2 bits and cost three times the error.",
 )
 
 
