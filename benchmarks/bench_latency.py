@@ -7,7 +7,6 @@ is none of those predicted: its step less its weights in the table.
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -16,16 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from machine import describe_machine
+from torch import nn
 from transformers import DynamicCache
 
-import allocator
 from allocator.demo_model import prepare_demo_model
 from allocator.store import Store
+from runtime.apply import install_empty_formats_
 from runtime.candidates import Candidates, list_candidates
-from runtime.compiled_decoder import run_tokens
+from runtime.compiled_decoder import begin_sequence, run_tokens
 from runtime.costs import CostTable
 from runtime.latency import measure_latency
-from runtime.packed_model import load_packed, save_packed_
+from runtime.packed_model import prepare_generation_
+from runtime.stored_weights import build_empty_model
 from runtime.units import find_units
 
 FORMATS = ("int2_g64", "int3_g64", "int4_g64", "int5_g64", "int6_g64", "int8_g64", "int4_g32_sym", "int8_channel_sym")
@@ -41,13 +42,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     torch.set_num_threads(parser.parse_args().threads)
     directory = prepare_demo_model(Store().root)
-    candidates = list_candidates(find_units(allocator.Model(str(directory)).reference.model), FORMATS)
+    candidates = list_candidates(find_units(build_empty_model(directory)), FORMATS)
     random = np.random.default_rng(SEED)
     choices = [_draw(candidates, random) for _ in range(PLANS)]
     uniform = np.full(len(candidates.units), candidates.format_index(REST_FORMAT))
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        models = [_pack(directory, candidates, choice, Path(scratch) / str(i)) for i, choice in enumerate(choices)]
-        models.append(_pack(directory, candidates, uniform, Path(scratch) / "uniform"))
+    with torch.inference_mode():
+        models = [_build(directory, candidates, choice) for choice in (*choices, uniform)]
         # Other work on the machine comes and goes: the table is measured amid the steps it is compared with.
         first = _time_steps(models)
         table = measure_latency(candidates, expert_share=1.0)
@@ -62,14 +62,24 @@ def _draw(candidates: Candidates, random: np.random.Generator) -> Choice:
     return np.array([random.choice(np.flatnonzero(row)) for row in candidates.allowed])
 
 
-def _pack(directory: Path, candidates: Candidates, choice: Choice, place: Path) -> Any:
+def _build(directory: Path, candidates: Candidates, choice: Choice) -> Any:
+    """Returns the model packed by a plan; its codes are zeros, for times do not depend on them."""
+    model = build_empty_model(directory)
     formats = {
         weight.name: candidates.formats[f].name
         for unit, f in zip(candidates.units, choice, strict=True)
         for weight in unit.weights
     }
-    save_packed_(allocator.Model(str(directory)).reference, formats, place, metadata={})
-    return load_packed(place)[0]
+    install_empty_formats_(model, formats)
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    filled = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                    tensors[name] = nn.Parameter(filled, False) if tensors is module._parameters else filled
+    prepare_generation_(model)
+    assert begin_sequence(model) is not None, "the model must run by the compiled decoder"
+    return model
 
 
 def _time_steps(models: list[Any]) -> list[list[float]]:
