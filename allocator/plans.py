@@ -130,6 +130,7 @@ class RulesPrice:
         memory_bytes: Bytes of that optimum's weight file.
         unrestricted_kl: Loss of the optimum without them.
         unrestricted_bytes: Bytes of that optimum's weight file.
+        exporter: Who writes the file whose bytes the plan counts, the engine's; None where it counts the packed one.
     """
 
     engine: str
@@ -137,6 +138,7 @@ class RulesPrice:
     memory_bytes: int
     unrestricted_kl: float
     unrestricted_bytes: int
+    exporter: str | None = None
 
     def describe(self) -> str:
         """Returns the price as one sentence."""
