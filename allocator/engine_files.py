@@ -4,10 +4,8 @@ A server answers budgets from profiles in memory and loads no model; ``bitplan p
 the model itself. The note is kept beside the profile, so that both give the same plan.
 """
 
-from dataclasses import replace
-
 from allocator.artefacts import Model
-from allocator.engine_rules import engine_fixed_bytes
+from allocator.engine_rules import engine_fixed_bytes, price_engine_file
 from allocator.store import ENGINE_FILES, Store
 from runtime.engine_rules import Engine
 from runtime.engines import ENGINES
@@ -17,7 +15,7 @@ from sensitivity.profile import SensitivityProfile
 def count_engine_file(
     model: Model | SensitivityProfile, profile: SensitivityProfile, engine: Engine, store: Store
 ) -> SensitivityProfile:
-    """Returns a profile whose fixed bytes are those of an engine's file, where they are known and a model is at hand.
+    """Returns a profile whose bytes are those of an engine's file, where they are known and a model is at hand.
 
     Args:
         model: The profile's model, or a profile where there is none.
@@ -32,7 +30,7 @@ def count_engine_file(
         return profile
     routers = any(unit.kind == "router" for unit in profile.candidates.units)
     fixed = engine_fixed_bytes(engine, model.reference_of(profile, store), routers=routers)
-    return profile if fixed is None else replace(profile, fixed_bytes=fixed)
+    return price_engine_file(profile, engine, fixed)
 
 
 def note_engine_files(model: Model, profile: SensitivityProfile, store: Store) -> None:

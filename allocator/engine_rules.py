@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from allocator.assignments import Assignment, pick, use_of
 from allocator.budget import MEMORY
 from allocator.planning import predicting_metric
-from allocator.plans import RulesPrice
+from allocator.plans import Plan, RulesPrice
 from runtime.costs import CostTable
 from runtime.engine_rules import Engine
 from runtime.loading import ReferenceModel
@@ -81,6 +81,23 @@ def engine_fixed_bytes(engine: Engine, reference: ReferenceModel, *, routers: bo
     return None if count is None else count(reference, routers=routers)
 
 
+def price_engine_file(profile: SensitivityProfile, engine: Engine, fixed_bytes: int | None) -> SensitivityProfile:
+    """Returns the profile with the bytes of an engine's file, or as it is where its other bytes are not known.
+
+    Args:
+        profile: The profile.
+        engine: The engine.
+        fixed_bytes: Bytes of the file that no choice changes (``engine_fixed_bytes``).
+    """
+    return profile if fixed_bytes is None else replace(profile, fixed_bytes=fixed_bytes, exporter=engine.exporter)
+
+
+def price_file(profile: SensitivityProfile, plan: Plan) -> SensitivityProfile:
+    """Returns the profile with the bytes of the file that a plan counts: the packed one, or that of its engine."""
+    exporter = None if plan.rules is None else plan.rules.exporter
+    return replace(profile, fixed_bytes=plan.fixed_bytes, exporter=exporter)
+
+
 def price_rules(engine: Engine, kept: Optimum, free: Optimum) -> RulesPrice:
     """Returns what an engine's rules cost: the optimum of a budget under them beside the one without.
 
@@ -95,6 +112,7 @@ def price_rules(engine: Engine, kept: Optimum, free: Optimum) -> RulesPrice:
         memory_bytes=kept.memory_bytes,
         unrestricted_kl=free.predicted_kl,
         unrestricted_bytes=free.memory_bytes,
+        exporter=kept.profile.exporter,
     )
 
 

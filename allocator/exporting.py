@@ -60,7 +60,7 @@ def export(
             the plan's has put a matrix into the model that no engine knows, or an importance matrix is asked for of
             an engine that reads none or without the plan's profile.
     """
-    from runtime.exporters import FIXED_BYTES, check_export_place
+    from runtime.exporters import check_export_place
     from runtime.exporters import export as write
 
     target = find_engine(engine)
@@ -84,7 +84,7 @@ def export(
     if imatrix:
         _write_imatrix(reference, plan, out, store)
     files = {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
-    known = target.exporter in FIXED_BYTES and plan.rules is not None and plan.rules.engine == engine
+    known = plan.rules is not None and plan.rules.exporter == target.exporter
     return Exported(
         directory=out,
         engine=engine,

@@ -16,6 +16,7 @@ from allocator.artefacts import (
 )
 from allocator.assignments import keep_best_activations, keep_widest_caches, list_uniform, use_of
 from allocator.budget import BIT_OPERATIONS, MEMORY
+from allocator.engine_rules import price_file
 from allocator.frontiers import frontier
 from allocator.measuring import MeasureRequest, run_measurement
 from allocator.plans import Evaluation, Plan, check_same_model
@@ -26,8 +27,7 @@ from allocator.renderings import needs_statistics, rendering_of_plan
 from allocator.store import Store
 from allocator.transformed import transform_again_
 from allocator.verification import REFERENCE, make_evaluation, score_cached
-from runtime.checkpoint import fixed_bytes
-from runtime.packed_model import check_packed_place, load_packed, save_packed_
+from runtime.packed_model import check_packed_place, load_packed, packed_bytes, save_packed_
 from runtime.transforms.prefix_tokens import PREFIX_FILE, save_prefix
 from sensitivity.calibration import read_sequences
 from sensitivity.profile import SensitivityProfile
@@ -87,7 +87,7 @@ def evaluate(
     check_same_model(plan, model.fingerprint, str(model.path))
     # Another profile may have been rendered with other statistics.
     profile = profile_of_plan(plan, model, store, progress, own=text is None or needs_statistics(plan))
-    profile = replace(profile, fixed_bytes=plan.fixed_bytes)
+    profile = price_file(profile, plan)
     tokens = profile.evaluation_tokens
     if text is not None:
         tokenizer = model.reference_of(plan, store).tokenizer
@@ -155,11 +155,8 @@ def apply(
     ships = None if prefix is None else check_prefix(prefix, reference, plan)
     predicted_bytes = plan.file_bytes
     if plan.rules is not None:
-        # The plan counts the engine's file; this one has a header of its own.
-        routers = plans_routers(reference.model, plan)
-        predicted_bytes += (
-            fixed_bytes(reference.model, routers=routers, residency=reference.residency) - plan.fixed_bytes
-        )
+        # The plan may count the engine's file.
+        predicted_bytes = packed_bytes(reference, plan.weights, routers=plans_routers(reference.model, plan))
     file_bytes = save_packed_(
         reference,
         plan.weights,
@@ -226,7 +223,7 @@ def report(
     evaluations = evaluate(model, plan, text=text, store=store, progress=progress)
     # Its charts are of what takes bytes.
     stored = replace(plan, activations=None)
-    profile = replace(profile_of_plan(stored, model, store, progress, own=False), fixed_bytes=plan.fixed_bytes)
+    profile = price_file(profile_of_plan(stored, model, store, progress, own=False), plan)
     content = make_report(profile, plan, evaluations, frontier(profile, store=store))
     out.mkdir(parents=True, exist_ok=True)
     write_csv(content, out)

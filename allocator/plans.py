@@ -130,6 +130,7 @@ class RulesPrice:
         memory_bytes: Bytes of that optimum's weight file.
         unrestricted_kl: Loss of the optimum without them.
         unrestricted_bytes: Bytes of that optimum's weight file.
+        exporter: Who writes the file whose bytes the plan counts, the engine's; None where it counts the packed one.
     """
 
     engine: str
@@ -137,6 +138,7 @@ class RulesPrice:
     memory_bytes: int
     unrestricted_kl: float
     unrestricted_bytes: int
+    exporter: str | None = None
 
     def describe(self) -> str:
         """Returns the price as one sentence."""
@@ -230,6 +232,14 @@ class Plan:
     def minimises_memory(self) -> bool:
         """Whether the objective is bytes, not a loss."""
         return self.objective == self.use["memory_bytes"]
+
+    @property
+    def latency_text(self) -> str | None:
+        """What a decode step takes, measured or modelled, and where; None where no latency was limited."""
+        if "latency" not in self.provenance:
+            return None
+        use, limit = self.use["latency_us"], self.limits["latency_us"]
+        return f"a decode step takes {use:.4g} us of {limit:.4g} us allowed, {self.provenance['latency']}"
 
     @property
     def shipped(self) -> Evaluation | None:

@@ -26,7 +26,7 @@ def build_cost_tables(
         batch_tokens: Sequences decoded together, for the bytes that a step reads.
     """
     tables = [
-        memory_cost(profile.candidates, profile.fixed_bytes, load=profile.cache_load),
+        memory_cost(profile.candidates, profile.fixed_bytes, load=profile.cache_load, exporter=profile.exporter),
         read_cost(
             profile.candidates,
             profile.rest_bytes,

@@ -89,10 +89,13 @@ def header_reserve_bytes(model: nn.Module, *, routers: bool = False) -> int:
     total = _PROVENANCE_BYTES
     for weight in weights.values():
         total += _reserved_entry_bytes(weight.name) + len(weight.name) + _FORMAT_BYTES
-    for name, tensor in distinct_tensors(model).items():
-        if name not in quantizable:
-            total += len(name) + _ENTRY_BYTES + 12 * tensor.ndim
-    return -(-total // 8) * 8
+    names = {name: t.ndim for name, t in distinct_tensors(model).items() if name not in quantizable}
+    return -(-(total + sum(most_entry_bytes(name, dims) for name, dims in names.items())) // 8) * 8
+
+
+def most_entry_bytes(name: str, dimensions: int) -> int:
+    """Returns an upper bound of what a tensor takes in the header."""
+    return len(name) + _ENTRY_BYTES + 12 * dimensions
 
 
 def further_header_bytes(weight: Weight, format_: Format) -> int:
@@ -133,6 +136,23 @@ def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, str], *
         name: t.detach() if id(t) in packed else t.detach().to(exact_dtype(t))
         for name, t in distinct_tensors(model).items()
     }
+    with atomic_path(path) as temporary:
+        write_tensors(tensors, temporary, metadata, header_bytes=header_bytes)
+    return path.stat().st_size
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], *, header_bytes: int) -> None:
+    """Writes tensors to a safetensors file, widest type first, whose header is padded to a reserve.
+
+    Args:
+        tensors: Name -> tensor.
+        path: The file to write.
+        metadata: Strings kept in the header.
+        header_bytes: Bytes of the header, length field included.
+
+    Raises:
+        ValueError: If the header does not fit its reserve.
+    """
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header = _header(ordered, metadata).encode()
     if len(header) > header_bytes - 8:
@@ -141,12 +161,11 @@ def save_checkpoint(model: nn.Module, path: Path, metadata: Mapping[str, str], *
             f"'{path}'. Shorten the metadata."
         )
         raise ValueError(msg)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:
         file.write((header_bytes - 8).to_bytes(8, "little"))
         file.write(header.ljust(header_bytes - 8))
         for tensor in ordered.values():
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return path.stat().st_size
 
 
 def read_metadata(path: Path) -> dict[str, str]:

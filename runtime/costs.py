@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from runtime.cache_formats import CacheLoad, most_cache_bytes
 from runtime.candidates import Candidates
-from runtime.checkpoint import further_header_bytes
+from runtime.file_bytes import weight_bytes
 from runtime.formats import Format
 from runtime.units import Unit, Weight
 
@@ -56,25 +56,28 @@ class CostTable:
         return float(self.cost[np.arange(len(choice)), choice].sum() + self.fixed)
 
 
-def unit_bytes(unit: Unit, format_: Format, load: CacheLoad | None = None) -> int:
-    """Returns the bytes of a unit in one format: of its weights in the file, or the most of a cache up to a load."""
+def unit_bytes(unit: Unit, format_: Format, load: CacheLoad | None = None, exporter: str | None = None) -> int:
+    """Returns the bytes of a unit in one format: of its weights in a file, or the most of a cache up to a load."""
     if unit.cache_shape is not None:
         assert load is not None
         return most_cache_bytes(format_, unit.cache_shape, load)
-    return sum(format_.storage_bytes(weight.shape) + further_header_bytes(weight, format_) for weight in unit.weights)
+    return sum(weight_bytes(weight, format_, exporter) for weight in unit.weights)
 
 
-def memory_cost(candidates: Candidates, fixed_bytes: int, *, load: CacheLoad | None = None) -> CostTable:
+def memory_cost(
+    candidates: Candidates, fixed_bytes: int, *, load: CacheLoad | None = None, exporter: str | None = None
+) -> CostTable:
     """Returns the bytes each candidate takes, in the weight file or in the cache.
 
     Args:
         candidates: Units and formats.
         fixed_bytes: Bytes of everything else in the file, its header included.
         load: How full caches are that are among the units.
+        exporter: Who writes the file, as in ``runtime.file_bytes``; None for the packed one.
     """
     return CostTable(
         resource="memory_bytes",
-        cost=_fill(candidates, partial(unit_bytes, load=load)),
+        cost=fill_costs(candidates, partial(unit_bytes, load=load, exporter=exporter)),
         fixed=float(fixed_bytes),
         unit_of_measure="bytes",
         source="exact",
@@ -111,14 +114,14 @@ def read_cost(
         if unit.cache_shape is not None:
             return unit_bytes(unit, format_, load)
         return sum(
-            _read_share(weight, visit_share(unit, weight, expert_share, expert_frequency), batch_tokens)
+            read_share(weight, visit_share(unit, weight, expert_share, expert_frequency), batch_tokens)
             * format_.storage_bytes(weight.shape)
             for weight in unit.weights
         )
 
     return CostTable(
         resource="read_bytes",
-        cost=_fill(candidates, read_bytes),
+        cost=fill_costs(candidates, read_bytes),
         fixed=float(fixed_bytes),
         unit_of_measure="bytes",
         source="modelled",
@@ -154,7 +157,14 @@ def visit_share(
     return frequency
 
 
-def _read_share(weight: Weight, frequency: float, batch_tokens: int) -> float:
+def read_share(weight: Weight, frequency: float, batch_tokens: int) -> float:
+    """Returns the share of a weight's bytes that one step of ``batch_tokens`` tokens reads, in expectation.
+
+    Args:
+        weight: The weight.
+        frequency: Share of tokens that it multiplies (``visit_share``).
+        batch_tokens: Sequences decoded together.
+    """
     if weight.kind == "expert":
         # No power where none is needed: at one token the share is the frequency to the last bit.
         return frequency if batch_tokens == 1 else 1.0 - (1.0 - frequency) ** batch_tokens
@@ -163,7 +173,8 @@ def _read_share(weight: Weight, frequency: float, batch_tokens: int) -> float:
     return 1.0
 
 
-def _fill(candidates: Candidates, price: Callable[[Unit, Format], float]) -> NDArray[np.float64]:
+def fill_costs(candidates: Candidates, price: Callable[[Unit, Format], float]) -> NDArray[np.float64]:
+    """Returns the price of every allowed pair of unit and format, [U, F]; NaN for the others."""
     cost = np.full(candidates.allowed.shape, np.nan)
     for u, f in zip(*np.nonzero(candidates.allowed), strict=True):
         cost[u, f] = price(candidates.units[u], candidates.formats[f])

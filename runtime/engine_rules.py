@@ -1,7 +1,7 @@
 """The rules of an engine as values: formats, fusions, granularity, and why a pair of unit and format is refused.
 
-``runtime/engines.py`` holds the table; ``runtime/candidates.py`` applies it. Nothing is promoted or repaired after the
-solve: a plan made under these rules loads as it is.
+``runtime/engines.py`` puts the table together; ``runtime/candidates.py`` applies it. Nothing is promoted or repaired
+after the solve: a plan made under these rules loads as it is.
 """
 
 import re
@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     from runtime.units import Unit
 
 UNQUANTIZED = "bf16|fp16"
+# Weights that match and are equal once the match is taken out get one format (`runtime.units.find_units`).
+QKV = r"\.(q|k|v)_proj(?=\.)"
+GATE_UP = r"\.(gate|up)_proj(?=\.)"
+LATENT_QKV = r"\.(q_a_proj|kv_a_proj_with_mqa)(?=\.)"
+EVERY_LAYER = r"(?<=\.)\d+(?=\.)"
+SYMMETRIC_MENU = (*(f"int{bits}_g64_sym" for bits in (2, 3, 4, 5, 6, 8)), "bf16")
+
+
+def integer_formats(bits: str, groups: str = "g32|g64|g128|channel", suffix: str = "(_sym)?") -> str:
+    """Returns the pattern of integer formats: alternatives of bits and groups, and their symmetry."""
+    return f"int({bits})_({groups}){suffix}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from runtime.apply import FormatsByWeight, apply_formats_, install_empty_formats_
 from runtime.checkpoint import (
     CHECKPOINT_FILE,
+    fixed_bytes,
     further_header_bytes,
     header_reserve_bytes,
     load_tensors,
@@ -22,6 +23,7 @@ from runtime.checkpoint import (
     save_checkpoint,
 )
 from runtime.compiled_decoder import install_compiled_decoder_
+from runtime.file_bytes import weight_bytes
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.formats import find_format
 from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
@@ -102,6 +104,19 @@ def save_packed_(
             {**metadata, FORMATS_KEY: formats},
             header_bytes=header_bytes,
         )
+
+
+def packed_bytes(reference: ReferenceModel, formats_by_weight: FormatsByWeight, *, routers: bool) -> int:
+    """Returns the bytes of the file that ``save_packed_`` writes, from shapes and formats alone.
+
+    Args:
+        reference: The model.
+        formats_by_weight: Weight name -> format name.
+        routers: Whether routers are among them.
+    """
+    weights = list_weights(reference.model, routers=True)
+    stored = sum(weight_bytes(weights[name], find_format(f)) for name, f in formats_by_weight.items())
+    return stored + fixed_bytes(reference.model, routers=routers, residency=reference.residency)
 
 
 def check_packed_place(directory: Path) -> None:

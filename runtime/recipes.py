@@ -4,6 +4,7 @@
     gptqmodel           quantize_config.json or config.json with ``dynamic`` rules
     auto-round          layer_config.json, or config.json with ``extra_config``
     compressed-tensors  config.json with ``config_groups``
+    mlx-lm, torchao, modelopt, gguf  in ``runtime/module_recipes.py``
 
 Each is resolved as its engine resolves it. Where engines would not agree about a weight, or a rule of an engine's own
 would decide, that is refused: a recipe that means two things cannot be priced.
@@ -16,21 +17,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.formats import FORMATS
+from runtime.module_recipes import (
+    GGML_NAMES,
+    UNQUANTIZED,
+    Scheme,
+    find_integer,
+    find_torchao,
+    read_gguf,
+    read_mlx,
+    read_modelopt,
+    read_torchao,
+)
 from runtime.units import Weight
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-UNQUANTIZED = "bf16"
 # How the kind of a recipe is called -> the engine whose rules it follows.
 ENGINE_OF = {
     "tensor types": "llama.cpp",
     "gptqmodel": "gptqmodel",
     "auto-round": "auto-round",
     "compressed-tensors": "transformers",
+    "mlx-lm": "mlx-lm",
+    "torchao": "torchao",
+    "modelopt": "tensorrt-llm",
+    "gguf": "llama.cpp",
 }
-_GGML_NAMES = {"f16": "fp16", "bf16": "bf16"}
-Scheme = Mapping[str, Any]
+_GGUF_MAGIC = b"GGUF"
 
 
 def read_recipe(path: Path, weights: Mapping[str, Weight], config: "PretrainedConfig") -> tuple[str, dict[str, str]]:
@@ -45,10 +59,12 @@ def read_recipe(path: Path, weights: Mapping[str, Weight], config: "PretrainedCo
         ValueError: If the file is none of the known kinds, leaves a weight to rules of its engine, means two things,
             or asks for a format that there is not.
     """
+    if _is_gguf(path):
+        return "gguf", read_gguf(path, weights, config)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        msg = f"a recipe must be a text file: got '{path}' ({error}). Name a file of tensor types or a JSON file."
+        msg = f"a recipe must be a text file: got '{path}' ({error}). Name a file of tensor types, JSON or GGUF."
         raise ValueError(msg) from error
     try:
         document = json.loads(text)
@@ -66,6 +82,13 @@ def read_recipe(path: Path, weights: Mapping[str, Weight], config: "PretrainedCo
         "Name the file that the tool wrote."
     )
     raise ValueError(msg)
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
 
 
 def _read_tensor_types(text: str, weights: Mapping[str, Weight], config: "PretrainedConfig") -> dict[str, str]:
@@ -90,8 +113,8 @@ def _read_tensor_types(text: str, weights: Mapping[str, Weight], config: "Pretra
 
 def _tensor_rule(entry: str) -> tuple[re.Pattern[str], str]:
     pattern, separator, type_name = entry.partition("=")
-    name = _GGML_NAMES.get(type_name.lower(), type_name.lower())
-    known = name in FORMATS and (FORMATS[name].kind == "ggml" or name in (*_GGML_NAMES.values(), "mxfp4"))
+    name = GGML_NAMES.get(type_name.lower(), type_name.lower())
+    known = name in FORMATS and (FORMATS[name].kind == "ggml" or name in (*GGML_NAMES.values(), "mxfp4"))
     try:
         compiled = re.compile(pattern.lower())
     except re.error as error:
@@ -122,7 +145,9 @@ def _read_gptqmodel(document: Scheme, weights: Mapping[str, Weight]) -> dict[str
                 scheme = None if rule.startswith("-:") else {**document, **override}
                 break
         if scheme is not None:
-            formats[name] = _integer(scheme["bits"], scheme["group_size"], scheme.get("sym", True), name)
+            formats[name] = find_integer(
+                scheme["bits"], scheme["group_size"], symmetric=scheme.get("sym", True), weight=name
+            )
     return formats
 
 
@@ -147,7 +172,9 @@ def _read_auto_round(document: Scheme, weights: Mapping[str, Weight]) -> dict[st
             raise ValueError(msg)
         scheme = {**(base or {}), **(found or {})}
         if scheme["bits"] < 16:
-            formats[name] = _integer(scheme["bits"], scheme.get("group_size", 128), scheme.get("sym", True), name)
+            formats[name] = find_integer(
+                scheme["bits"], scheme.get("group_size", 128), symmetric=scheme.get("sym", True), weight=name
+            )
     return formats
 
 
@@ -189,21 +216,19 @@ def _compressed_format(scheme: Scheme, name: str) -> str:
         msg = f"a recipe's formats must be integers: got type '{scheme['type']}' for '{name}'. Price another recipe."
         raise ValueError(msg)
     group_size = -1 if scheme.get("strategy") == "channel" else scheme.get("group_size")
-    return _integer(scheme["num_bits"], group_size, scheme.get("symmetric", True), name)
+    return find_integer(scheme["num_bits"], group_size, symmetric=scheme.get("symmetric", True), weight=name)
 
 
-def _integer(bits: int, group_size: int | None, symmetric: bool, weight: str) -> str:
-    group = "channel" if group_size in (None, -1) else f"g{group_size}"
-    name = f"int{bits}_{group}{'_sym' if symmetric else ''}"
-    if name not in FORMATS:
-        msg = f"a recipe's format must be among ours: got bits={bits}, group_size={group_size} for '{weight}'."
-        raise ValueError(msg)
-    return name
+def _is_mlx(document: Any) -> bool:
+    return isinstance(document, dict) and {"bits", "group_size"} <= set(document) and "quant_method" not in document
 
 
 # Kind -> how it is told, how it is read; the first that fits counts.
 READERS: dict[str, tuple[Callable[[Scheme], bool], Callable[[Scheme, Mapping[str, Weight]], dict[str, str]]]] = {
     "compressed-tensors": (lambda document: "config_groups" in document, _read_compressed_tensors),
+    "modelopt": (lambda document: "quantized_layers" in document.get("quantization", document), read_modelopt),
+    "torchao": (lambda document: find_torchao(document) is not None, read_torchao),
+    "mlx-lm": (lambda document: _is_mlx(document.get("quantization", document)), read_mlx),
     "gptqmodel": (lambda document: document.get("quant_method") == "gptq", _read_gptqmodel),
     "auto-round": (
         lambda document: (

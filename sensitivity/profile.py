@@ -103,6 +103,8 @@ class SensitivityProfile:
             profile as it is measured, whose candidates are weights alone.
         activations: What was measured of the activations, or None where no formats of theirs were asked for.
         activations_joined: Whether they are among the candidates (``sensitivity.activation_losses.join_activations``).
+        exporter: Who writes the file that bytes are counted of (``runtime.file_bytes``), ``fixed_bytes`` included; None
+            for the packed file, as in a profile that is measured.
     """
 
     candidates: Candidates
@@ -123,6 +125,7 @@ class SensitivityProfile:
     cache_load: CacheLoad | None = None
     activations: ActivationLosses | None = None
     activations_joined: bool = False
+    exporter: str | None = None
 
     def table(self, metric: str) -> LossTable:
         """Returns the table of a metric.

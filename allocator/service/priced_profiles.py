@@ -1,7 +1,7 @@
 """Profiles ready for questions: loaded, joined with a cache or merged for an engine, and priced; kept in memory."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from allocator.assignments import list_uniform, pick
 from allocator.budget import MEMORY
 from allocator.engine_files import noted_fixed_bytes
-from allocator.engine_rules import restrict_profile
+from allocator.engine_rules import price_engine_file, restrict_profile
 from allocator.problems import build_cost_tables
 from allocator.service.recent import Recent
 from allocator.store import Store
@@ -136,8 +136,8 @@ class PricedProfiles:
     def _price(self, axes: Axes) -> PricedProfile:
         profile = self.load(axes.profile_id)
         if axes.file_of is not None:
-            fixed = noted_fixed_bytes(find_engine(axes.file_of), profile, self.store)
-            profile = profile if fixed is None else replace(profile, fixed_bytes=fixed)
+            engine = find_engine(axes.file_of)
+            profile = price_engine_file(profile, engine, noted_fixed_bytes(engine, profile, self.store))
         if axes.context is not None:
             profile = join_cache(profile, context=axes.context, batch=axes.batch)
         refusals: Counter[str] = Counter()

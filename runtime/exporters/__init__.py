@@ -17,6 +17,7 @@ from runtime.exporters.bitsandbytes import export_bitsandbytes
 from runtime.exporters.compressed_tensors import export_compressed_tensors
 from runtime.exporters.gptqmodel import export_gptqmodel
 from runtime.exporters.hqq import export_hqq
+from runtime.exporters.hugging_face import hugging_face_fixed_bytes
 from runtime.exporters.llama_cpp import export_llama_cpp, llama_cpp_fixed_bytes
 from runtime.exporters.mlx import export_mlx
 from runtime.exporters.modelopt import export_modelopt
@@ -44,10 +45,13 @@ EXPORTERS: dict[str, Exporter] = {
 }
 # Those that write what layers do to their inputs.
 ACTIVATION_EXPORTERS = ("compressed-tensors", "compressed-tensors for vLLM")
-# Exporters whose file is known to the byte beforehand -> its bytes besides those of the weights' formats, a function
-# ``(reference, *, routers)`` of the model and of whether routers take formats too.
+# Exporters whose file is known to the byte beforehand -> its bytes besides those of the weights
+# (`runtime.file_bytes`), a function ``(reference, *, routers)`` of the model and of whether routers take formats too.
 FIXED_BYTES: dict[str, Callable[..., int]] = {
+    "compressed-tensors": hugging_face_fixed_bytes,
+    "compressed-tensors for vLLM": hugging_face_fixed_bytes,
     "llama.cpp": llama_cpp_fixed_bytes,
+    "mlx-lm": hugging_face_fixed_bytes,
     "onnx": onnx_fixed_bytes,
 }
 # Says that a directory is an export and may be replaced by another one.

@@ -6,16 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from runtime.apply import FormatsByWeight
-from runtime.checkpoint import CHECKPOINT_FILE, distinct_tensors, exact_dtype
+from runtime.checkpoint import (
+    CHECKPOINT_FILE,
+    distinct_tensors,
+    exact_dtype,
+    most_entry_bytes,
+    rest_bytes,
+    write_tensors,
+)
 from runtime.files import write_text
 from runtime.formats import Format, find_format
 from runtime.loading import ReferenceModel
 from runtime.units import Weight, list_weights
 
+# No format becomes more tensors of a module than these, with names that end so.
+_MOST_TENSORS, _LONGEST_SUFFIX = 4, ".weight_zero_point"
+_METADATA = {"format": "pt"}
 # model_type -> what its checkpoints call otherwise than transformers 5 does.
 _CHECKPOINT_NAMES = {
     "mixtral": {".mlp.": ".block_sparse_moe.", ".gate_proj": ".w1", ".down_proj": ".w2", ".up_proj": ".w3"},
@@ -109,10 +118,35 @@ def _stored(tensor: Tensor, format_name: str | None) -> Tensor:
     return tensor.detach().to(dtype).contiguous()
 
 
+def hugging_face_fixed_bytes(reference: ReferenceModel, *, routers: bool = False) -> int:
+    """Returns the bytes of ``model.safetensors`` that no choice changes: the unquantized rest and the padded header.
+
+    Args:
+        reference: The model.
+        routers: Whether routers take formats too.
+    """
+    rest = rest_bytes(reference.model, routers=routers, residency=reference.residency)
+    return rest + _header_bytes(reference)
+
+
+def _header_bytes(reference: ReferenceModel) -> int:
+    """Returns the length that the header is padded to, whatever the formats."""
+    modules = {
+        module
+        for weight in list_weights(reference.model, routers=True).values()
+        for module, _ in checkpoint_parts(reference, weight.parameter, weight.expert_index)
+    }
+    total = sum(_MOST_TENSORS * most_entry_bytes(module + _LONGEST_SUFFIX, 2) for module in modules)
+    for name, tensor in distinct_tensors(reference.model).items():
+        longest = max(name, _checkpoint_name(reference, name), key=len)
+        total += most_entry_bytes(longest, tensor.ndim)
+    return -(-(total + most_entry_bytes(json.dumps(_METADATA), 0)) // 8) * 8
+
+
 def write_directory(
     reference: ReferenceModel, directory: Path, tensors: Mapping[str, Tensor], changes: Mapping[str, Any]
 ) -> None:
-    """Writes weights, configuration and tokenizer.
+    """Writes weights, configuration and tokenizer; the weights' file is as long as its bytes are counted beforehand.
 
     Args:
         reference: The model.
@@ -124,4 +158,4 @@ def write_directory(
     config.pop("quantization_config", None)
     write_text(directory / "config.json", json.dumps({**config, **changes}, indent=2, default=str) + "\n")
     reference.tokenizer.save_pretrained(directory)
-    save_file(dict(tensors), directory / CHECKPOINT_FILE, metadata={"format": "pt"})
+    write_tensors(tensors, directory / CHECKPOINT_FILE, _METADATA, header_bytes=_header_bytes(reference))

@@ -19,7 +19,7 @@ def noted(tiny_llama_dir: Path, tiny_profile: SensitivityProfile, tmp_path: Path
     return store
 
 
-@pytest.mark.parametrize("engine", ["llama.cpp", "onnxruntime"])
+@pytest.mark.parametrize("engine", ["llama.cpp", "onnxruntime", "vllm", "mlx-lm"])
 def test_what_is_noted_is_what_a_plan_of_the_model_counts(
     engine: str, noted: Store, tiny_llama_dir: Path, tiny_profile: SensitivityProfile
 ) -> None:
@@ -32,7 +32,7 @@ def test_what_is_noted_is_what_a_plan_of_the_model_counts(
 
 
 def test_an_engine_whose_file_is_not_known_beforehand_has_none(noted: Store, tiny_profile: SensitivityProfile) -> None:
-    assert noted_fixed_bytes(find_engine("mlx-lm"), tiny_profile, noted) is None
+    assert noted_fixed_bytes(find_engine("gptqmodel"), tiny_profile, noted) is None
     assert set(noted.find_note(ENGINE_FILES, tiny_profile.fingerprint) or {}) == set(ENGINES)
 
 

@@ -11,8 +11,8 @@ from allocator.budget import Budget
 from allocator.engine_rules import restrict_profile
 from allocator.problems import build_cost_tables
 from allocator.store import Store
-from runtime.engine_rules import check_legal
-from runtime.engines import ENGINES, GATE_UP, QKV, find_engine
+from runtime.engine_rules import GATE_UP, QKV, check_legal
+from runtime.engines import ENGINES, find_engine
 from runtime.loading import load_reference
 from runtime.units import find_units
 from sensitivity.experts.granularity import merge_candidates

@@ -37,6 +37,32 @@ def test_an_export_has_files_and_a_command(
     assert {target for group in groups.values() for target in group["targets"]} == quantized
 
 
+# transformers runs none of the asymmetric formats that were measured: 16 bits are left to it.
+@pytest.mark.parametrize(("engine", "bits"), [("transformers", 16.0), ("vllm", 9.0), ("mlx-lm", 6.0)])
+def test_a_budget_is_one_of_the_engines_file(
+    engine: str, bits: float, tiny_profile: SensitivityProfile, tiny_llama_dir: Path, tiny_store: Store, tmp_path: Path
+) -> None:
+    model = str(tiny_llama_dir)
+    given = {"profile": tiny_profile, "store": tiny_store, "verify": False}
+    plan = allocator.plan(model, Budget(bits_per_weight=bits), engine=engine, **given)
+    exported = allocator.export(model, plan, engine, tmp_path / "out", store=tiny_store)
+    assert exported.files["model.safetensors"] == exported.predicted_bytes == plan.memory_bytes
+    # The packed file has another length, and that one is predicted too.
+    applied = allocator.apply(model, plan, tmp_path / "packed", store=tiny_store)
+    assert applied.file_bytes == applied.predicted_bytes != plan.memory_bytes
+    evaluations = allocator.evaluate(model, plan, store=tiny_store)
+    assert all(e.memory_bytes <= plan.memory_bytes for e in evaluations if e.kind == "uniform")
+    assert next(e for e in evaluations if e.kind == "plan").memory_bytes == plan.memory_bytes
+
+
+def test_a_plan_of_a_profile_alone_predicts_no_file(
+    plan: allocator.Plan, tiny_llama_dir: Path, tiny_store: Store, tmp_path: Path
+) -> None:
+    # Nothing was known of the file's other bytes when it was made.
+    exported = allocator.export(str(tiny_llama_dir), plan, "vllm", tmp_path / "out", store=tiny_store)
+    assert exported.predicted_bytes is None
+
+
 def test_the_command_line_exports(
     tiny_profile: SensitivityProfile, tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

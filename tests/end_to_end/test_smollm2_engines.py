@@ -11,17 +11,17 @@ import openvino
 import pytest
 import torch
 from gguf import GGUFReader
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from allocator.demo_model import prepare_demo_model
 from allocator.store import Store
 from runtime.apply import simulated_formats
-from runtime.exporters import export
+from runtime.exporters import FIXED_BYTES, export
 from runtime.exporters.gguf_blocks import gguf_type
 from runtime.exporters.llama_cpp import find_name_map, list_parts, llama_cpp_fixed_bytes
 from runtime.exporters.onnx_model import onnx_fixed_bytes
+from runtime.file_bytes import weight_bytes
 from runtime.formats import find_format
 from runtime.loading import ReferenceModel, load_reference
 from runtime.units import list_weights
@@ -57,14 +57,12 @@ def greedy(reference: ReferenceModel, formats: dict[str, str]) -> tuple[Tensor, 
         return sequence[0], reference.model(sequence).logits[0]
 
 
-def stored_bytes(path: Path, parts: tuple[str, ...]) -> dict[str, int]:
-    """Returns weight name -> bytes of the tensors of a module's file that end in one of the parts."""
-    counts: dict[str, int] = {}
-    for name, tensor in load_file(path).items():
-        module, _, part = name.rpartition(".")
-        if part in parts:
-            counts[f"{module}.weight"] = counts.get(f"{module}.weight", 0) + tensor.nbytes
-    return counts
+def check_file_bytes(reference: ReferenceModel, formats: dict[str, str], directory: Path, exporter: str) -> None:
+    """Checks that a file is as long as its weights and the rest were counted before."""
+    weights = list_weights(reference.model)
+    assert len(formats) == len(weights) == 211 and len(set(formats.values())) >= 4
+    stored = sum(weight_bytes(weight, find_format(formats[name]), exporter) for name, weight in weights.items())
+    assert (directory / "model.safetensors").stat().st_size == stored + FIXED_BYTES[exporter](reference)
 
 
 def divergence(ours: Tensor, theirs: Tensor) -> float:
@@ -117,12 +115,16 @@ def test_transformers(reference: ReferenceModel, tmp_path: Path) -> None:
     sequence, ours = greedy(reference, formats)
     with torch.no_grad():
         assert torch.equal(model(sequence[None]).logits[0], ours)
-    stored = stored_bytes(tmp_path / "out" / "model.safetensors", ("weight", "weight_packed", "weight_scale"))
-    for name, weight in list_weights(reference.model).items():
+        answer = model.generate(sequence[None, :-NEW_TOKENS], max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(answer[0], sequence)
+    for name in formats:
         format_ = find_format(formats[name])
         scheme = getattr(model.get_submodule(name.removesuffix(".weight")), "quantization_scheme", None)
-        assert (None if scheme is None else scheme.weights.num_bits) == (None if format_.unquantized else format_.bits)
-        assert stored[name] == format_.storage_bytes(weight.shape)
+        assert (scheme is None) == format_.unquantized, name
+        if scheme is not None:
+            found = (scheme.weights.num_bits, scheme.weights.group_size, scheme.weights.symmetric)
+            assert found == (format_.bits, format_.group_size, format_.symmetric), name
+    check_file_bytes(reference, formats, tmp_path / "out", "compressed-tensors")
 
 
 def test_mlx_lm(reference: ReferenceModel, tmp_path: Path) -> None:
@@ -135,12 +137,11 @@ def test_mlx_lm(reference: ReferenceModel, tmp_path: Path) -> None:
     # In float16, as it would run, arithmetic differs; in float32 nothing is left but the order of sums.
     model.set_dtype(mx.float32)
     modules = dict(model.named_modules())
-    # MLX has a bias for each group beside what the format stores.
-    stored = stored_bytes(tmp_path / "out" / "model.safetensors", ("weight", "scales"))
-    for name, weight in list_weights(reference.model).items():
+    for name in formats:
         format_, module = find_format(formats[name]), modules[name.removesuffix(".weight")]
-        assert getattr(module, "bits", None) == (None if format_.unquantized else format_.bits)
-        assert stored[name] == format_.storage_bytes(weight.shape)
+        expected = (None, None) if format_.unquantized else (format_.bits, format_.group_size)
+        assert (getattr(module, "bits", None), getattr(module, "group_size", None)) == expected, name
+    check_file_bytes(reference, formats, tmp_path / "out", "mlx-lm")
     sequence, ours = greedy(reference, formats)
     theirs = torch.from_numpy(np.array(model(mx.array(sequence[None].numpy())).astype(mx.float32))[0])
     assert divergence(ours, theirs) < 1e-6

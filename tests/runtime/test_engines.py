@@ -112,6 +112,22 @@ def test_an_illegal_plan_is_refused() -> None:
         check_legal(vllm, units, formats)
 
 
+def test_types_that_need_an_importance_matrix_are_none_of_llama_cpps() -> None:
+    # llama-quantize stops at them without one; a plan can be quantized there with and without.
+    needing = re.compile(r"iq1_[sm]|iq2_(xxs|xs|s)|iq3_xxs")
+    llama_cpp = find_engine("llama.cpp")
+    assert not [name for name in FORMATS if needing.fullmatch(name) and "llama.cpp" in engines_of(find_format(name))]
+    assert not [name for name in (*llama_cpp.menu, *llama_cpp.instead.values()) if needing.fullmatch(name)]
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_widths_that_change_the_whole_checkpoint_are_refused(bits: int) -> None:
+    # GPTQModel writes every layer in another packing as soon as one has such a width, and no one else reads that.
+    unit = next(u for u in find_units(build_tiny_llama()) if u.role == "q_proj")
+    assert find_engine("gptqmodel").refusal(unit, find_format(f"int{bits}_g64_sym")) is not None
+    assert find_engine("auto-round").refusal(unit, find_format(f"int{bits}_g64_sym")) is not None
+
+
 def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got 'onnx'\. Known engines: llama.cpp, transformers, vllm"):
         find_engine("onnx")

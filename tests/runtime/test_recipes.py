@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,10 @@ FILES = {
     "gptqmodel": "quantize_config.json",
     "auto-round": "layer_config.json",
     "compressed-tensors": "config.json",
+    "mlx-lm": "config.json",
+    "torchao": "torchao.json",
+    "modelopt": "hf_quant_config.json",
+    "gguf": "model.gguf",
 }
 
 
@@ -113,6 +118,62 @@ def test_auto_round_configurations_have_a_base(reference: ReferenceModel, tmp_pa
     assert formats["lm_head.weight"] == formats["model.embed_tokens.weight"] == "bf16"
 
 
+def test_mlx_gives_the_default_to_what_is_not_named(reference: ReferenceModel, tmp_path: Path) -> None:
+    settings = {"group_size": 128, "bits": 4, "mode": "affine", "model.layers.0.mlp.down_proj": {"bits": 8}}
+    settings["model.layers.1.mlp.down_proj"] = False
+    settings["lm_head"] = {"group_size": 32, "bits": 6}
+    formats = read(json.dumps({"model_type": "llama", "quantization": settings}), reference, tmp_path)
+    assert formats["model.layers.0.mlp.down_proj.weight"] == "int8_g128"
+    assert formats["model.layers.1.mlp.down_proj.weight"] == "bf16"
+    assert formats["lm_head.weight"] == "int6_g32"
+    # Rows of 64 are no multiple of the default group.
+    assert formats["model.layers.0.mlp.up_proj.weight"] == formats["model.embed_tokens.weight"] == "bf16"
+
+
+def torchao(**modules: dict[str, Any] | None) -> str:
+    return json.dumps({"_type": "FqnToConfig", "_version": 1, "_data": {"fqn_to_config": modules}})
+
+
+def rounded(bits: int, group_size: int) -> dict[str, Any]:
+    data = {
+        "weight_dtype": {"_type": "torch.dtype", "_data": f"int{bits}"},
+        "granularity": {"_type": "PerGroup", "_data": {"group_size": group_size}},
+    }
+    return {"_type": "IntxWeightOnlyConfig", "_data": data}
+
+
+def test_torchao_prefers_names_to_patterns_to_the_default(reference: ReferenceModel, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.down_proj"
+    modules = {"_default": rounded(4, 64), "re:.*down_proj": rounded(3, 32), name: rounded(8, 64), "lm_head": None}
+    formats = read(torchao(**modules), reference, tmp_path)
+    assert formats[f"{name}.weight"] == "int8_g64_sym"
+    assert formats["model.layers.1.mlp.down_proj.weight"] == "int3_g32_sym"
+    assert formats["model.layers.1.mlp.up_proj.weight"] == "int4_g64_sym"
+    assert formats["lm_head.weight"] == formats["model.embed_tokens.weight"] == "bf16"
+    saved = {
+        "quantization_config": {"quant_method": "torchao", "quant_type": {"default": json.loads(torchao(**modules))}}
+    }
+    assert read(json.dumps(saved), reference, tmp_path) == formats
+
+
+def test_modelopt_is_read_in_both_of_its_shapes(reference: ReferenceModel, tmp_path: Path) -> None:
+    layers = {"model.layers.0.mlp.down_proj": {"quant_algo": "W4A16_NVFP4", "group_size": 16}}
+    nested = json.dumps({"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}})
+    flat = json.dumps({"quantization_config": {"quant_method": "modelopt", "quantized_layers": layers}})
+    formats = read(nested, reference, tmp_path)
+    assert [name for name, found in formats.items() if found == "nvfp4"] == ["model.layers.0.mlp.down_proj.weight"]
+    assert read(flat, reference, tmp_path) == formats
+
+
+def test_a_file_of_another_model_is_refused(
+    reference: ReferenceModel, tiny_tied_llama_dir: Path, tmp_path: Path
+) -> None:
+    tied = load_reference(str(tiny_tied_llama_dir))
+    export(tied, dict.fromkeys(list_weights(tied.model), "q4_0"), tmp_path / "out", exporter="llama.cpp")
+    with pytest.raises(ValueError, match=r"among the formats: got none for 'lm_head\.weight' in '.*model.gguf'"):
+        read_recipe(tmp_path / "out" / "model.gguf", list_weights(reference.model), reference.model.config)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -122,7 +183,7 @@ def test_auto_round_configurations_have_a_base(reference: ReferenceModel, tmp_pa
         ("weight", "got 'weight'"),
         ("(weight=q4_0", r"got '\(weight=q4_0'"),
         ("[]", "a JSON recipe must be an object: got list"),
-        ('{"bits": 4}', r"must be one of compressed-tensors, gptqmodel, auto-round: got .* with the keys \['bits'\]"),
+        ('{"bits": 4}', r"must be one of compressed-tensors, .*gptqmodel, auto-round: got .* with the keys \['bits'\]"),
         (
             compressed((["re:.*self_attn.*"], 4), (["re:.*layers\\.1\\.self_attn.*"], 8)),
             r"one group: got int4_g64_sym, int8_g64_sym for 'model\.layers\.1\.self_attn\.q_proj', where vLLM",
@@ -130,6 +191,22 @@ def test_auto_round_configurations_have_a_base(reference: ReferenceModel, tmp_pa
         (
             '{"model.layers.0.mlp.up_proj": {"bits": 4}}',
             "must name every layer: got none for 'model.layers.0.self_attn",
+        ),
+        (
+            '{"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}',
+            "must be affine: got mode='mxfp4' for 'model.embed_tokens.weight'",
+        ),
+        (
+            torchao(**{"re:.*proj": rounded(4, 64), "re:.*down_proj": rounded(8, 64)}),
+            "patterns of one format: got int4_g64_sym, int8_g64_sym for 'model.layers.0.mlp.down_proj'",
+        ),
+        (
+            torchao(lm_head={"_type": "Float8WeightOnlyConfig", "_data": {}}),
+            "must round weights to integers: got Float8WeightOnlyConfig for 'lm_head.weight'",
+        ),
+        (
+            '{"quantization": {"quantized_layers": {"lm_head": {"quant_algo": "FP8"}}}}',
+            "must store weights as W4A16_NVFP4, MXFP8: got 'FP8' for 'lm_head.weight'",
         ),
         (
             '{"quant_method": "gptq", "bits": 4, "group_size": 48}',

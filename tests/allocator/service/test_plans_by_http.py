@@ -194,11 +194,12 @@ def test_what_the_profile_cannot_answer_is_refused(
 
 
 def test_an_engine_states_what_its_rules_cost(
-    running: RunningService, profile_id: str, tiny_profile: SensitivityProfile
+    running: RunningService, profile_id: str, tiny_profile: SensitivityProfile, tiny_llama_dir: Path
 ) -> None:
     body = {"profile_id": profile_id, "budget": {"bits_per_weight": 9}, "engine": "mlx-lm"}
     plan = running.post("/plans", body).json()
-    expected = allocator.plan(tiny_profile, Budget(bits_per_weight=9), verify=False, engine="mlx-lm")
+    budget = Budget(bits_per_weight=9)
+    expected = allocator.plan(str(tiny_llama_dir), budget, verify=False, profile=tiny_profile, engine="mlx-lm")
     assert expected.rules is not None
     assert plan["choice"] == {unit.unit: unit.format for unit in expected.units}
     assert plan["engine_price"]["unrestricted_loss"] == pytest.approx(expected.rules.unrestricted_kl)

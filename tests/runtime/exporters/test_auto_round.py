@@ -1,7 +1,7 @@
 """AutoRound reads the plan, quantizes by it, and its own configuration is read back as the plan.
 
-Runs where AutoRound is installed: pip install --no-deps auto-round==0.16.1 && pip install py-cpuinfo datasets. It is
-not among the tests' packages, because it asks for a build of torch of its own.
+Runs where AutoRound is installed (make engines). It is not among the tests' packages, because it asks for a build of
+torch of its own.
 """
 
 import json
@@ -16,7 +16,7 @@ from runtime.loading import load_reference
 from runtime.recipes import read_recipe
 from runtime.units import list_weights
 
-pytest.importorskip("auto_round", reason="pip install --no-deps auto-round==0.16.1; pip install py-cpuinfo datasets")
+pytest.importorskip("auto_round", reason="make engines runs this with AutoRound")
 
 MENU = ("int4_g64_sym", "int8_g32_sym", "int2_g32_sym", "bf16", "int3_g64_sym")
 

@@ -5,6 +5,7 @@ benchmarks/llama_cpp_tools.py.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 from gguf import GGUFReader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from runtime.engines import find_engine
 from runtime.exporters import export
 from runtime.loading import ReferenceModel, load_reference
 from runtime.units import list_weights
@@ -74,3 +76,25 @@ def test_it_makes_the_planned_types_under_a_quantized_base_type(tmp_path: Path) 
         # Under the base type F16 the list is ignored without a word, as the engine's notes say.
         assert (theirs == ours) == kept
         assert "falling back" not in text
+
+
+def test_what_it_stores_where_rows_do_not_divide_is_what_the_rules_say(tmp_path: Path) -> None:
+    # Rows of 96. The rules refuse such pairs before the solve, so that no plan of ours asks for them.
+    config = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    reference = load_reference(str(save_model(LlamaForCausalLM(config).eval(), tmp_path / "model")))
+    llama_cpp = find_engine("llama.cpp")
+    names = [f"blk.0.{part}.weight" for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up")]
+    asked = dict(zip(names, llama_cpp.instead, strict=True))
+    lines = [f"^{re.escape(name)}$={type_name}\n" for name, type_name in asked.items()]
+    (tmp_path / "types.txt").write_text("".join([*lines, "weight=q8_0\n"]))
+    quantize(reference, tmp_path / "out.gguf", "Q8_0", "--tensor-type-file", str(tmp_path / "types.txt"))
+    found = {t.name: t.tensor_type.name.lower() for t in GGUFReader(tmp_path / "out.gguf").tensors}
+    assert {name: found[name] for name in names} == {name: llama_cpp.instead[t] for name, t in asked.items()}

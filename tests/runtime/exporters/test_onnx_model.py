@@ -4,8 +4,6 @@ Both compute in float32 (OpenVINO where it is told not to round inputs to 8 bits
 by the order of sums alone: some 1e-6 of logits near 3.
 """
 
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,6 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from runtime.apply import simulated_formats
-from runtime.engines import find_engine
 from runtime.exporters import export
 from runtime.exporters.onnx_model import onnx_fixed_bytes
 from runtime.formats import find_format
@@ -146,15 +143,6 @@ def test_openvino_runs_the_same_graph(name: str, tmp_path: Path) -> None:
 def model_constants(path: Path) -> list[Any]:
     """Returns the constants of a graph as OpenVINO reads it."""
     return [node for node in openvino.Core().read_model(path).get_ops() if node.get_type_name() == "Constant"]
-
-
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_the_printed_command_runs(engine: str, tmp_path: Path) -> None:
-    reference = load_reference(str(save_model(build_tiny_llama(), tmp_path / "model")))
-    export(reference, mix(reference, "bf16"), tmp_path / "out", exporter="onnx")
-    command = shlex.split(find_engine(engine).command.format(out=tmp_path / "out", model="unused"))
-    done = subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True, text=True)
-    assert done.stdout.strip()
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

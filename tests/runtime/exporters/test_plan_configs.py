@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import BitsAndBytesConfig
 
 from runtime.engines import find_engine
 from runtime.exporters import export
@@ -24,6 +25,17 @@ def test_auto_round_names_every_layer_in_full(tiny_llama_dir: Path, tmp_path: Pa
     assert layers["lm_head"] == {"bits": 4, "group_size": 64, "sym": True, "data_type": "int"}
 
 
+def test_torchao_names_every_module_in_full(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    # Saving sorts the keys: the first of two patterns that match, or a default, could become another one.
+    reference = load_reference(str(tiny_llama_dir))
+    names = list(list_weights(reference.model))
+    formats = {**dict.fromkeys(names, "int4_g64_sym"), names[0]: "bf16", names[1]: "int8_channel", names[2]: "bf16"}
+    export(reference, formats, tmp_path / "out", exporter="torchao")
+    modules = json.loads((tmp_path / "out" / "torchao.json").read_text())["_data"]["fqn_to_config"]
+    assert list(modules) == [name.removesuffix(".weight") for name in names[1:]]
+    assert [name for name, config in modules.items() if config is None] == [names[2].removesuffix(".weight")]
+
+
 def test_hqq_knows_types_of_weights_alone(tiny_llama_dir: Path, tmp_path: Path) -> None:
     reference = load_reference(str(tiny_llama_dir))
     hqq = find_engine("hqq")
@@ -40,6 +52,19 @@ def test_hqq_knows_types_of_weights_alone(tiny_llama_dir: Path, tmp_path: Path) 
     formats["model.layers.1.self_attn.q_proj.weight"] = "int2_g32"
     with pytest.raises(ValueError, match="one format for HQQ: got int4_g64 and int2_g32 for 'self_attn.q_proj'"):
         export(reference, formats, tmp_path / "out", exporter="hqq")
+
+
+def test_bitsandbytes_skips_what_stays_unquantized(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    reference = load_reference(str(tiny_llama_dir))
+    weights = list_weights(reference.model)
+    kept = "model.layers.1.mlp.up_proj"
+    formats = {n: "int8_channel_sym" if w.kind == "linear" else "bf16" for n, w in weights.items()}
+    export(reference, {**formats, f"{kept}.weight": "bf16"}, tmp_path / "out", exporter="bitsandbytes")
+    config = BitsAndBytesConfig(**json.loads((tmp_path / "out" / "bitsandbytes_config.json").read_text()))
+    assert config.quantization_method() == "llm_int8"
+    assert config.llm_int8_skip_modules == ["model.embed_tokens", kept, "lm_head"]
+    # No column is multiplied unquantized because its numbers are large.
+    assert config.llm_int8_threshold == 0.0
 
 
 def test_modelopt_names_every_layer_once(tiny_llama_dir: Path, tmp_path: Path) -> None:

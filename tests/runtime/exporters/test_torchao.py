@@ -1,7 +1,7 @@
 """torchao reads the plan and quantizes by it, module by module.
 
-Runs where torchao is installed. It is not among the tests' packages: where it is, transformers imports it with every
-model, it writes warnings to stderr, and its memory hides that of what is measured.
+Runs where torchao is installed (make engines). It is not among the tests' packages: where it is, transformers imports
+it with every model, it writes warnings to stderr, and its memory hides that of what is measured.
 """
 
 import json
@@ -16,7 +16,7 @@ from runtime.formats import find_format
 from runtime.loading import load_reference
 from runtime.units import list_weights
 
-pytest.importorskip("torchao", reason="pip install torchao==0.18.0 to run this test")
+pytest.importorskip("torchao", reason="make engines runs this with torchao")
 
 MENU = ("int2_g64_sym", "int3_channel", "int4_g32_sym", "int5_g64", "int6_g64_sym", "int8_channel_sym", "bf16")
 

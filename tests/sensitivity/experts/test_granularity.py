@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from runtime.candidates import list_candidates
-from runtime.engine_rules import Engine, FormatRule
-from runtime.engines import GATE_UP, QKV
+from runtime.engine_rules import GATE_UP, QKV, Engine, FormatRule
 from runtime.units import EXPERT_GRANULARITIES, find_units
 from sensitivity.criteria.output_error import measure_output_error
 from sensitivity.experts.granularity import list_granularities, merge_candidates
