@@ -109,6 +109,7 @@ def measure(model: str, low_memory: bool, out: Path | None, as_json: bool, **opt
 )
 @click.option("--profile", type=click.Path(path_type=Path), help="Profile directory; default: the model's latest.")
 @click.option("--engine", help="Keep the rules of an engine ('bitplan engines' lists them), and say what they cost.")
+@click.option("--device", help="Model the latency of this device instead of measuring here ('bitplan devices').")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the plan to this file.")
 @json_option
 @printed
@@ -121,6 +122,7 @@ def plan(
     evolve: int,
     profile: Path | None,
     engine: str | None,
+    device: str | None,
     out: Path | None,
     as_json: bool,
     **budget: Any,
@@ -137,7 +139,7 @@ def plan(
         msg = "refinement and evolution measure: got --refine or --evolve with --no-verify. Leave one of them out."
         raise click.UsageError(msg)
     options = {"verify": verify, "metric": metric, "refine": refine, "evolve": evolve, "engine": engine}
-    made = with_progress(run, _open(model, low_memory), asked, **options, profile=_load_profile(profile))
+    made = with_progress(run, _open(model, low_memory), asked, **options, device=device, profile=_load_profile(profile))
     if out is not None:
         save_plan(made, out)
     return render(made.to_dict(), as_json, lambda _: plan_text(made))

@@ -1,11 +1,11 @@
-"""The commands of ``bitplan`` beside the main way: formats, the store, prefix tokens."""
+"""The commands of ``bitplan`` beside the main way: formats, devices, the store, prefix tokens."""
 
 from pathlib import Path
 
 import click
 
 from allocator.cli_options import json_option, plan_option, printed, with_progress
-from allocator.cli_output import formats_text, render, table
+from allocator.cli_output import devices_text, formats_text, render, table
 
 
 @click.command()
@@ -60,4 +60,14 @@ def formats(model: str | None, formats: str | None, weight: str | None, quantize
     return render({"formats": found}, as_json, lambda document: formats_text(document["formats"]))
 
 
-FURTHER_COMMANDS = (formats, store, prefix)
+@click.command()
+@json_option
+@printed
+def devices(as_json: bool) -> str:
+    """List the devices whose latency 'plan --device' models, with the figures and where these are from."""
+    from runtime.device_models import describe_devices
+
+    return render({"devices": describe_devices()}, as_json, devices_text)
+
+
+FURTHER_COMMANDS = (formats, devices, store, prefix)

@@ -102,6 +102,7 @@ def plan_text(made: "Plan") -> str:
         f"{made.bits_per_weight:.3f} bits per weight (reference {made.reference_memory_bytes / 2**20:.1f} MiB)",
         f"predicted KL {made.predicted_kl:.4g}{error} nats per token, relative gap to the best possible {gap} "
         f"({made.termination}, {made.solve_s * 1e3:.1f} ms)",
+        *([made.latency_text] if made.latency_text else []),
         *([] if made.cache is None else [_cache_text(made)]),
         *([] if made.activations is None else [made.activations.describe()]),
         "formats: " + ", ".join(f"{name} x {count}" for name, count in counts.most_common()),
@@ -125,6 +126,12 @@ def _cache_text(made: "Plan") -> str:
         f"weights {made.file_bytes / 2**20:.2f} MiB, cache {made.cache.memory_bytes / 2**20:.2f} MiB "
         f"({made.cache.context} tokens, batch {made.cache.batch}): {formats}"
     )
+
+
+def devices_text(document: dict[str, Any]) -> str:
+    """Returns the table of devices, and below it where its figures are from."""
+    rows = [{name: value for name, value in row.items() if name != "source"} for row in document["devices"]]
+    return "\n".join([table(rows), "", *(f"{row['name']}: {row['source']}" for row in document["devices"])])
 
 
 def engines_text(document: dict[str, Any]) -> str:

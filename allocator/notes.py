@@ -31,6 +31,7 @@ def list_notes(profile: SensitivityProfile, plan: Plan, evaluations: Sequence[Ev
         [
             *_transform_notes(plan),
             *_cache_notes(plan),
+            *([f"Latency: {plan.latency_text}."] if plan.latency_text else []),
             *([f"{plan.activations.describe().capitalize()}."] if plan.activations else []),
             *_prediction_notes(profile, plan, shipped),
             *_stability_notes(profile),

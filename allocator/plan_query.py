@@ -1,5 +1,6 @@
 """The verb plan: from a model or its profile and a budget to the best plan, predicted or measured."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +18,9 @@ from allocator.problems import build_cost_tables
 from allocator.progress import Progress, silent
 from allocator.refinement import Refinement
 from allocator.store import Store
-from allocator.timings import find_latency
+from allocator.timings import describe_latency, find_latency, find_modelled_latency
+from runtime.costs import CostTable
+from runtime.device_models import find_device_model
 from runtime.engine_rules import Engine
 from runtime.engines import find_engine
 from sensitivity.activation_losses import join_activations
@@ -35,6 +38,7 @@ def plan(
     evolve: int = 0,
     profile: SensitivityProfile | None = None,
     engine: str | None = None,
+    device: str | None = None,
     store: Store | None = None,
     progress: Progress = silent,
 ) -> Plan:
@@ -56,6 +60,7 @@ def plan(
         evolve: The most passes of evolution, after refinement where both are asked for; they need ``verify``.
         profile: Profile to use instead of the model's latest.
         engine: Name in ``ENGINES``; the plan then keeps its rules, and says what they cost.
+        device: Name in ``DEVICE_MODELS`` whose modelled latency is limited; None for the device at hand, measured.
         store: Where profiles and scores are kept.
         progress: Called with (stage, done, total).
 
@@ -64,10 +69,11 @@ def plan(
         ArtefactMismatch: If the profile was measured on another model.
         ValueError: If the metric is not in the profile, refinement or evolution is asked for that cannot be, the
             budget has a context and the profile nothing of caches, the engine is unknown, or it runs none of the
-            measured formats in some unit.
+            measured formats in some unit, or the device is unknown, or nothing limits its latency.
     """
     target = None if engine is None else find_engine(engine)
     _check_request(target, budget, verify=verify, refine=refine, evolve=evolve)
+    _check_device(device, budget)
     store = store or Store()
     model = model if isinstance(model, SensitivityProfile) else open_model(model)
     if refine and isinstance(model, Model) and model.low_memory:
@@ -76,7 +82,7 @@ def plan(
     whole = _profile_to_plan(model, profile, budget, target, store, progress)
 
     def optimum(of: SensitivityProfile) -> Optimum:
-        latency = find_latency(of, store, progress) if LATENCY in budget.limits else None
+        latency = _find_latency(of, budget, device, store, progress) if LATENCY in budget.limits else None
         tables = build_cost_tables(of, latency, batch_tokens=budget.batch)
         found = find_assignment(of, budget, tables, metric=metric or default_metric(whole), draft=not verify)
         return Optimum(profile=of, tables=tables, assignment=found)
@@ -84,7 +90,7 @@ def plan(
     best = optimum(whole if target is None else restrict_profile(whole, target))
     rules = None if target is None else price_rules(target, kept=best, free=optimum(whole))
     if not verify:
-        made = make_plan(best.profile, best.assignment, budget, best.tables, provenance())
+        made = make_plan(best.profile, best.assignment, budget, best.tables, _describe_origin(best.tables))
         return replace(made, rules=rules)
     load_model = partial(model_to_measure, model, whole, store)
     shared = {"store": store, "progress": progress, "load_model": load_model}
@@ -103,7 +109,31 @@ def _find_best_measured(
     if evolve:
         improvements.append(Evolution(**shared, passes=evolve).run)
     rivals = list_rivals(best.profile, budget, best.tables, best.assignment, only_metric=only_metric)
-    return Competition(**shared, provenance=provenance()).run(best.assignment, rivals, improvements)
+    return Competition(**shared, provenance=_describe_origin(best.tables)).run(best.assignment, rivals, improvements)
+
+
+def _find_latency(
+    profile: SensitivityProfile, budget: Budget, device: str | None, store: Store, progress: Progress
+) -> CostTable:
+    if device is None:
+        return find_latency(profile, store, progress)
+    return find_modelled_latency(profile, device, batch_tokens=budget.batch)
+
+
+def _describe_origin(tables: Mapping[str, CostTable]) -> dict[str, str]:
+    return {**provenance(), **describe_latency(tables)}
+
+
+def _check_device(device: str | None, budget: Budget) -> None:
+    if device is None:
+        return
+    find_device_model(device)
+    if LATENCY not in budget.limits:
+        msg = (
+            f"a device is what a latency is limited on: got device='{device}' and no limit on {LATENCY}. Add one, such "
+            f"as --limit {LATENCY}=900, or leave the device out."
+        )
+        raise ValueError(msg)
 
 
 def _check_request(target: Engine | None, budget: Budget, *, verify: bool, refine: int, evolve: int) -> None:

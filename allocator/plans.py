@@ -234,6 +234,14 @@ class Plan:
         return self.objective == self.use["memory_bytes"]
 
     @property
+    def latency_text(self) -> str | None:
+        """What a decode step takes, measured or modelled, and where; None where no latency was limited."""
+        if "latency" not in self.provenance:
+            return None
+        use, limit = self.use["latency_us"], self.limits["latency_us"]
+        return f"a decode step takes {use:.4g} us of {limit:.4g} us allowed, {self.provenance['latency']}"
+
+    @property
     def shipped(self) -> Evaluation | None:
         """The measurement of what ships, or None before verification."""
         return next((e for e in self.evaluations if e.shipped), None)

@@ -1,16 +1,19 @@
-"""Latency of every candidate on the device at hand, measured once and kept: a second query answers from the store."""
+"""Latency of every candidate: on the device at hand, measured once and kept, or modelled for one that is not."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from allocator.budget import LATENCY
 from allocator.progress import Progress
 from allocator.store import TIMED, Store
 from runtime.costs import CostTable
+from runtime.device_models import find_device_model
 from runtime.latency import device_name, measure_latency
+from runtime.modelled_latency import model_latency
 from sensitivity.profile import SensitivityProfile, fingerprint_of
 
 # Raised whenever the same candidates on the same device would be timed in another way.
-TIMING_VERSION = 2
+TIMING_VERSION = 3
 
 
 def find_latency(profile: SensitivityProfile, store: Store, progress: Progress) -> CostTable:
@@ -53,6 +56,34 @@ def _read_table(profile: SensitivityProfile, store: Store, device: str) -> CostT
     if kept is None:
         return None
     return CostTable(resource=LATENCY, cost=kept, fixed=0.0, unit_of_measure="us", source="measured", device=device)
+
+
+def find_modelled_latency(profile: SensitivityProfile, device: str, *, batch_tokens: int = 1) -> CostTable:
+    """Returns the latency table of a profile's candidates on a device that need not be at hand.
+
+    Args:
+        profile: The profile.
+        device: Name in ``DEVICE_MODELS``.
+        batch_tokens: Sequences decoded together.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    return model_latency(
+        profile.candidates,
+        find_device_model(device),
+        profile.fixed_bytes,
+        expert_share=profile.expert_share,
+        expert_frequency=_frequency(profile),
+        batch_tokens=batch_tokens,
+    )
+
+
+def describe_latency(tables: Mapping[str, CostTable]) -> dict[str, str]:
+    """Returns the entry ``latency`` of a plan's provenance: whether measured or modelled, and for what device."""
+    if LATENCY not in tables:
+        return {}
+    return {"latency": f"{tables[LATENCY].source} for {tables[LATENCY].device}"}
 
 
 def _frequency(profile: SensitivityProfile) -> dict[tuple[int, int], float] | None:

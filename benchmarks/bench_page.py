@@ -10,6 +10,7 @@ in which the plan, its heat map, its bars and its chart were drawn. Needs chromi
 
 import argparse
 import json
+import os
 import re
 import shutil
 import statistics
@@ -118,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--screenshot", type=Path, help="where to keep a picture of the page")
     arguments = parser.parse_args()
+    other_work = os.getloadavg()[0]
     root = Store().root
     model = prepare_demo_model(root)
     chromium = shutil.which("chromium")
@@ -137,7 +139,8 @@ def main() -> None:
     text = (
         "# The page: from a move of the budget to its plan on the screen\n\n"
         f"SmolLM2-135M, 211 units × 7 formats; server, worker and browser on one machine: {describe_machine()}.\n"
-        f"The pointer moves every {EVERY_MS} ms. Written by `benchmarks/bench_page.py`.\n\n{header}\n{row}\n"
+        f"The pointer moves every {EVERY_MS} ms. Load average of other work before it began: {other_work:.0f}. "
+        f"Written by `benchmarks/bench_page.py`.\n\n{header}\n{row}\n"
     )
     (Path(__file__).parent / "page.md").write_text(text, encoding="utf-8")
 

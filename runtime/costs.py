@@ -77,7 +77,7 @@ def memory_cost(
     """
     return CostTable(
         resource="memory_bytes",
-        cost=_fill(candidates, partial(unit_bytes, load=load, exporter=exporter)),
+        cost=fill_costs(candidates, partial(unit_bytes, load=load, exporter=exporter)),
         fixed=float(fixed_bytes),
         unit_of_measure="bytes",
         source="exact",
@@ -114,14 +114,14 @@ def read_cost(
         if unit.cache_shape is not None:
             return unit_bytes(unit, format_, load)
         return sum(
-            _read_share(weight, visit_share(unit, weight, expert_share, expert_frequency), batch_tokens)
+            read_share(weight, visit_share(unit, weight, expert_share, expert_frequency), batch_tokens)
             * format_.storage_bytes(weight.shape)
             for weight in unit.weights
         )
 
     return CostTable(
         resource="read_bytes",
-        cost=_fill(candidates, read_bytes),
+        cost=fill_costs(candidates, read_bytes),
         fixed=float(fixed_bytes),
         unit_of_measure="bytes",
         source="modelled",
@@ -157,7 +157,14 @@ def visit_share(
     return frequency
 
 
-def _read_share(weight: Weight, frequency: float, batch_tokens: int) -> float:
+def read_share(weight: Weight, frequency: float, batch_tokens: int) -> float:
+    """Returns the share of a weight's bytes that one step of ``batch_tokens`` tokens reads, in expectation.
+
+    Args:
+        weight: The weight.
+        frequency: Share of tokens that it multiplies (``visit_share``).
+        batch_tokens: Sequences decoded together.
+    """
     if weight.kind == "expert":
         # No power where none is needed: at one token the share is the frequency to the last bit.
         return frequency if batch_tokens == 1 else 1.0 - (1.0 - frequency) ** batch_tokens
@@ -166,7 +173,8 @@ def _read_share(weight: Weight, frequency: float, batch_tokens: int) -> float:
     return 1.0
 
 
-def _fill(candidates: Candidates, price: Callable[[Unit, Format], float]) -> NDArray[np.float64]:
+def fill_costs(candidates: Candidates, price: Callable[[Unit, Format], float]) -> NDArray[np.float64]:
+    """Returns the price of every allowed pair of unit and format, [U, F]; NaN for the others."""
     cost = np.full(candidates.allowed.shape, np.nan)
     for u, f in zip(*np.nonzero(candidates.allowed), strict=True):
         cost[u, f] = price(candidates.units[u], candidates.formats[f])

@@ -23,10 +23,16 @@ class Element:
     Args:
         bits: Code width.
         values: Value of each code [2^bits]; infinities and NaN are never rounded to.
+        exponent_bits: E; 0 for integers.
+        mantissa_bits: M; bits after the point of integers.
+        bias: b; 0 for integers.
     """
 
     bits: int
     values: tuple[float, ...]
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int = 0
 
     @property
     def largest(self) -> float:
@@ -55,13 +61,22 @@ def make_float(exponent_bits: int, mantissa_bits: int, bias: int, special: str =
         return sign * math.ldexp(whole, max(exponent, 1) - bias - mantissa_bits)
 
     bits = 1 + exponent_bits + mantissa_bits
-    return Element(bits=bits, values=tuple(map(value, range(1 << bits))))
+    return Element(
+        bits=bits,
+        values=tuple(map(value, range(1 << bits))),
+        exponent_bits=exponent_bits,
+        mantissa_bits=mantissa_bits,
+        bias=bias,
+    )
 
 
 def _make_integer(bits: int, fraction_bits: int) -> Element:
     half = 1 << (bits - 1)
     return Element(
-        bits=bits, values=tuple(math.ldexp((code ^ half) - half, -fraction_bits) for code in range(1 << bits))
+        bits=bits,
+        values=tuple(math.ldexp((code ^ half) - half, -fraction_bits) for code in range(1 << bits)),
+        exponent_bits=0,
+        mantissa_bits=fraction_bits,
     )
 
 

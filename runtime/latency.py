@@ -1,30 +1,38 @@
-"""Latency tables: microseconds of one decode step, measured on the device at hand.
+"""Latency tables: microseconds of the weights in one decode step, measured on the device at hand.
 
-Every distinct (shape, format) is timed once through the module that will run it (``QuantizedLinear``, one token),
-after a warm-up, as the median over copies that lie in different memory, so that the weights come from DRAM as they
-do when a whole model runs. An embedding costs its one row, an expert its share of the tokens.
+Every distinct (shape, format) is timed once, one token, after a warm-up, as the median over copies that lie in
+different memory, so that the weights come from DRAM as they do when a whole model runs, and in large pages as they do
+there. What the CPU kernels compute is timed in calls of many products each, as a compiled decoder makes them; the rest
+through the module that will run it. An embedding costs its one row, an expert its share of the tokens. What a step does
+besides its weights (attention, norms, the way in and out) is the same for every plan and not in the table.
 """
 
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from runtime.candidates import Candidates
 from runtime.costs import CostTable, visit_share
 from runtime.formats import Format
-from runtime.kernels.dispatch import selected_kernels
+from runtime.kernels.cpu import Product
+from runtime.kernels.dispatch import find_matrix, has_kernel, selected_kernels
 from runtime.packed import PackedWeight, QuantizedEmbedding, QuantizedLinear
 from runtime.units import Unit, Weight
+from runtime.weight_memory import gather_weights_
 
 # More than the last cache of common processors, so that a copy is gone from it when its turn comes again.
 _COLD_BYTES = 64 << 20
 _MOST_COPIES = 512
 _LEAST_SAMPLES = 24
+# Products of one timed call: many enough that the call itself is nothing, few enough to be over soon.
+_CALL_BYTES = 4 << 20
 
 Key = tuple[tuple[int, int], str, bool]
 
@@ -99,19 +107,40 @@ def _key(weight: Weight, format_: Format) -> Key:
 def _time_us(shape: tuple[int, int], format_: Format, *, reads_rows: bool) -> float:
     copies = max(2, min(_MOST_COPIES, _COLD_BYTES // format_.storage_bytes(shape)))
     modules = [_module(shape, format_, reads_rows) for _ in range(copies)]
-    x = torch.zeros(1, 1, dtype=torch.int64) if reads_rows else torch.ones(1, 1, shape[1])
-    seconds = []
+    gather_weights_(nn.ModuleList(modules))
+    products_of_call = max(1, min(copies // 2, _CALL_BYTES // format_.storage_bytes(shape)))
     with torch.no_grad():
-        modules[0](x)
-        for _ in range(-(-_LEAST_SAMPLES // copies)):
-            for module in modules:
-                start = time.perf_counter()
-                module(x)
-                seconds.append(time.perf_counter() - start)
+        calls = None if reads_rows else _list_calls(modules, shape[1], products_of_call)
+        if calls is not None:
+            return _median_us(calls) / products_of_call
+        x = torch.zeros(1, 1, dtype=torch.int64) if reads_rows else torch.ones(1, 1, shape[1])
+        return _median_us([partial(module, x) for module in modules])
+
+
+def _list_calls(modules: list[nn.Module], columns: int, products_of_call: int) -> list[Callable[[], object]] | None:
+    """Returns calls of the CPU kernels, each over as many of the modules; None where they do not compute these."""
+    kernels = selected_kernels()
+    weights = [module.weight for module in modules]
+    if kernels is None or not all(isinstance(w, PackedWeight) and has_kernel(w.format) for w in weights):
+        return None
+    matrices = [find_matrix(weight, torch.device("cpu")) for weight in weights if isinstance(weight, PackedWeight)]
+    products = [Product(torch.ones(1, columns), matrix) for matrix in matrices if matrix is not None]
+    starts = range(0, len(products) - products_of_call + 1, products_of_call)
+    return [kernels.prepare(products[start : start + products_of_call])[1] for start in starts]
+
+
+def _median_us(calls: Sequence[Callable[[], object]]) -> float:
+    calls[0]()
+    seconds = []
+    for _ in range(-(-_LEAST_SAMPLES // len(calls))):
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
     return statistics.median(seconds) * 1e6
 
 
-def _module(shape: tuple[int, int], format_: Format, reads_rows: bool) -> torch.nn.Module:
+def _module(shape: tuple[int, int], format_: Format, reads_rows: bool) -> nn.Module:
     weight = PackedWeight(format_, shape)
     # Zeros, not empty memory: pages must be there before they are timed.
     for name, buffer in list(weight.named_buffers()):

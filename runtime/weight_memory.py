@@ -32,7 +32,7 @@ def gather_weights_(model: nn.Module) -> bool:
     size = sum(_room_bytes(tensor) for _, _, tensor in tensors)
     if not tensors or not has_large_pages() or 2 * size > _free_bytes():
         return False
-    memory = _reserve(size)
+    memory = reserve_large_pages(size)
     moved: dict[int, Tensor] = {}
     offset = 0
     for weight, name, tensor in tensors:
@@ -54,6 +54,17 @@ def has_large_pages() -> bool:
     return hasattr(mmap, "MADV_HUGEPAGE") and "[never]" not in switch
 
 
+def reserve_large_pages(size: int) -> Tensor:
+    """Returns ``size`` bytes that begin with a large page, all of them large where the system has so many."""
+    length = (size // _LARGE_PAGE_BYTES + 2) * _LARGE_PAGE_BYTES
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    # The tensor keeps the mapping alive.
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % _LARGE_PAGE_BYTES
+    return whole[start : start + size]
+
+
 def _list_tensors(model: nn.Module) -> Iterator[tuple[PackedWeight, str, Tensor]]:
     """Yields every tensor of the packed weights: codes by layer, tables last, then all that goes with the codes."""
     weights = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedWeight)]
@@ -71,14 +82,3 @@ def _room_bytes(tensor: Tensor) -> int:
 
 def _free_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _reserve(size: int) -> Tensor:
-    """Returns bytes that begin with a large page."""
-    length = (size // _LARGE_PAGE_BYTES + 2) * _LARGE_PAGE_BYTES
-    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    # The tensor keeps the mapping alive.
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % _LARGE_PAGE_BYTES
-    return whole[start : start + size]

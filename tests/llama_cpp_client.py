@@ -1,4 +1,4 @@
-"""llama.cpp itself: the library inside the wheel xllamacpp, called through its C interface.
+"""llama.cpp itself: the library inside the wheel xllamacpp, or another, called through its C interface.
 
 The wheel exports the functions of ``llama.h`` but no way to logits in Python. Parameter structures are passed by value
 and grow from version to version; only their first fields are read here, so they are declared longer than they are. The
@@ -56,12 +56,17 @@ def _silent(_level: int, _text: bytes, _data: object) -> None:
     pass
 
 
-@cache
-def _library() -> ctypes.CDLL:
+def wheel_library() -> Path:
+    """Returns the library inside the wheel."""
     found = find_spec("xllamacpp")
     assert found is not None and found.origin is not None, "install the extra 'test'"
     (path,) = Path(found.origin).parent.glob("xllamacpp*.so")
-    library = ctypes.CDLL(str(path))
+    return path
+
+
+@cache
+def _library(path: Path | None) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path or wheel_library()))
     for name, arguments in _POINTERS.items():
         getattr(library, name).argtypes = arguments
         getattr(library, name).restype = ctypes.c_void_p
@@ -76,18 +81,24 @@ def _library() -> ctypes.CDLL:
     library.llama_memory_clear.argtypes = [ctypes.c_void_p, ctypes.c_bool]
     library.llama_set_n_threads.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
     library.llama_batch_free.argtypes = [_Batch]
+    library.llama_print_system_info.restype = ctypes.c_char_p
     library.llama_log_set(_silent, None)
     library.llama_backend_init()
     return library
 
 
+def instruction_sets(library: Path | None = None) -> str:
+    """Returns what llama.cpp says of the instructions that it was compiled for."""
+    return str(_library(library).llama_print_system_info().decode())
+
+
 class LlamaCpp:
     """A GGUF file loaded by llama.cpp."""
 
-    def __init__(self, model: int, context: int) -> None:
-        self._model, self._context = model, context
-        self._vocabulary = _library().llama_model_get_vocab(model)
-        self.vocabulary_size = int(_library().llama_vocab_n_tokens(self._vocabulary))
+    def __init__(self, library: ctypes.CDLL, model: int, context: int) -> None:
+        self._library, self._context = library, context
+        self._vocabulary = library.llama_model_get_vocab(model)
+        self.vocabulary_size = int(library.llama_vocab_n_tokens(self._vocabulary))
 
     def logits(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Returns the logits [T, vocabulary] of a sequence of tokens [T]."""
@@ -95,7 +106,7 @@ class LlamaCpp:
 
     def append(self, tokens: NDArray[np.int64], *, past: int, wanted: int = 1) -> NDArray[np.float32]:
         """Returns the logits [wanted, vocabulary] of the last of some tokens behind ``past`` others; 0 begins anew."""
-        library = _library()
+        library = self._library
         if past == 0:
             library.llama_memory_clear(library.llama_get_memory(self._context), True)
         batch = library.llama_batch_init(len(tokens), 0, 1)
@@ -115,13 +126,15 @@ class LlamaCpp:
         octets = text.encode()
         tokens = (ctypes.c_int32 * (len(octets) + 8))()
         arguments = (ctypes.c_void_p(self._vocabulary), octets, len(octets), tokens, len(tokens), True, True)
-        return list(tokens[: _library().llama_tokenize(*arguments)])
+        return list(tokens[: self._library.llama_tokenize(*arguments)])
 
 
 @contextmanager
-def loaded(path: Path, *, context_tokens: int = 512, threads: int = 1) -> Iterator[LlamaCpp]:
-    """Gives a GGUF file loaded by llama.cpp."""
-    library = _library()
+def loaded(
+    path: Path, *, context_tokens: int = 512, threads: int = 1, library_path: Path | None = None
+) -> Iterator[LlamaCpp]:
+    """Gives a GGUF file loaded by llama.cpp: by its library at ``library_path``, or else by the wheel's."""
+    library = _library(library_path)
     model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
     assert model, f"llama.cpp does not load {path}"
     params = library.llama_context_default_params()
@@ -129,7 +142,7 @@ def loaded(path: Path, *, context_tokens: int = 512, threads: int = 1) -> Iterat
     context = library.llama_init_from_model(model, params)
     library.llama_set_n_threads(context, threads, threads)
     try:
-        yield LlamaCpp(model, context)
+        yield LlamaCpp(library, model, context)
     finally:
         library.llama_free(context)
         library.llama_model_free(model)

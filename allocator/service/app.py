@@ -1,5 +1,6 @@
 """The application: routes, guards and the life of a server."""
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -55,6 +56,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.solver_limiter = CapacityLimiter(service.settings.solver_threads)
     await run_in_threadpool(service.database.migrate)
     await run_in_threadpool(service.supervisor.start)
+    # What was imported stays for good: to look through it again and again for garbage holds up every request.
+    gc.collect()
+    gc.freeze()
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ shown is made again from the profile, which never changes.
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class Question:
             timed=LATENCY in self.budget.limits,
         )
 
-    @property
+    @cached_property
     def plan_id(self) -> str:
         """Hash of the question."""
         return fingerprint_of({"version": ANSWER_VERSION, **self.to_record()})[:32]
@@ -108,6 +109,10 @@ class PlanAnswers:
         self.records = records
         self.profiles = profiles
         self._recent: Recent[str, Answer] = Recent(most)
+
+    def holds(self, question: Question) -> bool:
+        """Returns whether a question's plan is in memory."""
+        return self._recent.get(question.plan_id) is not None
 
     def answer(self, question: Question, model_id: str) -> Answer:
         """Returns the plan of a question.

@@ -1,6 +1,7 @@
 """``bitplan serve``: the server's process."""
 
 import logging
+import sys
 
 import uvicorn
 
@@ -9,6 +10,7 @@ from allocator.service.database import Database
 from allocator.service.logs import start_logging
 from allocator.service.settings import ServiceSettings
 
+SWITCH_S = 0.001
 log = logging.getLogger("bitplan.server")
 
 
@@ -22,6 +24,8 @@ def serve(settings: ServiceSettings) -> None:
         ValueError: If other machines can reach it and there is no key that opens it.
     """
     start_logging()
+    # Requests that need no solve wait for the interpreter no longer than this while a solve has it.
+    sys.setswitchinterval(SWITCH_S)
     # Before anybody is answered: a database that cannot be used is said at once.
     database = Database(settings.url)
     database.migrate()

@@ -29,7 +29,8 @@ class ServiceSettings:
         most_attempts: Workers that one job may take down before it fails.
         most_body_bytes: Largest body of a request.
         request_s: Seconds that a request may take.
-        solver_threads: Budgets answered at the same time.
+        solver_threads: Budgets solved at the same time. One, as a solve is mostly work of the interpreter, which two
+            threads would only take from each other and from whoever asks for what is known.
         cached_profiles: Profiles kept in memory.
         cached_plans: Plan documents kept in memory.
 
@@ -50,7 +51,7 @@ class ServiceSettings:
     most_attempts: int = 5
     most_body_bytes: int = 256 * 1024
     request_s: float = 30.0
-    solver_threads: int = 4
+    solver_threads: int = 1
     cached_profiles: int = 8
     cached_plans: int = 512
 

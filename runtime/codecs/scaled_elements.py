@@ -90,6 +90,12 @@ def scaled_grid(tensors: StoredTensors, format_: Format, shape: tuple[int, int])
     )
 
 
+def read_scale_parts(tensors: StoredTensors, format_: Format) -> tuple[Tensor, float]:
+    """Returns the stored scales [out_features, groups] in float32, and the number t they are multiplied by."""
+    scale = _SCALE_TYPES[format_.scale_type].read(tensors["scale"])
+    return scale, float(tensors["scale_unit"]) if format_.scale_type == "e4m3" else 1.0
+
+
 def _read_scales(tensors: StoredTensors, format_: Format, rows: Tensor | None) -> Tensor:
     scale = _SCALE_TYPES[format_.scale_type].read(pick(tensors["scale"], rows))
     return scale * tensors["scale_unit"] if format_.scale_type == "e4m3" else scale

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,14 +109,26 @@ class CpuKernels:
         Raises:
             MemoryError: If there is no memory for the rounded activations.
         """
+        outs, run = self.prepare(products)
+        run()
+        return outs
+
+    def prepare(self, products: Sequence[Product]) -> tuple[list[Tensor], Callable[[], None]]:
+        """Returns where the products will be, as ``multiply`` returns them, and the call that computes them.
+
+        The call keeps what it reads and writes; the weights' own tensors must outlive it.
+        """
         outs = [torch.empty((p.x.shape[0], p.weight.rows), dtype=torch.float32) for p in products]
         jobs = (_Product * len(products))()
         for job, product, out in zip(jobs, products, outs, strict=True):
             job.weight, job.x, job.out = ctypes.addressof(product.weight), product.x.data_ptr(), out.data_ptr()
             job.bias = _NULL if product.bias is None else product.bias.data_ptr()
             job.tokens = product.x.shape[0]
-        self._run(jobs, len(products))
-        return outs
+
+        def run(_kept: object = (products, outs)) -> None:
+            self._run(jobs, len(products))
+
+        return outs, run
 
     def multiply_one(self, x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
         """Returns float32 [..., rows] of one product; the way with the least to do around it.

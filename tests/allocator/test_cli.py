@@ -91,6 +91,19 @@ def test_every_kind_of_budget(budget: list[str], model: str, capsys: Captured) -
         assert document["use"][name] <= limit
 
 
+def test_latency_of_a_device_that_is_not_here(model: str, capsys: Captured) -> None:
+    names = [row["name"] for row in ask(capsys, "devices")["devices"]]
+    assert "h100-sxm" in names and "loom" in names
+    arguments = ["plan", model, "--bits-per-weight", "5", "--no-verify", "--limit", "latency_us=100"]
+    document = ask(capsys, *arguments, "--device", "h100-sxm")
+    assert document["use"]["latency_us"] <= 100
+    assert document["provenance"]["latency"].startswith("modelled for NVIDIA H100 SXM")
+    assert run([*arguments, "--device", "h100-sxm"]) == 0
+    assert "us of 100 us allowed, modelled for NVIDIA H100 SXM" in capsys.readouterr().out
+    assert run(["devices"]) == 0
+    assert "h100-sxm: NVIDIA H100 Tensor Core GPU architecture whitepaper" in capsys.readouterr().out
+
+
 def test_profile_from_a_directory(model: str, tiny_text: Path, tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "profile"
     ask(capsys, "measure", model, "--calibration", tiny_text, *FLAGS, "--out", out)

@@ -64,12 +64,15 @@ def test_the_verbs_give_what_they_give_locally(url: str, tiny_profile: Any, tmp_
         points = client.frontier("tiny", points=4)
         expected = allocator.frontier(tiny_profile, points=4)
         assert [p["use"] for p in points] == [p["memory_bytes"] for p in expected]
+        read = client.frontier(profile, points=3, resource="read_bytes", engine="mlx-lm")
+        expected = allocator.frontier(tiny_profile, points=3, resource="read_bytes", engine="mlx-lm")
+        assert [p["use"] for p in read] == [p["read_bytes"] for p in expected]
         evaluations = client.evaluate(plan)
         assert [e.kind for e in evaluations][0] == "reference"
         assert sum(e.shipped for e in evaluations) == 1
         assert load_packed(client.apply(plan, tmp_path / "packed"))[0] is not None
-        page = client.report(plan, tmp_path / "report")
-        assert page.is_file() and list(page.parent.glob("*.csv"))
+        page = client.report(plan, tmp_path / "report", parquet=True)
+        assert page.is_file() and list(page.parent.glob("*.csv")) and list(page.parent.glob("*.parquet"))
         legal = client.plan(profile, Budget(bits_per_weight=9), engine="mlx-lm")
         command = client.export(legal, "mlx-lm", tmp_path / "mlx")
         assert command == f"mlx_lm.generate --model {tmp_path / 'mlx'} --prompt 'The'"
@@ -82,7 +85,10 @@ def test_both_kinds_of_client_are_answered_alike(url: str, tmp_path: Path) -> No
         async with AsyncClient(url) as client:
             profile = await client.measure("tiny", request=REQUEST)
             plans = await asyncio.gather(*(client.plan(profile, Budget(bits_per_weight=5 + i / 4)) for i in range(8)))
-            return profile, plans, await client.apply(plans[-1], tmp_path / "packed"), await client.plan_file(plans[0])
+            packed = await client.apply(plans[-1], tmp_path / "packed")
+            assert len(await client.frontier(profile, points=3)) == 3
+            await client.compare(plans[0], plans[-1], tmp_path / "comparison")
+            return profile, plans, packed, await client.plan_file(plans[0])
 
     profile, plans, packed, record = asyncio.run(ask())
     with Client(url) as client:
@@ -90,6 +96,7 @@ def test_both_kinds_of_client_are_answered_alike(url: str, tmp_path: Path) -> No
         assert [client.plan(profile, Budget(bits_per_weight=5 + i / 4)) for i in range(8)] == plans
     assert load_packed(packed)[0] is not None
     assert record["weights"]
+    assert "bits per weight" in (tmp_path / "comparison" / "comparison.html").read_text(encoding="utf-8")
 
 
 def test_what_the_service_refuses_is_raised(url: str, tmp_path: Path) -> None:
@@ -119,7 +126,13 @@ def test_the_command_takes_a_server(url: str, tmp_path: Path, capsys: pytest.Cap
     plan_id = json.loads(capsys.readouterr().out)["id"]
     assert load_plan(out).bits_per_weight <= 8.6
     assert run([*remote, "evaluate", "--plan", plan_id]) == 0
-    assert run([*remote, "frontier", "tiny", "--points", "3"]) == 0
+    assert run([*remote, "frontier", "tiny", "--points", "3", "--resource", "read_bytes"]) == 0
+    capsys.readouterr()
+    assert run([*remote, "plan", "tiny", "--bits-per-weight", "6", "--json"]) == 0
+    other_id = json.loads(capsys.readouterr().out)["id"]
+    assert run([*remote, "report", "--compare", plan_id, other_id, "--out", str(tmp_path / "comparison")]) == 0
+    assert run([*remote, "report", "--out", str(tmp_path / "none")]) == 2
+    assert run([*remote, "report", "--compare", plan_id, other_id, "--pdf", "--out", str(tmp_path / "none")]) == 2
     assert run([*remote, "apply", "--plan", plan_id, "--out", str(tmp_path / "packed")]) == 0
     assert run([*remote, "report", "--plan", plan_id, "--out", str(tmp_path / "report")]) == 0
     assert run([*remote, "plan", "tiny", "--bits-per-weight", "1"]) == 3

@@ -78,6 +78,13 @@ def test_a_dense_model_is_told_its_calibration_and_stability(tiny_profile: Sensi
     assert not any(note.startswith(("Experts", "Coverage")) for note in notes)
 
 
+def test_a_latency_is_told_with_where_it_is_from(tiny_profile: SensitivityProfile) -> None:
+    budget = Budget(bits_per_weight=5, limits={"latency_us": 100})
+    plan = allocator.plan(tiny_profile, budget, verify=False, device="bitmod")
+    (note,) = [n for n in list_notes(tiny_profile, plan, (evaluation_of(plan, 0.1),)) if n.startswith("Latency: ")]
+    assert f"takes {plan.use['latency_us']:.4g} us of 100 us allowed, modelled for BitMoD" in note
+
+
 def test_without_fitted_plans_the_report_says_so(tiny_profile: SensitivityProfile) -> None:
     bare = replace(tiny_profile, prediction_fits={}, fisher_sketch=None)
     plan = allocator.plan(bare, BUDGET, verify=False)

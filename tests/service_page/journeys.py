@@ -5,11 +5,13 @@ import re
 from playwright.sync_api import Locator, Page, expect
 
 
-def add_model(page: Page, path: str, *, name: str, options: str) -> None:
-    """Adds a model and has it measured."""
+def add_model(page: Page, path: str, *, name: str, options: str, timed: bool = False) -> None:
+    """Adds a model and has it measured, its formats timed where this is wanted."""
     page.get_by_role("button", name="Add a model").click()
     page.get_by_label("Path, on the server").fill(path)
     page.get_by_label("Name, if not that of the directory").fill(name)
+    if timed:
+        page.get_by_label("Time its formats on the server too").check()
     page.get_by_text("Options of the measurement").click()
     page.get_by_label("JSON, as the fields of the API").fill(options)
     page.get_by_role("button", name="Add", exact=True).click()

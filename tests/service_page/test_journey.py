@@ -34,7 +34,7 @@ def plan_page(page: Page, measured_models: None) -> Page:
 def test_measurement_is_watched(page: Page, measure_options: str) -> None:
     page.goto("/")
     options = json.dumps({**json.loads(measure_options), "seed": 1})
-    add_model(page, "tiny", name=WILD_NAME, options=options)
+    add_model(page, "tiny", name=WILD_NAME, options=options, timed=True)
     row = page.get_by_role("listitem").filter(has=page.get_by_role("heading", name=WILD_NAME))
     expect(row.get_by_role("progressbar")).to_be_visible()
     wait_until_measured(page, WILD_NAME)

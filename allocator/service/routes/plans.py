@@ -30,8 +30,12 @@ router = APIRouter(prefix="/plans", tags=["plans"], route_class=IdempotentRoute)
 )
 async def create_plan(body: NewPlan, request: Request, service: ServiceOf) -> Response:
     """Answers within milliseconds from a profile in memory; the same question always gives the same plan."""
-    solve = partial(_answer, service, body)
-    encoded = await anyio.to_thread.run_sync(solve, limiter=solver_limiter_of(request))
+    with refused():
+        budget = body.make_budget()
+    question = Question(profile_id=body.profile_id, budget=budget, metric=body.metric, engine=body.engine)
+    # What is known already need not wait behind what is solved.
+    limiter = None if service.plans.holds(question) else solver_limiter_of(request)
+    encoded = await anyio.to_thread.run_sync(partial(_answer, service, question), limiter=limiter)
     return Response(encoded, media_type="application/json")
 
 
@@ -83,11 +87,10 @@ def read_unit(
     return tagged_response(request, document)
 
 
-def _answer(service: Service, body: NewPlan) -> bytes:
-    model_id = service.model_of_profile.get_or_make(body.profile_id, lambda: _find_model(service, body.profile_id))
+def _answer(service: Service, question: Question) -> bytes:
+    profile_id = question.profile_id
+    model_id = service.model_of_profile.get_or_make(profile_id, lambda: _find_model(service, profile_id))
     with refused():
-        budget = body.make_budget()
-        question = Question(profile_id=body.profile_id, budget=budget, metric=body.metric, engine=body.engine)
         answer = service.plans.answer(question, model_id)
     return _encode(service, answer)
 

@@ -1,9 +1,12 @@
-// Unpacking with AVX-512 VBMI: any width from 1 to 8 in at most three instructions for 64 codes.
+// Unpacking with AVX-512 VBMI: any width from 1 to 8.
 //
-// Eight codes of b bits, an octet, are b bytes. A 64-bit word takes `octets` = n of them (n * b <= 8), a vector eight
-// such words: 64 * n codes from 8 * b * n consecutive bytes of the stream. vpermb puts the bytes into the words (nothing
-// to do when n * b is 8), and vpmultishiftqb picks octet i of every word: byte j of word q becomes the code
-// q * 8n + 8i + j of the vector. Activations are stored in that order.
+// `parts` = n consecutive codes of b bits, n * b <= 8, make a field, and a vector holds 64 fields, one in each byte:
+// 64 * n codes from 8 * b * n consecutive bytes of the stream. Where n * b is 8 the stream is that vector; else vpermb
+// puts the bytes of every eight fields into a 64-bit word and vpmultishiftqb spreads them. Part i of the vector, code
+// n * j + i in byte j, is a shift and a mask away. Activations are stored in that order.
+//
+// Fields of several codes are for the processor's sake: vpmultishiftqb competes with vpdpbusd (Zen 4 executes both in
+// two of its four units), shifts and masks do not.
 #pragma once
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,bmi2,fma,f16c"))), apply_to = function)
@@ -19,6 +22,9 @@
 
 namespace bitplan {
 
+// Bytes of a vector.
+constexpr int kVector = 64;
+
 struct Bytes {
   alignas(64) uint8_t values[64];
 };
@@ -30,56 +36,44 @@ constexpr Bytes place_bytes(int word_bytes) {
   return table;
 }
 
-// First bits of the eight codes of octet i in their word.
-constexpr Bytes shift_bytes(int bits, int i) {
+// First bits of the eight fields of a word.
+constexpr Bytes shift_bytes(int field_bits) {
   Bytes table{};
-  for (int j = 0; j < 64; ++j) table.values[j] = (8 * bits * i + bits * (j % 8)) & 63;
+  for (int j = 0; j < 64; ++j) table.values[j] = field_bits * (j % 8);
   return table;
 }
 
-struct Shifts {
-  Bytes octets[8];
-};
-
-constexpr Shifts list_shifts(int bits) {
-  Shifts table{};
-  for (int i = 0; i < 8; ++i) table.octets[i] = shift_bytes(bits, i);
-  return table;
-}
-
-template <int BITS>
-constexpr Shifts kShifts = list_shifts(BITS);
-
-template <int BITS, int OCTETS>
+template <int BITS, int PARTS>
 struct Unpacker {
-  static constexpr int kBytes = 8 * BITS * OCTETS;
-  static constexpr bool kPermutes = BITS * OCTETS != 8;
-  __m512i place, shifts[OCTETS], mask;
+  static constexpr int kField = BITS * PARTS, kBytes = 8 * kField;
+  __m512i place, shift, mask;
 
   __attribute__((always_inline)) inline Unpacker() {
-    static constexpr Bytes kPlace = place_bytes(BITS * OCTETS);
+    static constexpr Bytes kPlace = place_bytes(kField), kShift = shift_bytes(kField);
     place = _mm512_load_si512(kPlace.values);
-    for (int i = 0; i < OCTETS; ++i) shifts[i] = _mm512_load_si512(kShifts<BITS>.octets[i].values);
+    shift = _mm512_load_si512(kShift.values);
     mask = _mm512_set1_epi8(static_cast<char>((1 << BITS) - 1));
   }
 
-  // The words of one vector, of which `left` bytes are in the row; those behind it are zero and not touched.
+  // The fields of one vector, of which `left` bytes are in the row; those behind it are zero and not touched.
   __attribute__((always_inline)) inline __m512i load(const uint8_t* stream, int64_t left) const {
-    if (left >= kBytes) return load_whole(stream);
-    return arrange(_mm512_maskz_loadu_epi8((1ull << left) - 1, stream));
+    const unsigned bytes = left < 0 ? 0 : left < kBytes ? left : kBytes;
+    return arrange(_mm512_maskz_loadu_epi8(_bzhi_u64(~0ull, bytes), stream));
   }
 
+  // The same where 64 bytes may be read, whatever is in those behind the vector: loads under a mask are slower.
   __attribute__((always_inline)) inline __m512i load_whole(const uint8_t* stream) const {
-    if (kBytes == 64) return arrange(_mm512_loadu_si512(stream));
-    return arrange(_mm512_maskz_loadu_epi8(~0ull >> (64 - kBytes), stream));
+    return arrange(_mm512_loadu_si512(stream));
   }
 
-  __attribute__((always_inline)) inline __m512i arrange(__m512i words) const {
-    return kPermutes ? _mm512_permutexvar_epi8(place, words) : words;
+  __attribute__((always_inline)) inline __m512i arrange(__m512i bytes) const {
+    return kField == 8 ? bytes : _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(place, bytes));
   }
 
-  __attribute__((always_inline)) inline __m512i octet(__m512i words, int i) const {
-    return BITS == 8 ? words : _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts[i], words), mask);
+  __attribute__((always_inline)) inline __m512i part(__m512i fields, int i) const {
+    if (BITS == 8) return fields;
+    // Bits of the next byte that a shift of 16-bit words brings in are masked away.
+    return _mm512_and_si512(i ? _mm512_srli_epi16(fields, BITS * i) : fields, mask);
   }
 };
 
@@ -101,7 +95,7 @@ BITPLAN_INLINE void read_groups(const Matrix& w, int64_t row, float* scale, floa
   for (int64_t g = 0; g < groups; g += 64) {
     if (stream) {
       const int64_t offset = g / 8 * BITS;
-      _mm512_store_si512(zero_point, unpacker.octet(unpacker.load(stream + offset, bytes - offset), 0));
+      _mm512_store_si512(zero_point, unpacker.part(unpacker.load(stream + offset, bytes - offset), 0));
     }
     for (int64_t i = g; i < g + 64 && i < groups; i += 16) {
       const __m512 s = load_scale(stored + i, groups - i);

@@ -5,83 +5,28 @@
 namespace bitplan {
 namespace {
 
-constexpr int kVector = 64;
-
-int octets_of(int bits, int block) {
-  int octets = bits >= 5 ? 1 : bits >= 3 ? 2 : bits == 2 ? 4 : 8;
-  // A 64-bit word must not span two blocks.
-  while (octets > 1 && 8 * octets > block) octets /= 2;
-  return octets;
-}
-
-void shape(const Matrix& w, Activations& a, bool decode) {
-  a.block = block_of(w);
-  a.interleave = decode ? octets_of(w.bits, a.block) : 1;
-  const int64_t span = a.interleave * kVector > a.block ? a.interleave * kVector : a.block;
-  a.blocks = divide_up(w.columns, a.block);
-  a.value_stride = 2 * divide_up(w.columns, span) * span;
-  a.block_stride = divide_up(a.blocks, 16) * 16 + 16;
-}
-
-// Sixteen activations of one block as planes of high and low bytes.
-BITPLAN_INLINE void store_octets(const Activations& a, uint8_t* values, int64_t k, __m512i v) {
-  alignas(16) uint8_t high[16], low[16];
-  _mm_store_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(v));
-  const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
-  _mm_store_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(upper));
-  for (int part = 0; part < 2; ++part) {
-    const int64_t octet = k / 8 + part, vector = octet / (8 * a.interleave), within = octet % (8 * a.interleave);
-    const int64_t place = (vector * a.interleave + within % a.interleave) * 2 * kVector + within / a.interleave * 8;
-    memcpy(values + place, high + 8 * part, 8);
-    memcpy(values + place + kVector, low + 8 * part, 8);
-  }
-}
-
-void quantize_token(const float* x, const Activations& a, int64_t token) {
-  uint8_t* values = a.values + token * a.value_stride;
-  float* step = a.step + token * a.block_stride;
-  float* sum = a.sum + token * a.block_stride;
-  memset(values, 0, a.value_stride);
-  memset(step, 0, a.block_stride * sizeof(float));
-  memset(sum, 0, a.block_stride * sizeof(float));
-  const auto present = [&](int64_t k) -> __mmask16 { return a.columns - k >= 16 ? 0xffff : (1 << (a.columns - k)) - 1; };
-  for (int64_t b = 0; b < a.blocks; ++b) {
-    const int64_t first = b * a.block, last = first + a.block < a.columns ? first + a.block : a.columns;
-    __m512 largest = _mm512_setzero_ps(), not_finite = _mm512_setzero_ps();
-    for (int64_t k = first; k < last; k += 16) {
-      const __m512 part = _mm512_maskz_loadu_ps(present(k), x + k);
-      largest = _mm512_max_ps(largest, _mm512_abs_ps(part));
-      not_finite = _mm512_fmadd_ps(part, _mm512_setzero_ps(), not_finite);
-    }
-    const float top = _mm512_reduce_max_ps(largest);
-    // Blocks that are all but zero are zero: their reciprocal would overflow.
-    const float inverse = top > 1e-30f ? kLargestActivation / top : 0.0f;
-    __m512i total = _mm512_setzero_si512();
-    for (int64_t k = first; k < last; k += 16) {
-      const __m512 part = _mm512_maskz_loadu_ps(present(k), x + k);
-      const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(part, _mm512_set1_ps(inverse)));
-      total = _mm512_add_epi32(total, v);
-      store_octets(a, values, k, v);
-    }
-    // Infinities and NaN reach every output, as they do in floating point.
-    step[b] = (inverse > 0 ? top / kLargestActivation : 0.0f) + _mm512_reduce_add_ps(not_finite);
-    sum[b] = step[b] * static_cast<float>(_mm512_reduce_add_epi32(total));
-  }
-}
-
-void quantize(const float* x, const Activations& a, int64_t first_token, int64_t last_token) {
-  for (int64_t t = first_token; t < last_token; ++t) quantize_token(x + t * a.columns, a, t);
-}
-
 // Blocks whose factors are in the lanes of one vector.
 constexpr int kChunk = 16;
-// Bytes between what is multiplied and what is fetched, at least: the latency of memory times its bandwidth.
-constexpr int64_t kLeastAhead = 4096;
+// What is fetched lies at least so many bytes behind the rows that are multiplied: the latency of memory times its
+// bandwidth.
+constexpr int64_t kAhead = 4096;
+// How often a line is fetched, and how many bytes lie between. A prefetch is dropped where too many misses are under
+// way, as they are where a line takes so little work that many are asked for in a row. To ask again costs less than to
+// miss: with one fetch each, rows of 8 bits came in at 0.68 of the bandwidth of memory.
+template <int BITS>
+constexpr int kFetches = BITS < 4 ? 1 : BITS < 7 ? 3 : BITS == 7 ? 4 : 6;
+constexpr int64_t kFetchGap = 4096;
+// Rows between a scale and the one that is fetched with it, in numbers of rows that are multiplied together.
+constexpr int kScalesAhead = 4;
+
+BITPLAN_INLINE void fetch_near(const void* place) {
+  _mm_prefetch(static_cast<const char*>(place), _MM_HINT_T0);
+}
 
 // Zero points of sixteen groups, the first at a multiple of 16; those past the last are not read and any number.
 template <int BITS>
 BITPLAN_INLINE __m512 load_zero_points(const uint8_t* stream, int64_t left) {
-  static constexpr Bytes kPlace = place_bytes(BITS), kShift = shift_bytes(BITS, 0);
+  static constexpr Bytes kPlace = place_bytes(BITS), kShift = shift_bytes(BITS);
   const __mmask16 present = left >= 2 * BITS ? (1 << 2 * BITS) - 1 : (1 << left) - 1;
   const __m128i place = _mm_load_si128(reinterpret_cast<const __m128i*>(kPlace.values));
   const __m128i shift = _mm_load_si128(reinterpret_cast<const __m128i*>(kShift.values));
@@ -98,6 +43,8 @@ BITPLAN_INLINE void begin_chunk(const Matrix& w, const Activations& a, int64_t t
   const bool by_row = groups == 1;
   for (int r = 0; r < ROWS; ++r) {
     const int64_t n = row + r;
+    fetch_near(w.scale + (n + kScalesAhead * ROWS) * groups + chunk * kChunk);
+    if (w.zero_point) fetch_near(w.zero_point + (n + kScalesAhead * ROWS) * bytes + offset);
     const __m512 scale = by_row ? _mm512_cvtph_ps(_mm256_set1_epi16(w.scale[n]))
                                 : load_scale(w.scale + n * groups + chunk * kChunk, groups - chunk * kChunk);
     __m512 zero_point = _mm512_set1_ps(1 << (BITS - 1));
@@ -115,17 +62,17 @@ BITPLAN_INLINE void begin_chunk(const Matrix& w, const Activations& a, int64_t t
 
 // sums[r][t] = 256 * (codes . high bytes) + codes . low bytes of VECTORS vectors. Where the unpacked codes stay in
 // registers the sum of high bytes is shifted before the low ones are added to it, else there are two sums.
-template <int OCTETS, int VECTORS, int ROWS, int TOKENS, class Unpacker>
+template <int PARTS, int VECTORS, int ROWS, int TOKENS, class Unpacker>
 BITPLAN_INLINE void multiply_vectors(const Unpacker& unpacker, const __m512i (&words)[VECTORS][ROWS],
                                      const uint8_t* values, int64_t stride, __m512i (&sums)[ROWS][TOKENS]) {
-  constexpr int kParts = OCTETS * VECTORS;
+  constexpr int kParts = PARTS * VECTORS;
   constexpr bool kKeeps = kParts * ROWS <= 8;
   __m512i low[ROWS][TOKENS], codes[kKeeps ? kParts : 1][ROWS];
   for (int r = 0; r < ROWS; ++r)
     for (int t = 0; t < TOKENS; ++t) sums[r][t] = low[r][t] = _mm512_setzero_si512();
   for (int i = 0; i < kParts; ++i) {
     __m512i(&unpacked)[ROWS] = codes[kKeeps ? i : 0];
-    for (int r = 0; r < ROWS; ++r) unpacked[r] = unpacker.octet(words[i / OCTETS][r], i % OCTETS);
+    for (int r = 0; r < ROWS; ++r) unpacked[r] = unpacker.part(words[i / PARTS][r], i % PARTS);
     for (int t = 0; t < TOKENS; ++t) {
       const uint8_t* planes = values + t * stride + i * 2 * kVector;
       const __m512i h = _mm512_load_si512(planes);
@@ -171,13 +118,14 @@ BITPLAN_INLINE void write_totals(const __m512 (&total)[ROWS][TOKENS], const Outp
 }
 
 // ROWS x TOKENS outputs. A step is VECTORS vectors, which are one block, or one vector of `parts` blocks.
-template <int BITS, int OCTETS, int VECTORS, bool BY_LANE, int ROWS, int TOKENS>
+template <int BITS, int PARTS, int VECTORS, bool BY_LANE, int ROWS, int TOKENS>
 BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t row) {
-  constexpr int kBytes = Unpacker<BITS, OCTETS>::kBytes, kPlanes = OCTETS * 2 * kVector;
-  const Unpacker<BITS, OCTETS> unpacker;
-  const int64_t row_bytes = w.row_bytes(), vectors = divide_up(w.columns, kVector * OCTETS), whole = row_bytes / kBytes;
-  const int64_t ahead = 2 * ROWS * row_bytes > kLeastAhead ? 2 * ROWS * row_bytes : kLeastAhead;
-  const int parts = BY_LANE ? kVector * OCTETS / a.block : 1;
+  constexpr int kBytes = Unpacker<BITS, PARTS>::kBytes, kPlanes = PARTS * 2 * kVector;
+  const Unpacker<BITS, PARTS> unpacker;
+  const int64_t row_bytes = w.row_bytes(), vectors = divide_up(w.columns, kVector * PARTS);
+  const int64_t whole = row_bytes < kVector ? 0 : (row_bytes - kVector) / kBytes + 1;
+  const uint8_t* fetched = w.codes + (row + ROWS) * row_bytes + kAhead + (kFetches<BITS> - 1) * kFetchGap;
+  const int parts = BY_LANE ? kVector * PARTS / a.block : 1;
   // The block that a lane belongs to, within the first step.
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i first = _mm512_srli_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(parts)), 4);
@@ -202,11 +150,13 @@ BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t t
         for (int u = 0; u < VECTORS; ++u)
           for (int r = 0; r < ROWS; ++r)
             words[u][r] = unpacker.load(place + r * row_bytes + u * kBytes, row_bytes - (v + u) * kBytes);
-      for (int u = 0; u < VECTORS * kBytes; u += 64)
-        for (int r = 0; r < ROWS; ++r)
-          // Into the second level, whose misses are many more at a time.
-          _mm_prefetch(reinterpret_cast<const char*>(place + r * row_bytes + u + ahead), _MM_HINT_T1);
-      multiply_vectors<OCTETS>(unpacker, words, values + v * kPlanes, a.value_stride, sums);
+      // Into the second level, whose misses are many more at a time, in the order of addresses: memory likes it more
+      // than as many streams as there are rows.
+      for (int u = 0; u < ROWS * VECTORS * kBytes; u += 64)
+        for (int i = 0; i < kFetches<BITS>; ++i)
+          _mm_prefetch(reinterpret_cast<const char*>(fetched + u - i * kFetchGap), _MM_HINT_T1);
+      fetched += ROWS * VECTORS * kBytes;
+      multiply_vectors<PARTS>(unpacker, words, values + v * kPlanes, a.value_stride, sums);
       for (int r = 0; r < ROWS; ++r)
         for (int t = 0; t < TOKENS; ++t) {
           const __m512 f = BY_LANE ? _mm512_permutexvar_ps(block, _mm512_load_ps(factor[r][t]))
@@ -219,43 +169,41 @@ BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t t
   write_totals(total, out, token, row);
 }
 
-template <int BITS, int OCTETS, int VECTORS, bool BY_LANE, int TOKENS>
+template <int BITS, int PARTS, int VECTORS, bool BY_LANE, int TOKENS>
 void decode_range(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t first_row,
                   int64_t last_row) {
   constexpr int kRows = TOKENS == 1 ? 4 : TOKENS == 2 ? 2 : 1;
   int64_t row = first_row;
   for (; row + kRows <= last_row; row += kRows)
-    decode_rows<BITS, OCTETS, VECTORS, BY_LANE, kRows, TOKENS>(w, a, token, out, row);
-  for (; row < last_row; ++row) decode_rows<BITS, OCTETS, VECTORS, BY_LANE, 1, TOKENS>(w, a, token, out, row);
+    decode_rows<BITS, PARTS, VECTORS, BY_LANE, kRows, TOKENS>(w, a, token, out, row);
+  for (; row < last_row; ++row) decode_rows<BITS, PARTS, VECTORS, BY_LANE, 1, TOKENS>(w, a, token, out, row);
 }
 
 using Range = void (*)(const Matrix&, const Activations&, int64_t, const Output&, int64_t, int64_t);
 
-template <int BITS, int OCTETS, int VECTORS, bool BY_LANE>
+template <int BITS, int PARTS, int VECTORS, bool BY_LANE>
 Range by_tokens(int tokens) {
-  return tokens == 1   ? decode_range<BITS, OCTETS, VECTORS, BY_LANE, 1>
-         : tokens == 2 ? decode_range<BITS, OCTETS, VECTORS, BY_LANE, 2>
-                       : decode_range<BITS, OCTETS, VECTORS, BY_LANE, 4>;
+  return tokens == 1   ? decode_range<BITS, PARTS, VECTORS, BY_LANE, 1>
+         : tokens == 2 ? decode_range<BITS, PARTS, VECTORS, BY_LANE, 2>
+                       : decode_range<BITS, PARTS, VECTORS, BY_LANE, 4>;
 }
 
-template <int BITS, int OCTETS>
+template <int BITS, int PARTS>
 Range by_block(int block, int tokens) {
-  constexpr int kCodes = kVector * OCTETS;
-  if (block < kCodes) return by_tokens<BITS, OCTETS, 1, true>(tokens);
+  constexpr int kCodes = kVector * PARTS;
+  if (block < kCodes) return by_tokens<BITS, PARTS, 1, true>(tokens);
   // Blocks are 256 at most.
   if constexpr (kCodes <= 64)
-    if (block == 4 * kCodes) return by_tokens<BITS, OCTETS, 4, false>(tokens);
+    if (block == 4 * kCodes) return by_tokens<BITS, PARTS, 4, false>(tokens);
   if constexpr (kCodes <= 128)
-    if (block == 2 * kCodes) return by_tokens<BITS, OCTETS, 2, false>(tokens);
-  return by_tokens<BITS, OCTETS, 1, false>(tokens);
+    if (block == 2 * kCodes) return by_tokens<BITS, PARTS, 2, false>(tokens);
+  return by_tokens<BITS, PARTS, 1, false>(tokens);
 }
 
-Range find_range(int bits, int octets, int block, int tokens) {
-  switch (10 * bits + octets) {
-    case 12: return by_block<1, 2>(block, tokens);
+Range find_range(int bits, int parts, int block, int tokens) {
+  switch (10 * bits + parts) {
     case 14: return by_block<1, 4>(block, tokens);
     case 18: return by_block<1, 8>(block, tokens);
-    case 22: return by_block<2, 2>(block, tokens);
     case 24: return by_block<2, 4>(block, tokens);
     case 32: return by_block<3, 2>(block, tokens);
     case 42: return by_block<4, 2>(block, tokens);
@@ -275,10 +223,13 @@ void decode(const Matrix& w, const Activations& a, int64_t token, int tokens, co
 
 }  // namespace
 
+void avx512_shape(const Matrix&, Activations&, bool decode);
+void avx512_quantize(const float* x, const Activations&, int64_t first_token, int64_t last_token);
 void avx512_prefill(const Matrix&, const Activations&, const Output&, int64_t, int64_t, float*);
 int64_t avx512_prefill_scratch(const Matrix&, const Activations&);
 
-const Kernels kAvx512Kernels = {shape, quantize, decode, avx512_prefill, avx512_prefill_scratch, 32};
+const Kernels kAvx512Kernels = {avx512_shape,   avx512_quantize,         decode,
+                                avx512_prefill, avx512_prefill_scratch, 32};
 
 }  // namespace bitplan
 #endif

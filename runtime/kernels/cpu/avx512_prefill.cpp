@@ -47,7 +47,7 @@ void unpack_tile(const Matrix& w, int64_t row, int64_t first, int64_t last, uint
       __m512i codes[16];
       for (int r = 0; r < 16; ++r) {
         const int64_t n = row + 16 * half + r < w.rows ? row + 16 * half + r : w.rows - 1;
-        codes[r] = unpacker.octet(unpacker.load(w.codes + n * row_bytes + offset, row_bytes - offset), 0);
+        codes[r] = unpacker.part(unpacker.load(w.codes + n * row_bytes + offset, row_bytes - offset), 0);
       }
       transpose_dwords(codes);
       for (int d = 0; d < 16; ++d) _mm512_store_si512(tile + (d * kRowVectors + half) * 64, codes[d]);

@@ -39,7 +39,7 @@ struct Matrix {
 struct Activations {
   int64_t tokens, columns;
   int32_t block;         // columns that share a step
-  int32_t interleave;    // order of `values`, see avx512.h (octets of a 64-bit word) and avx2.h (codes of a 16-bit word)
+  int32_t interleave;    // order of `values`, see avx512.h (parts of a field) and avx2.h (codes of a 16-bit word)
   int64_t blocks;        // blocks of a row
   int64_t value_stride;  // bytes of `values` for one token
   int64_t block_stride;  // floats of `step` and `sum` for one token, `blocks` and readable padding
@@ -56,7 +56,7 @@ struct Output {
 };
 
 struct Kernels {
-  // Sets block, octets and strides for a matrix.
+  // Sets block, interleave and strides for a matrix.
   void (*shape)(const Matrix&, Activations&, bool decode);
   void (*quantize)(const float* x, const Activations&, int64_t first_token, int64_t last_token);
   // At most kDecodeTokens tokens, beginning with first_token.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -11,6 +12,8 @@ from runtime.kernels.triton.dequantize_kernel import dequantize_kernel
 from runtime.kernels.triton.grouped_experts import Kind
 from runtime.kernels.triton.grouped_experts_kernel import grouped_experts_kernel
 from runtime.kernels.triton.launch_table import Launch, LaunchKey
+from runtime.kernels.triton.row_scaling import needs_scaled_rows
+from runtime.kernels.triton.row_scaling_kernel import scale_rows_kernel
 from runtime.kernels.triton.sass import KernelCode, read_code
 from runtime.kernels.triton.weight_only_kernel import sum_splits_kernel, weight_only_kernel
 
@@ -40,7 +43,9 @@ class CompiledProduct:
         return self.code.loop_length / self.weights_per_step
 
 
-def compile_weight_only(key: LaunchKey, launch: Launch, *, dtype: str, symmetric: bool = False) -> CompiledProduct:
+def compile_weight_only(
+    key: LaunchKey, launch: Launch, *, dtype: str, symmetric: bool = False, element: int = -1
+) -> CompiledProduct:
     """Returns the weight-only product compiled for ``key.architecture``.
 
     Args:
@@ -48,12 +53,14 @@ def compile_weight_only(key: LaunchKey, launch: Launch, *, dtype: str, symmetric
         launch: Its launch.
         dtype: Type of x, ``fp16`` or ``bf16``.
         symmetric: No zero points.
+        element: Mantissa bits of codes that are floats, -1 for integers.
     """
     target = GPUTarget("cuda", key.architecture, _THREADS_PER_WARP)
+    scaled = needs_scaled_rows(torch.bfloat16 if dtype == "bf16" else torch.float16, key.bits, element)
     kernel = _compile(
         weight_only_kernel,
-        _weight_only_constants(key, launch, symmetric),
-        dtype,
+        {**_weight_only_constants(key, launch, symmetric), "HAS_EXPONENT": scaled, "ELEMENT": element},
+        "fp16" if scaled else dtype,
         target,
         {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.max_registers},
     )
@@ -97,11 +104,12 @@ def compile_dequantization(
     bits: int, group_size: int | None, *, architecture: int, dtype: str, symmetric: bool
 ) -> KernelCode:
     """Returns the dequantization of a weight to ``fp16`` or ``bf16``, compiled for a compute capability."""
-    constants = {
+    constants: dict[str, object] = {
         "BITS": bits,
         "GROUP_SIZE": group_size or 0,
         "SYMMETRIC": symmetric,
-        "DTYPE": triton.language.float16 if dtype == "fp16" else triton.language.bfloat16,
+        "EXACT": dtype == "fp16",
+        "ELEMENT": -1,
         "WARPS": 2,
     }
     target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
@@ -113,6 +121,13 @@ def compile_split_sum(splits: int, *, architecture: int, dtype: str) -> KernelCo
     constants: dict[str, object] = {"SPLITS": splits, "HAS_BIAS": True, "BLOCK": 1024}
     target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
     return read_code(_compile(sum_splits_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype).asm["cubin"])
+
+
+def compile_row_scaling(*, architecture: int, dtype: str) -> KernelCode:
+    """Returns the scaling of rows in ``bf16`` or ``fp32``, compiled for a compute capability."""
+    constants: dict[str, object] = {"PARTS": 2 if dtype == "fp32" else 1, "BLOCK": 1024}
+    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
+    return read_code(_compile(scale_rows_kernel, constants, dtype, target, {"num_warps": 4}, out="fp16").asm["cubin"])
 
 
 def compile_weight_only_amd(key: LaunchKey, launch: Launch, *, dtype: str, architecture: str) -> str:
@@ -129,12 +144,14 @@ def _weight_only_constants(key: LaunchKey, launch: Launch, symmetric: bool) -> d
         "BITS": key.bits,
         "GROUP_SIZE": key.group_size or 0,
         "SYMMETRIC": symmetric,
+        "HAS_EXPONENT": False,
         "HAS_BIAS": False,
         "TILES": launch.tiles,
         "BLOCK_M": launch.block_m,
         "WARPS": launch.warps,
         "STAGES": launch.stages,
         "UPCAST": False,
+        "ELEMENT": -1,
     }
 
 
@@ -149,6 +166,8 @@ def _compile(
 ) -> Any:
     types = {
         "x_ptr": f"*{dtype}",
+        "factor": "fp32",
+        "exponent_ptr": "*i32",
         "bias_ptr": f"*{dtype}",
         "out_ptr": f"*{out}",
         "partial_ptr": "*fp32",

@@ -1,9 +1,9 @@
-"""Device code: a weight of integer codes back to floats, s (q - z), for products with many rows of x."""
+"""Device code: a weight back to floats of 16 bits, s (q - z), for products with many rows of x."""
 
 import triton
 import triton.language as tl
 
-from runtime.kernels.triton.fragment_unpacking import operand_half
+from runtime.kernels.triton.fragment_unpacking import operand
 from runtime.kernels.triton.group_product import load_words
 
 
@@ -16,24 +16,31 @@ def load_affine(
     row_block_mask,
     row_blocks,
     like,
+    factor,
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
-    DTYPE: tl.constexpr,
+    EXACT: tl.constexpr,
+    ELEMENT: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     """Returns the scales and zero points of a group, and ``like``, as ``pair_floats`` takes them.
 
-    In float16 s (q - z) is exact before it is rounded, once. A float16 scale is not exact in bfloat16, so for that type
-    the scales are float32, and so is the product.
+    EXACT says that s (q - z) is rounded once in float16: to that type, of integers without a factor. Otherwise the
+    scales times the factor are float32, and so is the product.
     """
-    SCALE_DTYPE: tl.constexpr = tl.float16 if DTYPE == tl.float16 else tl.float32
+    SCALE_DTYPE: tl.constexpr = tl.float16 if EXACT else tl.float32
     v = tl.arange(0, 4)[None, :]
     mask = row_block_mask[:, None]
     scales = tl.load(scale_ptr + group * row_blocks * 4 + row_block[:, None] * 4 + v, mask=mask, other=0)
     scales = scales.to(tl.uint32, bitcast=True)
     scale0 = (scales & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(SCALE_DTYPE)[:, None, :]
     scale1 = (scales >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(SCALE_DTYPE)[:, None, :]
-    if SYMMETRIC and BITS == 1:
+    if not EXACT:
+        scale0, scale1 = scale0 * factor, scale1 * factor
+    if ELEMENT >= 0:
+        zero = tl.zeros((8 * WARPS, 1, 4), tl.float16)
+        return scale0, scale1, zero, zero, like
+    elif SYMMETRIC and BITS == 1:
         # One bit is at position 1: 2 q - 1, with half the scale.
         zero = tl.full((8 * WARPS, 1, 4), 1024 + 1, tl.float16)
         return scale0 * 0.5, scale1 * 0.5, zero, zero, like
@@ -62,23 +69,26 @@ def dequantize_kernel(
     N,
     row_blocks,
     out_stride,
+    factor,
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
-    DTYPE: tl.constexpr,
+    EXACT: tl.constexpr,
+    ELEMENT: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     """Writes 64 * WARPS rows and 64 columns of the weight; grid (rows, tiles).
 
     Args:
         words_ptr, scale_ptr, zero_ptr: As in ``multiply_weight``.
-        out_ptr: [N, K padded to a multiple of 64], of DTYPE, or float32 under the interpreter.
+        out_ptr: [N, K padded to a multiple of 64] float16 or bfloat16, float32 under the interpreter.
         first_block: Block of 8 rows of the weight where the output begins.
         N: Rows of the output.
         row_blocks: Blocks of 8 rows of the weight.
         out_stride: Elements from one row to the next.
-        BITS, GROUP_SIZE, SYMMETRIC, WARPS: As in ``multiply_weight``.
-        DTYPE: Type that the weight is rounded to, float16 or bfloat16.
+        factor: What the weight is multiplied by, float32.
+        BITS, GROUP_SIZE, SYMMETRIC, ELEMENT, WARPS: As in ``multiply_weight``.
+        EXACT: As in ``load_affine``.
     """
     first_row = tl.program_id(0) * (64 * WARPS)
     tile = tl.program_id(1)
@@ -88,19 +98,33 @@ def dequantize_kernel(
     like = tl.zeros((1, 1, 1), out_ptr.dtype.element_ty)
     base_bits = tl.full((8 * WARPS, 1, 1), 0x64006400, tl.uint32)
     words = load_words(words_ptr, tile, row_block, mask, row_blocks, BITS)
-    for half in tl.static_range(2):
+    PARTS: tl.constexpr = 4 if GROUP_SIZE == 16 else 2
+    CODES: tl.constexpr = 64 // PARTS
+    for part in tl.static_range(PARTS):
         if GROUP_SIZE == 0:
             group = 0
         else:
-            group = (tile * 64 + half * 32) // GROUP_SIZE
+            group = (tile * 64 + part * CODES) // GROUP_SIZE
         affine = load_affine(
-            scale_ptr, zero_ptr, group, row_block, mask, row_blocks, like, BITS, SYMMETRIC, DTYPE, WARPS
-        )
-        weight = operand_half(words, base_bits, affine, half, BITS, 0, BITS, POSITION, tl.float16, WARPS)
+            scale_ptr,
+            zero_ptr,
+            group,
+            row_block,
+            mask,
+            row_blocks,
+            like,
+            factor,
+            BITS,
+            SYMMETRIC,
+            EXACT,
+            ELEMENT,
+            WARPS,
+        )  # fmt: skip
+        weight = operand(words, base_bits, affine, part, PARTS, BITS, POSITION, ELEMENT, tl.float16, WARPS)
         # Tile order (v, warp, j, g): each row is put where it belongs.
         place = tl.arange(0, 64 * WARPS)
         row_in_block = place // (16 * WARPS) * 2 + place // 8 % 2
         row = first_row + (place // 16 % WARPS * 8 + place % 8) * 8 + row_in_block
-        column = tile * 64 + half * 32 + tl.arange(0, 32)
+        column = tile * 64 + part * CODES + tl.arange(0, CODES)
         offset = row.to(tl.int64)[:, None] * out_stride + column[None, :]
         tl.store(out_ptr + offset, weight, mask=row[:, None] < N)

@@ -7,6 +7,8 @@ elsewhere (CUDA C++ Programming Guide, table of arithmetic throughput).
 
 from dataclasses import dataclass
 
+from runtime.device_models import DEVICE_MODELS
+
 ISSUES_PER_CLOCK = 4
 # Time that a load needs to come back under load; with the bandwidth it says how many bytes must be on their way.
 LATENCY_S = 7e-7
@@ -44,7 +46,7 @@ DEVICES = {
         architecture=80,
         processors=108,
         clock_hz=1.41e9,
-        read_bytes_per_s=2.039e12,
+        read_bytes_per_s=DEVICE_MODELS["a100-sxm-80gb"].read_bytes_per_s,
         source="NVIDIA A100 datasheet (80 GB SXM), A100 architecture whitepaper",
     ),
     "h100": Device(
@@ -52,7 +54,7 @@ DEVICES = {
         architecture=90,
         processors=132,
         clock_hz=1.83e9,
-        read_bytes_per_s=3.35e12,
+        read_bytes_per_s=DEVICE_MODELS["h100-sxm"].read_bytes_per_s,
         source="NVIDIA H100 datasheet (SXM), H100 architecture whitepaper (the clock behind its peak rates)",
     ),
     "rtx4090": Device(
@@ -60,7 +62,7 @@ DEVICES = {
         architecture=89,
         processors=128,
         clock_hz=2.52e9,
-        read_bytes_per_s=1.008e12,
+        read_bytes_per_s=DEVICE_MODELS["rtx-4090"].read_bytes_per_s,
         source="NVIDIA Ada GPU architecture whitepaper",
     ),
 }

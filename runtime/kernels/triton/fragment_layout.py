@@ -29,15 +29,18 @@ _HALF_BITS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class FragmentWeight:
-    """A weight [out_features, in_features] of integer codes as the Triton kernels read it.
+    """A weight [out_features, in_features] as the Triton kernels read it: factor * scale * (code - zero point).
 
     Args:
         shape: (out_features, in_features).
         bits: Code width, 1 to 8.
-        group_size: Weights of one row that share a scale, a multiple of 32; None for the whole row.
+        group_size: Weights of one row that share a scale: 16, 32, 64, a multiple of 128, or None for the whole row.
         words: [tiles, bits, ceil(out_features / 8), 4, 4] int32, the codes.
         scale: [groups, rows padded to a multiple of 8] float16; groups of zeros follow where the row was padded.
         zero_point: The same shape in uint8, or None when zero is at the code 2**(bits - 1), or at 1/2 for one bit.
+        element: Mantissa bits of codes that are floats, sign and exponent before them, whose bias is 15: what another
+            bias makes of them is in the factor. -1 for integers.
+        factor: What all weights are multiplied by.
     """
 
     shape: tuple[int, int]
@@ -46,6 +49,8 @@ class FragmentWeight:
     words: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    element: int = -1
+    factor: float = 1.0
 
     @property
     def read_bytes(self) -> int:
@@ -55,7 +60,14 @@ class FragmentWeight:
 
 
 def pack_fragments(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int, group_size: int | None
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    bits: int,
+    group_size: int | None,
+    element: int = -1,
+    factor: float = 1.0,
 ) -> FragmentWeight:
     """Returns a weight in the layout of the Triton kernels.
 
@@ -65,6 +77,7 @@ def pack_fragments(
         zero_point: [out_features, groups] uint8, or None for 2**(bits - 1), or 1/2 for one bit.
         bits: Code width, 1 to 8.
         group_size: Weights of one row that share a scale; None for the whole row.
+        element, factor: As in ``FragmentWeight``.
 
     Raises:
         ValueError: If the width, or the group size, is none that the kernels take.
@@ -73,10 +86,10 @@ def pack_fragments(
     if not 1 <= bits <= 8:
         msg = f"bits must be from 1 to 8: got bits={bits}. Store the weight in an integer format."
         raise ValueError(msg)
-    if group_size is not None and (group_size not in (32, 64) and group_size % 128 or in_features % group_size):
+    if group_size is not None and (not fits_groups(group_size) or in_features % group_size):
         msg = (
-            f"group_size must be 32, 64, a multiple of 128 or None, and divide in_features: got group_size={group_size}"
-            f", in_features={in_features}. Use another format, or the reference path."
+            f"group_size must be 16, 32, 64, a multiple of 128 or None, and divide in_features: got "
+            f"group_size={group_size}, in_features={in_features}. Use another format, or the reference path."
         )
         raise ValueError(msg)
     return FragmentWeight(
@@ -86,7 +99,14 @@ def pack_fragments(
         words=pack_words(codes, bits),
         scale=_pad_groups(scale.to(torch.float16), in_features, group_size),
         zero_point=None if zero_point is None else _pad_groups(zero_point, in_features, group_size),
+        element=element,
+        factor=factor,
     )
+
+
+def fits_groups(group_size: int | None) -> bool:
+    """Returns True for the group sizes that the kernels multiply."""
+    return group_size is None or group_size in (16, 32, 64) or group_size % 128 == 0
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:

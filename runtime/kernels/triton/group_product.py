@@ -4,6 +4,8 @@ With code floats c = BASE + STEP q (``fragment_unpacking``) and W = s (q - z), t
 
     sum_k x_k W_k = s / STEP * (sum_k x_k c_k - (BASE + STEP z) sum_k x_k).
 
+For floats of few bits c is the weight but for a power of two, and the second sum is not needed.
+
 The tensor core takes c as it is. The sum of x comes from a product with ones: it has the same rounding as the first sum
 and lies where it is needed. Results are computed transposed, W x': 16 rows of the weight then share an instruction with
 8 rows of x, half the instructions of the usual order for few rows of x. All results are in tile order.
@@ -12,13 +14,13 @@ and lies where it is needed. Results are computed transposed, W x': 16 rows of t
 import triton
 import triton.language as tl
 
-from runtime.kernels.triton.fragment_unpacking import operand_half, operand_tile, to_tile_order
+from runtime.kernels.triton.fragment_unpacking import operand, to_tile_order
 
 
 @triton.constexpr_function
 def find_position(bits, mantissa_bits):
     """Returns the highest bit where a whole code begins that ends inside the mantissa."""
-    return max(first for first in range(0, 16 - bits + 1, bits) if first == 0 or first + bits <= mantissa_bits)
+    return max(first for first in range(0, 16 - bits + 1, bits) if first + bits <= mantissa_bits)
 
 
 @triton.constexpr_function
@@ -64,10 +66,9 @@ def load_zero(
 ):
     """Returns BASE + STEP z of a group in float32, [64 * WARPS] in tile order, made without a conversion."""
     if SYMMETRIC:
-        BASE: tl.constexpr = 17 * 128 if BITS > MANTISSA else 1 << MANTISSA
         # Halfway between its two codes for one bit.
         ZERO: tl.constexpr = 0.5 if BITS == 1 else 1 << (BITS - 1)
-        return tl.full((64 * WARPS,), BASE + (1 << POSITION) * ZERO, tl.float32)
+        return tl.full((64 * WARPS,), (1 << MANTISSA) + (1 << POSITION) * ZERO, tl.float32)
     else:
         offset = group * row_blocks * 2 + row_block[:, None] * 2 + tl.arange(0, 2)[None, :]
         words = tl.load(zero_ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)
@@ -75,11 +76,8 @@ def load_zero(
         odd = tl.join((words >> 8) & 0xFF, words >> 24)
         zero = to_tile_order(tl.join(even, odd), WARPS)
         # The float 2**e has 127 + e in its exponent, and its mantissa begins at bit 23 - e for whole numbers.
-        if BITS > MANTISSA:
-            return ((zero << 12) | 0x45000000).to(tl.float32, bitcast=True) + (17 * 128 - 2048)
-        else:
-            BASE_BITS: tl.constexpr = (127 + MANTISSA) << 23
-            return ((zero << (23 - MANTISSA + POSITION)) | BASE_BITS).to(tl.float32, bitcast=True)
+        BASE_BITS: tl.constexpr = (127 + MANTISSA) << 23
+        return ((zero << (23 - MANTISSA + POSITION)) | BASE_BITS).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -96,51 +94,28 @@ def load_words(words_ptr, tile, row_block, row_block_mask, row_blocks, BITS: tl.
 
 
 @triton.jit
-def make_operand(
-    words,
-    base_bits,
-    affine,
-    HALF: tl.constexpr,
-    LOW: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BITS: tl.constexpr,
-    POSITION: tl.constexpr,
-    DTYPE: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    """Returns the operand of a tile, or of one of its halves when HALF is 0 or 1; ``affine`` as in ``pair_floats``."""
-    if HALF < 0:
-        return operand_tile(words, base_bits, affine, BITS, LOW, WIDTH, POSITION, DTYPE, WARPS)
-    else:
-        return operand_half(words, base_bits, affine, HALF, BITS, LOW, WIDTH, POSITION, DTYPE, WARPS)
-
-
-@triton.jit
 def add_products(
     products,
     words,
     base_bits,
     x,
-    HALF: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     POSITION: tl.constexpr,
+    ELEMENT: tl.constexpr,
     WARPS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Returns the sums of a group after one more tile or half tile.
+    """Returns the sums of a group after one more tile or part of a tile.
 
-    ``products`` is (of x c, of the high nibbles, of x), float32: two of [64 * WARPS, BLOCK_M], and
-    [16 * WARPS, BLOCK_M] for the sums of x, the same in every row. Eight bits are more than bfloat16 holds, so there
-    the codes are two operands of four bits; the second entry is idle otherwise.
+    ``products`` is (of x c, of x), float32: [64 * WARPS, BLOCK_M], and [16 * WARPS, BLOCK_M] for the sums of x, the
+    same in every row. Floats have no BASE and no zero point, so they need no sums.
     """
     DTYPE: tl.constexpr = x.dtype
-    ones = tl.full((16 * WARPS, x.shape[0]), 1.0, tl.float32 if UPCAST else DTYPE)
-    sums = multiply_add(ones, x, products[2], UPCAST)
-    if BITS > count_mantissa_bits(DTYPE):
-        low = make_operand(words, base_bits, (), HALF, 0, 4, BITS, POSITION, DTYPE, WARPS)
-        high = make_operand(words, base_bits, (), HALF, 4, 4, BITS, POSITION, DTYPE, WARPS)
-        low_product = multiply_add(low, x, products[0], UPCAST)
-        return low_product, multiply_add(high, x, products[1], UPCAST), sums
-    else:
-        codes = make_operand(words, base_bits, (), HALF, 0, BITS, BITS, POSITION, DTYPE, WARPS)
-        return multiply_add(codes, x, products[0], UPCAST), products[1], sums
+    codes = operand(words, base_bits, (), PART, PARTS, BITS, POSITION, ELEMENT, DTYPE, WARPS)
+    sums = products[1]
+    if ELEMENT < 0:
+        ones = tl.full((16 * WARPS, x.shape[0]), 1.0, tl.float32 if UPCAST else DTYPE)
+        sums = multiply_add(ones, x, sums, UPCAST)
+    return multiply_add(codes, x, products[0], UPCAST), sums

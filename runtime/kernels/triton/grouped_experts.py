@@ -13,7 +13,8 @@ from torch import Tensor
 
 from runtime.kernels.triton.fragment_layout import TILE_CODES, TILE_ROWS, FragmentWeight
 from runtime.kernels.triton.grouped_experts_kernel import grouped_experts_kernel
-from runtime.kernels.triton.weight_only_linear import INTERPRETED, SPLIT_SCALE, split_float32
+from runtime.kernels.triton.row_scaling import needs_scaled_rows, scale_rows, sum_parts
+from runtime.kernels.triton.weight_only_linear import INTERPRETED
 
 _WARPS = 2
 _STAGES = 3
@@ -101,8 +102,9 @@ def multiply_experts(x: Tensor, token: Tensor, counts: Tensor, experts: Fragment
     if gated and experts.shape[0] % (2 * TILE_ROWS):
         msg = f"a gate must have a multiple of {TILE_ROWS} rows: got rows={rows}. Multiply gate and up separately."
         raise ValueError(msg)
-    if x.dtype == torch.float32:
-        return _multiply_float32(x, token, counts, experts, gated=gated)
+    if needs_scaled_rows(x.dtype, max(kind[0] for kind in experts.kinds)):
+        return _multiply_scaled(x, token, counts, experts, gated=gated)
+    x = torch.nn.functional.pad(x, (0, -experts.shape[1] % TILE_CODES)).contiguous()
     return _launch(x, token, counts, experts, rows, gated=gated, out_dtype=x.dtype)
 
 
@@ -122,7 +124,6 @@ def _launch(
         return y
     block_m = 8 if slots <= TILE_ROWS * counts.shape[0] else 16
     block_expert, block_first, block_last = plan_blocks(counts, experts.order, block_m, slots)
-    x = torch.nn.functional.pad(x, (0, -K % TILE_CODES)).contiguous()
     grouped_experts_kernel[(triton.cdiv(rows, 64 * _WARPS), block_expert.shape[0])](
         x,
         token,
@@ -151,17 +152,18 @@ def _launch(
     return y
 
 
-def _multiply_float32(x: Tensor, token: Tensor, counts: Tensor, experts: FragmentExperts, *, gated: bool) -> Tensor:
-    """Multiplies both parts of each row (``split_float32``), which become neighbouring slots; then applies the gate."""
-    high, low, exponent = split_float32(x)
-    parts = torch.stack([high, low], dim=1).flatten(0, 1)
-    both = torch.stack([2 * token, 2 * token + 1], dim=1).flatten()
-    y = _launch(parts, both, 2 * counts, experts, experts.shape[0], gated=False, out_dtype=torch.float32)
-    y = torch.ldexp(y[0::2] + y[1::2] / SPLIT_SCALE, exponent[token])
-    if not gated:
-        return y
-    gate, up = y.chunk(2, dim=1)
-    return torch.nn.functional.silu(gate) * up
+def _multiply_scaled(x: Tensor, token: Tensor, counts: Tensor, experts: FragmentExperts, *, gated: bool) -> Tensor:
+    """Multiplies the parts of each row (``scale_rows``), which become neighbouring slots; then applies the gate."""
+    scaled = scale_rows(x)
+    parts, rows = scaled.exponent.shape
+    slots = (token[:, None] + rows * torch.arange(parts, device=x.device)).flatten()
+    values = scaled.values.flatten(0, 1)
+    y = _launch(values, slots, parts * counts, experts, experts.shape[0], gated=False, out_dtype=torch.float32)
+    y = torch.ldexp(sum_parts(y.view(-1, parts, y.shape[1]).transpose(0, 1)), scaled.exponent[0, token, None])
+    if gated:
+        gate, up = y.chunk(2, dim=1)
+        y = torch.nn.functional.silu(gate) * up
+    return y.to(x.dtype)
 
 
 def plan_blocks(counts: Tensor, order: Tensor, block_m: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,9 @@ and S is the least of it. Splitting over k is what fills a GPU when few rows of 
 """
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,6 +72,24 @@ class Launch:
     max_registers: int = _MOST_REGISTERS
 
 
+_NO_LAUNCHES: Mapping[LaunchKey, Launch] = {}
+_launches: ContextVar[Mapping[LaunchKey, Launch]] = ContextVar("launches", default=_NO_LAUNCHES)
+
+
+@contextmanager
+def use_launches(table: Mapping[LaunchKey, Launch]) -> Iterator[None]:
+    """Launches products inside the context by a table, where it has their key.
+
+    Args:
+        table: Launches that are known to be good, such as those of ``load_launches``.
+    """
+    token = _launches.set(table)
+    try:
+        yield
+    finally:
+        _launches.reset(token)
+
+
 def find_bucket(rows: int) -> int:
     """Returns the least bucket that holds ``rows`` rows of x.
 
@@ -84,16 +105,16 @@ def find_bucket(rows: int) -> int:
     raise ValueError(msg)
 
 
-def find_launch(key: LaunchKey, device: Device, table: dict[LaunchKey, Launch] | None = None) -> Launch:
-    """Returns the launch of the table, or of the prior.
+def find_launch(key: LaunchKey, device: Device) -> Launch:
+    """Returns the launch of the table in use (``use_launches``), or of the prior.
 
     Args:
         key: The product.
         device: What the prior reckons with.
-        table: Launches that were measured, by key.
     """
-    if table and key in table:
-        return table[key]
+    known = _launches.get().get(key)
+    if known is not None:
+        return known
     # Four warps or more would make compute capability 9.0 and 10.0 use instructions that take no operand from registers
     # without copies.
     # 32 rows of x take all registers: enough below compute capability 9.0, where codes fill their words evenly.
@@ -115,7 +136,7 @@ def load_launches(path: Path) -> dict[LaunchKey, Launch]:
     return {LaunchKey(**row["key"]): Launch(**row["launch"]) for row in rows}
 
 
-def save_launches(table: dict[LaunchKey, Launch], path: Path) -> None:
+def save_launches(table: Mapping[LaunchKey, Launch], path: Path) -> None:
     """Writes launches to a JSON file."""
     rows = [{"key": asdict(key), "launch": asdict(launch)} for key, launch in table.items()]
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -48,7 +48,8 @@ def _find_experts(projection: nn.Module) -> FragmentExperts | None:
     kept: tuple[tuple[Identity, ...], FragmentExperts | None] | None = projection.__dict__.get(_KEPT)
     if kept is None or kept[0] != identity:
         fragments = [make_fragments(weight) for weight in weights]
-        made = [weight for weight in fragments if weight is not None]
+        # One launch has one kind of arithmetic: integers.
+        made = [weight for weight in fragments if weight is not None and weight.element < 0 and weight.factor == 1]
         kept = identity, gather_experts(made) if len(made) == len(fragments) else None
         projection.__dict__[_KEPT] = kept
     return kept[1]

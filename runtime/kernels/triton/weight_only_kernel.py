@@ -16,6 +16,7 @@ from runtime.kernels.triton.group_product import (
     load_words,
     load_zero,
 )
+from runtime.kernels.triton.row_scaling_kernel import power_of_two
 
 
 @triton.jit
@@ -38,6 +39,7 @@ def multiply_weight(
     WARPS: tl.constexpr,
     STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
+    ELEMENT: tl.constexpr = -1,
 ):
     """Returns W x' for 64 * WARPS rows of W and the steps of k given: [64 * WARPS, BLOCK_M] float32 in tile order.
 
@@ -54,18 +56,20 @@ def multiply_weight(
         BITS: Code width.
         GROUP_SIZE: Codes that share a scale; 0 for the whole row.
         SYMMETRIC: Zero is at the code 2**(BITS - 1), or at 1/2 for one bit.
-        TILES: Tiles a step; the group size is a multiple of the step, or 32 with one tile.
+        TILES: Tiles a step; the group size is a multiple of the step, or 16 or 32 with one tile.
         BLOCK_M: Rows of x.
         WARPS: Warps of the program.
         STAGES: Steps that are loaded ahead.
         UPCAST: Multiply in float32 (interpreter).
+        ELEMENT: Mantissa bits of codes that are floats, -1 for integers. In the result of floats is the power of two
+            that ``fragment_unpacking`` leaves.
     """
     DTYPE: tl.constexpr = x_rows.dtype.element_ty
     MANTISSA: tl.constexpr = count_mantissa_bits(DTYPE)
-    POSITION: tl.constexpr = find_position(BITS, MANTISSA)
+    POSITION: tl.constexpr = find_position(BITS, MANTISSA) if ELEMENT < 0 else 0
     BASE_BITS: tl.constexpr = 0x43004300 if MANTISSA == 7 else 0x64006400
-    GROUPS: tl.constexpr = 2 if GROUP_SIZE == 32 else 1
-    CODES: tl.constexpr = 32 if GROUP_SIZE == 32 else 64
+    PARTS: tl.constexpr = 64 // GROUP_SIZE if GROUP_SIZE == 16 or GROUP_SIZE == 32 else 1
+    CODES: tl.constexpr = 64 // PARTS
     row_block = first_row_block + tl.arange(0, 8 * WARPS)
     row_block_mask = row_block < last_row_block
     # row_block >> 31 is zero, which the compiler cannot know: it must keep BASE in a register of each thread, and the
@@ -73,27 +77,29 @@ def multiply_weight(
     base_bits = ((row_block >> 31) | BASE_BITS).to(tl.uint32, bitcast=True)[:, None, None]
     total = tl.zeros((64 * WARPS, BLOCK_M), tl.float32)
     for step in tl.range(first_step, last_step, num_stages=STAGES):
-        for part in tl.static_range(GROUPS):
-            group = step * GROUPS + part if GROUP_SIZE == 32 else (step * 64 * TILES // GROUP_SIZE if GROUP_SIZE else 0)
+        for part in tl.static_range(PARTS):
+            group = step * PARTS + part if PARTS > 1 else (step * 64 * TILES // GROUP_SIZE if GROUP_SIZE else 0)
             scale = load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS)
-            zero = load_zero(
-                zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, MANTISSA, POSITION, SYMMETRIC, WARPS
-            )
             none = tl.zeros((64 * WARPS, BLOCK_M), tl.float32)
-            products = (none, none, tl.zeros((16 * WARPS, BLOCK_M), tl.float32))
+            products = (none, tl.zeros((16 * WARPS, BLOCK_M), tl.float32))
             for tile in tl.static_range(TILES):
                 if part == 0:
                     words = load_words(words_ptr, step * TILES + tile, row_block, row_block_mask, row_blocks, BITS)
                 k = (step * TILES + tile) * 64 + part * CODES + tl.arange(0, CODES)
                 x = tl.trans(tl.load(x_rows[:, None] + k[None, :], mask=x_mask[:, None], other=0.0))
                 products = add_products(
-                    products, words, base_bits, x, part if GROUPS == 2 else -1, BITS, POSITION, WARPS, UPCAST
+                    products, words, base_bits, x, part, PARTS, BITS, POSITION, ELEMENT, WARPS, UPCAST
                 )
-            product = products[0] + 16.0 * products[1] if BITS > MANTISSA else products[0]
-            # Tile order counts v slowest, so four copies of the sums lie one below the other.
-            sums = tl.broadcast_to(products[2][None, :, :], (4, 16 * WARPS, BLOCK_M))
-            sums = tl.reshape(sums, (64 * WARPS, BLOCK_M))
-            total += scale.to(tl.float32)[:, None] * (product - zero[:, None] * sums)
+            if ELEMENT < 0:
+                zero = load_zero(
+                    zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, MANTISSA, POSITION, SYMMETRIC, WARPS
+                )
+                # Tile order counts v slowest, so four copies of the sums lie one below the other.
+                sums = tl.broadcast_to(products[1][None, :, :], (4, 16 * WARPS, BLOCK_M))
+                sums = tl.reshape(sums, (64 * WARPS, BLOCK_M))
+                total += scale.to(tl.float32)[:, None] * (products[0] - zero[:, None] * sums)
+            else:
+                total += scale.to(tl.float32)[:, None] * products[0]
     return total * (1.0 / (1 << POSITION))
 
 
@@ -103,6 +109,7 @@ def weight_only_kernel(
     words_ptr,
     scale_ptr,
     zero_ptr,
+    exponent_ptr,
     bias_ptr,
     out_ptr,
     M,
@@ -111,21 +118,25 @@ def weight_only_kernel(
     steps,
     steps_per_split,
     x_stride,
+    factor,
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    HAS_EXPONENT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WARPS: tl.constexpr,
     STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
+    ELEMENT: tl.constexpr,
 ):
     """Computes BLOCK_M rows and 64 * WARPS columns of y, or one addend of them; grid (columns, rows, splits).
 
     Args:
-        x_ptr: [M, K padded to a multiple of 64] float16 or bfloat16.
+        x_ptr: [M, K padded to a multiple of 64] float16, or bfloat16 for codes of up to 7 bits.
         words_ptr, scale_ptr, zero_ptr: As in ``multiply_weight``.
+        exponent_ptr: [M] int32, of the power of two that a row of y is multiplied by; read when HAS_EXPONENT.
         bias_ptr: [N], read when HAS_BIAS.
         out_ptr: [splits, M, N]; float32 when there are several splits.
         M, N: Rows of x, rows of the weight.
@@ -133,7 +144,9 @@ def weight_only_kernel(
         steps: Steps of k in all.
         steps_per_split: Steps of one program.
         x_stride: Elements from one row of x to the next.
-        BITS, GROUP_SIZE, SYMMETRIC, TILES, BLOCK_M, WARPS, STAGES, UPCAST: As in ``multiply_weight``.
+        factor: What W is multiplied by, float32.
+        BITS, GROUP_SIZE, SYMMETRIC, TILES, BLOCK_M, WARPS, STAGES, UPCAST, ELEMENT: As in ``multiply_weight``.
+        HAS_EXPONENT: Rows of x are scaled.
         HAS_BIAS: Add the bias.
     """
     # One program: a block of y, over one range of k.
@@ -160,8 +173,11 @@ def weight_only_kernel(
         WARPS,
         STAGES,
         UPCAST,
+        ELEMENT,
     )
-    y = from_tile_order(total, WARPS, BLOCK_M)
+    y = from_tile_order(total, WARPS, BLOCK_M) * factor
+    if HAS_EXPONENT:
+        y *= power_of_two(tl.load(exponent_ptr + row, mask=row_mask, other=0))[None, :]
     column = first_column + tl.arange(0, 64 * WARPS)
     if HAS_BIAS:
         y += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[:, None]

@@ -4,9 +4,9 @@ Up to 64 rows of x are multiplied by the codes as they are. For more rows the we
 its rows at a time, and multiplied by the library's GEMM: then the time is that of arithmetic, and the weight is the
 very one that the reference multiplies by.
 
-float32 activations are taken apart almost exactly: x = 2**e (a + 2**-11 b) with float16 a and b, two rows for each row,
-which costs nothing while both fit the tensor core's eight. What is lost is 2**-22 of an element, or 2**-35 of the
-greatest of its row.
+Codes of 8 bits and floats of few bits are no bfloat16 numbers as they are, so they are multiplied by bfloat16
+activations as float16 numbers times a power of two for each row; float32 activations become two such rows, which costs
+nothing while both fit the tensor core's eight (``row_scaling_kernel``).
 
 Runs on a CUDA device, or on the CPU if Triton was imported with TRITON_INTERPRET=1.
 """
@@ -21,13 +21,12 @@ from runtime.kernels.triton.dequantize_kernel import dequantize_kernel
 from runtime.kernels.triton.devices import DEVICES, Device
 from runtime.kernels.triton.fragment_layout import TILE_CODES, TILE_ROWS, FragmentWeight
 from runtime.kernels.triton.launch_table import MOST_ROWS, LaunchKey, find_bucket, find_launch
+from runtime.kernels.triton.row_scaling import needs_scaled_rows, scale_rows, sum_parts
 from runtime.kernels.triton.weight_only_kernel import sum_splits_kernel, weight_only_kernel
 
 # Whether kernels run in Triton's interpreter: fixed when they are defined, for the life of the process.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _SUM_BLOCK = 1024
-# What the second of two float16 numbers is multiplied by, so that it does not underflow.
-SPLIT_SCALE = 2.0**11
 # Rows of the weight that are dequantized at once: bounds the memory to 4096 x K floats.
 _DEQUANTIZED_ROWS = 4096
 _DEQUANTIZE_WARPS = 2
@@ -53,6 +52,8 @@ def triton_linear(x: Tensor, weight: FragmentWeight, bias: Tensor | None = None)
         weight.bits,
         weight.group_size or 0,
         weight.shape[0],
+        weight.element,
+        weight.factor,
     )
     return y
 
@@ -67,6 +68,8 @@ def weight_only_linear(
     bits: int,
     group_size: int,
     out_features: int,
+    element: int = -1,
+    factor: float = 1.0,
 ) -> Tensor:
     """Returns x W' + bias; the arguments are the fields of a ``FragmentWeight``, group_size 0 for the whole row."""
     weight = FragmentWeight(
@@ -76,15 +79,21 @@ def weight_only_linear(
         words=words,
         scale=scale,
         zero_point=zero_point,
+        element=element,
+        factor=factor,
     )
     rows = x.reshape(-1, x.shape[-1])
     if x.dtype == torch.float32:
         y = _multiply_float32(rows, weight)
         y = y if bias is None else y + bias
-    elif rows.shape[0] <= MOST_ROWS:
-        y = _multiply_few(rows, weight, bias, x.dtype)
-    else:
+    elif rows.shape[0] > MOST_ROWS:
         y = _multiply_many(rows, weight, bias)
+    elif needs_scaled_rows(x.dtype, bits, element):
+        scaled = scale_rows(rows)
+        y = _multiply_few(scaled.values[0], weight, bias, x.dtype, scaled.exponent[0])
+    else:
+        padded = torch.nn.functional.pad(rows, (0, -weight.shape[1] % TILE_CODES)).contiguous()
+        y = _multiply_few(padded, weight, bias, x.dtype)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -98,6 +107,8 @@ def _(
     bits: int,
     group_size: int,
     out_features: int,
+    element: int = -1,
+    factor: float = 1.0,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -127,10 +138,12 @@ def dequantize_fragments(weight: FragmentWeight, dtype: torch.dtype, rows: tuple
         last - first,
         weight.words.shape[2],
         out.stride(0),
+        weight.factor,
         BITS=weight.bits,
         GROUP_SIZE=weight.group_size or 0,
         SYMMETRIC=weight.zero_point is None,
-        DTYPE=triton.language.float16 if dtype == torch.float16 else triton.language.bfloat16,
+        EXACT=dtype == torch.float16 and weight.element < 0 and weight.factor == 1,
+        ELEMENT=weight.element,
         WARPS=_DEQUANTIZE_WARPS,
         # Twice as many as the rows are divided among: half a tile in float32 would not fit the registers of one.
         num_warps=2 * _DEQUANTIZE_WARPS,
@@ -138,7 +151,14 @@ def dequantize_fragments(weight: FragmentWeight, dtype: torch.dtype, rows: tuple
     return out[:, : weight.shape[1]].to(dtype)
 
 
-def _multiply_few(x: Tensor, weight: FragmentWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def _multiply_few(
+    x: Tensor,
+    weight: FragmentWeight,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    exponent: Tensor | None = None,
+) -> Tensor:
+    """Returns 2**exponent x W' + bias for up to 64 rows of x [M, in_features padded to a multiple of 64]."""
     M, (N, K) = x.shape[0], weight.shape
     y = torch.empty((M, N), dtype=out_dtype, device=x.device)
     if M == 0:
@@ -153,7 +173,6 @@ def _multiply_few(x: Tensor, weight: FragmentWeight, bias: Tensor | None, out_dt
         group_size=weight.group_size,
     )
     launch = find_launch(key, device)
-    x = torch.nn.functional.pad(x, (0, -K % TILE_CODES)).contiguous()
     partial = y if launch.splits == 1 else torch.empty((launch.splits, M, N), dtype=torch.float32, device=x.device)
     words, scale, zero = _word_views(weight)
     steps = weight.words.shape[0] // launch.tiles
@@ -164,6 +183,7 @@ def _multiply_few(x: Tensor, weight: FragmentWeight, bias: Tensor | None, out_dt
         words,
         scale,
         zero,
+        x if exponent is None else exponent,
         bias if has_bias and launch.splits == 1 else x,
         partial,
         M,
@@ -172,15 +192,18 @@ def _multiply_few(x: Tensor, weight: FragmentWeight, bias: Tensor | None, out_dt
         steps,
         triton.cdiv(steps, launch.splits),
         x.stride(0),
+        weight.factor,
         BITS=weight.bits,
         GROUP_SIZE=weight.group_size or 0,
         SYMMETRIC=weight.zero_point is None,
+        HAS_EXPONENT=exponent is not None,
         HAS_BIAS=has_bias and launch.splits == 1,
         TILES=launch.tiles,
         BLOCK_M=launch.block_m,
         WARPS=launch.warps,
         STAGES=launch.stages,
         UPCAST=INTERPRETED,
+        ELEMENT=weight.element,
         num_warps=launch.warps,
         maxnreg=launch.max_registers,
     )
@@ -202,28 +225,14 @@ def _multiply_many(x: Tensor, weight: FragmentWeight, bias: Tensor | None) -> Te
     return y
 
 
-def split_float32(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns float16 a and b and an exponent e for each row, with x = 2**e (a + b / SPLIT_SCALE) almost exactly.
-
-    Args:
-        x: [rows, count] float32.
-    """
-    # 2**e brings the greatest element of a row to [2**13, 2**14), far from overflow and from what underflows.
-    exponent = torch.frexp(x.abs().amax(dim=1, keepdim=True)).exponent - 14
-    scaled = torch.ldexp(x, -exponent)
-    high = scaled.to(torch.float16)
-    return high, ((scaled - high.to(torch.float32)) * SPLIT_SCALE).to(torch.float16), exponent
-
-
 def _multiply_float32(x: Tensor, weight: FragmentWeight) -> Tensor:
-    high, low, exponent = split_float32(x)
-    parts = torch.cat([high, low])
-    pieces = [
-        _multiply_few(parts[first : first + MOST_ROWS], weight, None, torch.float32)
-        for first in range(0, max(1, parts.shape[0]), MOST_ROWS)
-    ]
-    first, second = torch.cat(pieces).chunk(2)
-    return torch.ldexp(first + second / SPLIT_SCALE, exponent)
+    scaled = scale_rows(x)
+    parts, exponents = scaled.values.flatten(0, 1), scaled.exponent.flatten()
+    pieces = []
+    for first in range(0, max(1, parts.shape[0]), MOST_ROWS):
+        some = slice(first, first + MOST_ROWS)
+        pieces.append(_multiply_few(parts[some], weight, None, torch.float32, exponents[some]))
+    return sum_parts(torch.cat(pieces).view(2, x.shape[0], weight.shape[0]))
 
 
 def _word_views(weight: FragmentWeight) -> tuple[Tensor, Tensor, Tensor]:

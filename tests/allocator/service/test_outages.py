@@ -88,6 +88,32 @@ def test_a_server_whose_disk_is_full_says_so_and_recovers(
         assert len(running.get("/plans?limit=200").json()["items"]) == 60
 
 
+# What a server of PostgreSQL says whose disk is full, said by the server itself.
+FULL_DISK = """
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  RAISE EXCEPTION 'could not extend file: No space left on device' USING ERRCODE = 'disk_full';
+END $$;
+CREATE TRIGGER full_disk BEFORE INSERT ON plans EXECUTE FUNCTION refuse();
+"""
+
+
+def test_a_server_whose_database_has_a_full_disk_says_so_and_recovers(
+    service_settings: ServiceSettings, postgres: PostgresCluster, tiny_profile: SensitivityProfile
+) -> None:
+    settings = dataclasses.replace(service_settings, database_url=postgres.make_database())
+    with run_in_thread(settings) as running:
+        profile_id = running.add_profile(tiny_profile.fingerprint)
+        question = {"profile_id": profile_id, "budget": {"bits_per_weight": 5}}
+        with running.service.database.writing() as connection:
+            connection.exec_driver_sql(FULL_DISK)
+        check_unavailable(running.post("/plans", question))
+        assert running.get("/models").status_code == 200
+        with running.service.database.writing() as connection:
+            connection.exec_driver_sql("DROP TRIGGER full_disk ON plans")
+        assert running.post("/plans", question).status_code == 200
+
+
 def fill(running: RunningService) -> None:
     """Leaves the database as many pages as it has."""
     with running.service.database.engine.connect() as connection:

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from runtime.elements import ELEMENTS
 from runtime.kernels.triton.aot import (
     CompiledProduct,
     compile_dequantization,
+    compile_row_scaling,
     compile_split_sum,
     compile_weight_only,
     compile_weight_only_amd,
@@ -43,11 +45,18 @@ class Variant:
     dtype: str = "fp16"
     symmetric: bool = False
     in_features: int = 4096
+    element: str = ""
+
+    @property
+    def mantissa_bits(self) -> int:
+        """Mantissa bits of the codes, -1 for integers."""
+        return ELEMENTS[self.element].mantissa_bits if self.element else -1
 
     def __str__(self) -> str:
         group = "channel" if self.group_size is None else f"g{self.group_size}"
         sign = "-sym" if self.symmetric else ""
-        return f"W{self.bits}-{self.dtype}-sm{self.architecture}-m{self.rows}-k{self.in_features}-{group}{sign}"
+        codes = f"W{self.element or self.bits}-{self.dtype}"
+        return f"{codes}-sm{self.architecture}-m{self.rows}-k{self.in_features}-{group}{sign}"
 
     def find_launch(self) -> tuple[LaunchKey, Launch]:
         """Returns the key and the launch that the prior chooses."""
@@ -73,6 +82,12 @@ VARIANTS = [
     Variant(bits=3, architecture=80),
     Variant(bits=4, architecture=80, rows=64),
     Variant(bits=4, architecture=80, rows=64, dtype="bf16"),
+    # MXFP4, NVFP4, FP8 and MXFP6.
+    Variant(bits=4, group_size=32, symmetric=True, element="e2m1"),
+    Variant(bits=4, group_size=16, symmetric=True, element="e2m1"),
+    Variant(bits=8, group_size=None, symmetric=True, element="e4m3"),
+    Variant(bits=8, group_size=None, symmetric=True, element="e5m2", dtype="bf16"),
+    Variant(bits=6, group_size=32, symmetric=True, element="e2m3", architecture=80),
     Variant(bits=4, architecture=100),
     Variant(bits=6, architecture=100, rows=16),
     Variant(bits=4, architecture=120),
@@ -82,7 +97,9 @@ VARIANTS = [
 
 def compile_variant(variant: Variant) -> CompiledProduct:
     key, launch = variant.find_launch()
-    return compile_weight_only(key, launch, dtype=variant.dtype, symmetric=variant.symmetric)
+    return compile_weight_only(
+        key, launch, dtype=variant.dtype, symmetric=variant.symmetric, element=variant.mantissa_bits
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -94,12 +111,14 @@ def test_product_compiles_to_what_it_should(variant: Variant) -> None:
     assert code.count("HMMA", "HGMMA") > 0
     # A thread copies the words of a step in 16-byte pieces, and nothing narrower than 8 but scales and zero points.
     assert count_copies(code.loop, 128) >= variant.bits * launch.tiles
-    groups = 2 if variant.group_size == 32 else 1
-    assert count_copies(code.loop, 32) <= groups * (1 if variant.symmetric else 2)
+    groups = 64 // variant.group_size if variant.group_size in (16, 32) else 1
+    # Of activations a thread has 4 bytes where a group is 16.
+    of_x = groups if variant.group_size == 16 else 0
+    assert count_copies(code.loop, 32) <= groups * (1 if variant.symmetric else 2) + of_x
     assert code.count("LDG") == 0
     # Through shared memory there would be stores to it.
     assert code.count("STS", "STSM") == 0
-    assert code.count("I2F", "I2FP") == 0
+    assert code.count("I2F", "I2FP", "F2F", "F2FP") == 0
     assert product.shared_bytes <= MOST_SHARED_BYTES
     assert product.instructions_per_weight <= 1.01 * json.loads(GOLDEN.read_text(encoding="utf-8"))[str(variant)]
 
@@ -109,6 +128,7 @@ def test_golden_counts_reach_the_target() -> None:
     assert set(golden) == {str(variant) for variant in VARIANTS}
     for bits, most in MOST_INSTRUCTIONS.items():
         assert golden[str(Variant(bits=bits))] <= most
+    assert golden[str(Variant(bits=8, dtype="bf16"))] <= MOST_INSTRUCTIONS[8]
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -121,6 +141,14 @@ def test_product_compiles_for_amd(bits: int) -> None:
     assert text.count("global_load_dwordx4") >= bits * launch.tiles
     assert "v_cvt_f32_u32" not in text
     assert "v_cvt_f16_u16" not in text
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_scaling_of_rows_compiles_without_spills(dtype: str) -> None:
+    code = compile_row_scaling(architecture=90, dtype=dtype)
+    assert code.spill_bytes == 0
+    # Neither the exponent nor the powers of two take a function: they are bits of floats.
+    assert not any(name.startswith(("I2F", "F2I", "MUFU", "LDL", "STL")) for name in code.whole)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

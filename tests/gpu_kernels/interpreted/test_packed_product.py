@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from runtime.apply import apply_formats_, pack_weight
+from runtime.elements import ELEMENTS
 from runtime.formats import FORMATS
 from runtime.kernels.triton.packed_product import find_fragments, fits_kernels, packed_linear
+from runtime.kernels.triton.weight_only_linear import dequantize_fragments
 from runtime.loading import load_reference
 from runtime.packed import PackedWeight, QuantizedLinear
-from runtime.powers import power_of_two
+from runtime.packing import pack_codes
 from runtime.units import list_weights
 
 
@@ -26,8 +28,20 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 NAMES = [
     name
     for name, format_ in FORMATS.items()
-    if fits_kernels(format_) and format_.fits(128) and (format_.scale_type == "fp16" or format_.group_size == 64)
+    if fits_kernels(format_) and format_.fits(128) and (format_.scale_type != "pow2" or format_.group_size == 64)
 ]
+
+
+def bound_sums(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Returns what float32 rounds of sums of up to 2 * 1279 steps of s |x|, twice, in chains of 128 and the groups.
+
+    Of floats the weights themselves are summed.
+    """
+    fragments = find_fragments(weight)
+    assert fragments is not None
+    step = fragments.factor * float(fragments.scale.max())
+    greatest = 1279 * step if fragments.element < 0 else float(weight().abs().max())
+    return 2 * 132 * 2.0**-24 * greatest * x.abs().double().sum(-1, keepdim=True) * 2
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,10 +51,58 @@ def test_every_format_multiplies_as_its_reference(name: str) -> None:
     y = packed_linear(x, weight, None)
     assert y is not None
     expected = x.double() @ weight().double().t()
-    # float32 rounds sums of up to 2 * 1279 steps of s |x| twice, in chains of 128 and the groups.
-    scale = float(power_of_two(weight.scale).max() if weight.format.scale_type == "pow2" else weight.scale.max())
-    bound = 2 * 132 * 2.0**-24 * 1279 * x.abs().double().sum(-1, keepdim=True) * 2 * scale
+    bound = bound_sums(x, weight)
     assert bool(((y.double() - expected).abs() <= bound).all())
+
+
+ELEMENT_NAMES = [name for name in NAMES if FORMATS[name].kind == "element"]
+
+
+def test_floats_and_block_formats_are_among_them() -> None:
+    blocks = {"mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8", "nvfp4", "nvint4"}
+    assert blocks | {"fp8_e4m3_channel", "fp8_e5m2_channel", "int4_g16"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", ELEMENT_NAMES)
+def test_every_code_of_an_element_is_read_exactly(name: str) -> None:
+    """A weight that holds each finite code in each place of a tile, back in 16 bits: rounded once, or not at all."""
+    format_ = FORMATS[name]
+    weight = pack_weight(draw(9, 512), format_)
+    codes = torch.arange(9 * 512).view(9, 512) * 37 % 2**format_.bits
+    finite = torch.tensor(ELEMENTS[format_.element].values).isfinite()
+    weight.codes.copy_(pack_codes(torch.where(finite[codes], codes, 0).to(torch.uint8), format_.bits))
+    fragments = find_fragments(weight)
+    assert fragments is not None
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(dequantize_fragments(fragments, dtype), weight().to(dtype))
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "fp8_e4m3_channel", "mxint8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_activations_of_16_bits(name: str, dtype: torch.dtype) -> None:
+    weight = pack_weight(draw(70, 192), FORMATS[name])
+    for rows in (3, 66):
+        x = draw(rows, 192, seed=1).to(dtype)
+        y = packed_linear(x, weight, None)
+        assert y is not None and y.dtype == dtype
+        # The result is rounded once (the interpreter truncates to bfloat16), and so are dequantized weights.
+        dense = weight().double() if rows <= 64 else weight().to(dtype).double()
+        rounding = 2.0**-11 if dtype == torch.float16 else 2.0**-7
+        expected = x.double() @ dense.t()
+        assert bool(((y.double() - expected).abs() <= rounding * expected.abs() + bound_sums(x, weight)).all())
+
+
+def test_groups_of_zeros_and_scales_far_apart() -> None:
+    """OCP's least scale belongs to groups of zeros; of others the least may be 2**-39 of the greatest."""
+    dense = draw(8, 128)
+    dense[0, :32] = 0
+    dense[1] *= 2.0**-30
+    weight = pack_weight(dense * 2.0**40, FORMATS["mxfp4"])
+    fragments = find_fragments(weight)
+    assert fragments is not None
+    assert torch.equal(dequantize_fragments(fragments, torch.bfloat16), weight().to(torch.bfloat16))
+    dense[1] *= 2.0**-30
+    assert find_fragments(pack_weight(dense, FORMATS["mxfp4"])) is None
 
 
 def test_what_the_kernels_do_not_compute_is_left_to_others() -> None:
@@ -49,7 +111,7 @@ def test_what_the_kernels_do_not_compute_is_left_to_others() -> None:
     assert packed_linear(x.double(), weight, None) is None
     assert packed_linear(x[:, :32], weight, None) is None
     assert packed_linear(x.clone().requires_grad_(), weight, None) is None
-    for other in ("bf16", "int4_g16", "int1_g64", "fp4_e2m1_g64", "mxint8", "q4_0"):
+    for other in ("bf16", "int1_g64", "fp4_g64", "bitmod4_g64", "ternary_g64", "q4_0"):
         assert packed_linear(x, pack_weight(draw(8, 64), FORMATS[other]), None) is None
     # A power of two beyond float16.
     tiny = pack_weight(draw(8, 64) * 2.0**-60, FORMATS["int4_g64_pow2"])

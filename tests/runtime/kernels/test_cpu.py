@@ -135,6 +135,20 @@ def test_products_of_one_call_are_those_of_single_calls(kernels: CpuKernels) -> 
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.level)
+def test_prepared_products_are_computed_from_what_is_there_at_the_call(kernels: CpuKernels) -> None:
+    weights = [make_weight(Case(bits=b, group_size=32, symmetric=False, rows=9, columns=96), b)[0] for b in (2, 5)]
+    matrices = [describe_matrix(weight) for weight in weights]
+    x = draw_activations(1, 96)
+    outs, run = kernels.prepare([Product(x, matrix) for matrix in matrices])
+    assert all(out.isnan().all() for out in outs)
+    for seed in (1, 2):
+        x.copy_(draw_activations(1, 96, seed))
+        run()
+        for out, matrix in zip(outs, matrices, strict=True):
+            assert torch.equal(out, kernels.multiply_one(x, matrix, None))
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.level)
 @pytest.mark.parametrize("tokens", [2, 6])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_so_and_stays_with_its_token(kernels: CpuKernels, tokens: int, bad: float) -> None:

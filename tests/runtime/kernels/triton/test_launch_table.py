@@ -13,6 +13,7 @@ from runtime.kernels.triton.launch_table import (
     find_launch,
     load_launches,
     save_launches,
+    use_launches,
 )
 
 KEY = LaunchKey(architecture=90, bits=4, rows=8, out_features=4096, in_features=4096, group_size=128)
@@ -24,8 +25,12 @@ def test_a_row_of_the_table_wins(tmp_path: Path) -> None:
     save_launches({KEY: measured}, tmp_path / "launches.json")
     table = load_launches(tmp_path / "launches.json")
     assert table == {KEY: measured}
-    assert find_launch(KEY, H100, table) == measured
-    assert find_launch(replace(KEY, bits=3), H100, table) == find_launch(replace(KEY, bits=3), H100)
+    other = replace(KEY, bits=3)
+    prior = find_launch(KEY, H100), find_launch(other, H100)
+    with use_launches(table):
+        assert find_launch(KEY, H100) == measured
+        assert find_launch(other, H100) == prior[1]
+    assert find_launch(KEY, H100) == prior[0]
 
 
 def test_a_step_stays_in_one_group_and_ends_with_the_row() -> None:
