@@ -134,7 +134,8 @@ def encode_weight(weight: Weight, values: Tensor, format_: Format, rule: Renderi
 
 def _quantize_weight(weight: Weight, values: Tensor, format_: Format, rule: RenderingRule) -> QuantizedWeight:
     quantizer, statistics = quantizer_name(rule), statistics_of(weight, format_, rule)
-    if statistics is None or isinstance(rule, str) or rule.files is None:
+    # Rounding to nearest is as quick as reading what it gave.
+    if isinstance(rule, str) or rule.files is None or quantizer == "rtn":
         return quantize(values, format_, quantizer, statistics=statistics)
     make = partial(quantize, values, format_, quantizer, statistics=statistics)
     return rule.files.read_or_make(weight.name, values, format_, make)

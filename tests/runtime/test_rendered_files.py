@@ -94,10 +94,21 @@ def test_rule_reads_its_files(tmp_path: Path) -> None:
     # Made of other statistics: what is in the files, which belong to those of before.
     other = Rendering(quantizer="gptq", statistics={"w": draw_statistics(192, seed=7)}, files=RenderedFiles(tmp_path))
     assert torch.equal(render_weight(weight, VALUES, format_, other), fresh)
-    # What reads the weight alone is fast, and leaves no files.
+    # Rounding to nearest is as fast as reading, and leaves no files.
     plain = Rendering(quantizer="rtn", statistics={}, files=RenderedFiles(tmp_path))
     render_weight(weight, VALUES, format_, plain)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_search_that_reads_the_weight_alone_is_kept_too(tmp_path: Path) -> None:
+    weight = Weight(parameter="w", expert_index=None, shape=(5, 192), kind="linear")
+    rule = Rendering(quantizer="clipping", statistics={}, files=RenderedFiles(tmp_path))
+    fresh = render_weight(weight, VALUES, FORMATS["int3_g64"], "clipping")
+    assert torch.equal(render_weight(weight, VALUES, FORMATS["int3_g64"], rule), fresh)
+    [path] = tmp_path.iterdir()
+    written = path.stat().st_mtime_ns
+    assert torch.equal(render_weight(weight, VALUES, FORMATS["int3_g64"], rule), fresh)
+    assert path.stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])

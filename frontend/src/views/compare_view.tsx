@@ -4,6 +4,7 @@ import type { Plan, Profile } from "../api/contract";
 import { diffPlans, type UnitChange } from "../figures/plan_difference";
 import { bitsText, bytesText, lossText, MIB, signedText, significant } from "../figures/quantities";
 import { type Cell, makeGrid } from "../figures/unit_grid";
+import { BreakableName } from "../widgets/breakable_name";
 import { DataTable } from "../widgets/data_table";
 import { type CellLook, describeCell, HeatMap } from "../widgets/heat_map";
 import { useLoaded } from "../widgets/hooks";
@@ -143,7 +144,7 @@ function ChangeList({ changes }: { changes: UnitChange[] }) {
         caption="Units that differ"
         rows={changes}
         columns={[
-          { title: "Unit", cell: (row) => row.unit },
+          { title: "Unit", cell: (row) => <BreakableName name={row.unit} /> },
           { title: "First", cell: (row) => row.before },
           { title: "Second", cell: (row) => row.after },
           { title: "Bytes", cell: (row) => signedText(row.bytes, bytesText), number: true },

@@ -4,6 +4,7 @@ import type { CurvePoint, Plan, UnitExplanation } from "../api/contract";
 import type { Mark } from "../figures/chart_series";
 import { explainChoice } from "../figures/explanation";
 import { bytesText, lossText, MIB, significant } from "../figures/quantities";
+import { BreakableName } from "../widgets/breakable_name";
 import { Select } from "../widgets/controls";
 import { DataTable } from "../widgets/data_table";
 import { Dialog } from "../widgets/dialog";
@@ -69,7 +70,7 @@ function Curve({ explanation }: { explanation: UnitExplanation }) {
 }
 
 function FormatCell({ row }: { row: CurvePoint }) {
-  const note = row.reason ?? (row.on_hull ? "on the hull" : "");
+  const note = row.reason ?? (row.on_hull ? "" : "above the hull");
   return (
     <>
       {row.chosen ? <strong>{row.format}, chosen</strong> : row.format} <span class="soft small">{note}</span>
@@ -104,7 +105,14 @@ export function UnitDialog({ plan, units, onClose }: UnitDialogProps) {
   const [unit, setUnit] = useState(units[0] ?? "");
   const { value: explanation, error } = useLoaded(`${plan.id}\n${unit}`, () => service.explainUnit(plan.id, unit));
   return (
-    <Dialog title={`Why ${unit} is stored as ${plan.choice[unit] ?? "it is"}`} onClose={onClose}>
+    <Dialog
+      title={
+        <>
+          Why <BreakableName name={unit} /> is stored as {plan.choice[unit] ?? "it is"}
+        </>
+      }
+      onClose={onClose}
+    >
       {units.length > 1 && (
         <Select
           label={`One of ${units.length} units here`}

@@ -18,6 +18,7 @@ from runtime.units import list_weights
 
 pytest.importorskip("auto_round", reason="make engines runs this with AutoRound")
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 MENU = ("int4_g64_sym", "int8_g32_sym", "int2_g32_sym", "bf16", "int3_g64_sym")
 
 

@@ -15,6 +15,9 @@ from runtime.loading import ReferenceModel, load_reference
 from runtime.units import find_units, list_weights
 from tests.tiny_models import build_tiny_llama, sample_text, save_model
 
+# Each starts a process that imports a whole engine, and GPTQModel compiles a kernel.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
 # Engine -> the module that must be installed, and what the command leaves behind where that is not text.
 ENGINES_AT_HAND = {
     "transformers": ("compressed_tensors", None),
