@@ -73,7 +73,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
-def _build(model_class: Callable[..., PreTrainedModel], config: object, seed: int) -> PreTrainedModel:
+def build_model(model_class: Callable[..., PreTrainedModel], config: object, seed: int) -> PreTrainedModel:
     """Returns the model of `config` with weights that depend on `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -114,7 +114,7 @@ def build_tiny_llama(
         attention_bias=attention_bias,
         mlp_bias=attention_bias,
     )
-    return _build(LlamaForCausalLM, config, seed)
+    return build_model(LlamaForCausalLM, config, seed)
 
 
 def build_tiny_mixtral(*, seed: int = 0) -> MixtralForCausalLM:
@@ -122,7 +122,7 @@ def build_tiny_mixtral(*, seed: int = 0) -> MixtralForCausalLM:
     config = MixtralConfig(
         **SIZES, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False
     )
-    return _build(MixtralForCausalLM, config, seed)
+    return build_model(MixtralForCausalLM, config, seed)
 
 
 def build_tiny_qwen_moe(*, seed: int = 0) -> Qwen2MoeForCausalLM:
@@ -136,7 +136,7 @@ def build_tiny_qwen_moe(*, seed: int = 0) -> Qwen2MoeForCausalLM:
         num_experts_per_tok=2,
         tie_word_embeddings=False,
     )
-    return _build(Qwen2MoeForCausalLM, config, seed)
+    return build_model(Qwen2MoeForCausalLM, config, seed)
 
 
 def save_model(model: PreTrainedModel, directory: Path) -> Path:

@@ -26,7 +26,7 @@ from runtime.kernels.decoder_step import _Step
 from runtime.kernels.dispatch import kernel_path, selected_kernels
 from runtime.units import list_weights
 from tests.runtime.kernels.stored_weights import available_kernels
-from tests.tiny_models import _SIZES, _build, build_tiny_llama, build_tiny_mixtral
+from tests.tiny_models import SIZES, build_model, build_tiny_llama, build_tiny_mixtral
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler is here")
 LEVELS = [kernels.level for kernels in available_kernels()]
@@ -34,8 +34,8 @@ FORMATS = ("int4_g32", "int8_g64_sym", "int3_g64", "int5_channel", "int2_g32_sym
 
 
 def build(config_class: Any, model_class: Any, **changes: Any) -> Any:
-    settings = {**_SIZES, "intermediate_size": 128, "tie_word_embeddings": False, **changes}
-    return _build(model_class, config_class(**settings), seed=0)
+    settings = {**SIZES, "intermediate_size": 128, "tie_word_embeddings": False, **changes}
+    return build_model(model_class, config_class(**settings), seed=0)
 
 
 MODELS: dict[str, Callable[[], Any]] = {
