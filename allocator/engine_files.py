@@ -28,9 +28,7 @@ def count_engine_file(
     """
     if not isinstance(model, Model):
         return profile
-    routers = any(unit.kind == "router" for unit in profile.candidates.units)
-    fixed = engine_fixed_bytes(engine, model.reference_of(profile, store), routers=routers)
-    return price_engine_file(profile, engine, fixed)
+    return price_engine_file(profile, engine, _fixed_bytes(engine, model, profile, store))
 
 
 def note_engine_files(model: Model, profile: SensitivityProfile, store: Store) -> None:
@@ -43,12 +41,10 @@ def note_engine_files(model: Model, profile: SensitivityProfile, store: Store) -
     """
     if store.find_note(ENGINE_FILES, profile.fingerprint) is not None:
         return
-    routers = any(unit.kind == "router" for unit in profile.candidates.units)
-    reference = model.reference_of(profile, store)
     found: dict[str, int | str | None] = {}
     for engine in ENGINES.values():
         try:
-            found[engine.name] = engine_fixed_bytes(engine, reference, routers=routers)
+            found[engine.name] = _fixed_bytes(engine, model, profile, store)
         except ValueError as error:
             found[engine.name] = str(error)
     store.save_note(ENGINE_FILES, profile.fingerprint, found)
@@ -71,3 +67,8 @@ def noted_fixed_bytes(engine: Engine, profile: SensitivityProfile, store: Store)
     if isinstance(found, str):
         raise ValueError(found)
     return None if found is None else int(found)
+
+
+def _fixed_bytes(engine: Engine, model: Model, profile: SensitivityProfile, store: Store) -> int | None:
+    routers = any(unit.kind == "router" for unit in profile.candidates.units)
+    return engine_fixed_bytes(engine, model.reference_of(profile, store), routers=routers)

@@ -102,6 +102,20 @@ def build_one_layer_llama(vocabulary: int) -> LlamaForCausalLM:
         return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
+def build_wide_llama(hidden_size: int, intermediate_size: int, *, layers: int) -> LlamaForCausalLM:
+    """Returns a dense decoder with rows of these widths, embedding and lm_head one parameter."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    return build_model(LlamaForCausalLM, config, 0)
+
+
 def build_tiny_llama(
     *, tied: bool = False, key_value_heads: int = 2, head_dim: int = 16, attention_bias: bool = False, seed: int = 0
 ) -> LlamaForCausalLM:

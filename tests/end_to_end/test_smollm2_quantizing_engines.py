@@ -171,8 +171,10 @@ def test_auto_round(reference: ReferenceModel, tmp_path: Path) -> None:
     check_logits(reference, loaded_formats(reference, engine, formats), engine)
 
 
-def test_gptqmodel(reference: ReferenceModel, tmp_path: Path) -> None:
+def test_gptqmodel(reference: ReferenceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gptqmodel", reason="make engines runs this with GPTQModel")
+    # It writes logs/ where it runs.
+    monkeypatch.chdir(tmp_path)
     # It reserves workers for loading beyond those for quantizing.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig

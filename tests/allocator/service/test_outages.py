@@ -3,8 +3,11 @@
 import dataclasses
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from allocator.service.settings import ServiceSettings
 from allocator.service.worker import Worker
@@ -17,6 +20,13 @@ from tests.postgres_cluster import PostgresCluster
 QUESTIONS = ("/models", "/jobs", "/plans", "/profiles", "/readyz", "/metrics", "/plans/0", "/jobs/0/events")
 
 
+@pytest.fixture
+def on_postgres(service_settings: ServiceSettings, postgres: PostgresCluster) -> Iterator[RunningService]:
+    """A running service on a database of its own in PostgreSQL."""
+    with run_in_thread(dataclasses.replace(service_settings, database_url=postgres.make_database())) as running:
+        yield running
+
+
 def check_unavailable(answer: Any) -> None:
     assert (answer.status_code, answer.headers["content-type"]) == (503, "application/problem+json")
     assert answer.json()["detail"].startswith("the database must be reachable and able to write")
@@ -24,24 +34,22 @@ def check_unavailable(answer: Any) -> None:
 
 
 def test_a_server_whose_database_is_gone_says_so_and_recovers(
-    service_settings: ServiceSettings, postgres: PostgresCluster, tiny_profile: SensitivityProfile
+    on_postgres: RunningService, postgres: PostgresCluster, tiny_profile: SensitivityProfile
 ) -> None:
-    settings = dataclasses.replace(service_settings, database_url=postgres.make_database())
-    with run_in_thread(settings) as running:
-        profile_id = running.add_profile(tiny_profile.fingerprint)
-        question = {"profile_id": profile_id, "budget": {"bits_per_weight": 5}}
-        before = running.post("/plans", question).json()
-        postgres.stop()
-        try:
-            for path in QUESTIONS:
-                check_unavailable(running.get(path))
-            check_unavailable(running.post("/plans", question))
-            check_unavailable(running.post("/plans", question, headers={"Idempotency-Key": "k"}))
-            assert running.get("/healthz").status_code == 200
-        finally:
-            postgres.start()
-        assert running.get("/readyz").status_code == 200
-        assert running.post("/plans", question, headers={"Idempotency-Key": "k"}).json() == before
+    profile_id = on_postgres.add_profile(tiny_profile.fingerprint)
+    question = {"profile_id": profile_id, "budget": {"bits_per_weight": 5}}
+    before = on_postgres.post("/plans", question).json()
+    postgres.stop()
+    try:
+        for path in QUESTIONS:
+            check_unavailable(on_postgres.get(path))
+        check_unavailable(on_postgres.post("/plans", question))
+        check_unavailable(on_postgres.post("/plans", question, headers={"Idempotency-Key": "k"}))
+        assert on_postgres.get("/healthz").status_code == 200
+    finally:
+        postgres.start()
+    assert on_postgres.get("/readyz").status_code == 200
+    assert on_postgres.post("/plans", question, headers={"Idempotency-Key": "k"}).json() == before
 
 
 def test_a_worker_whose_database_is_gone_ends_its_job_when_it_is_back(
@@ -99,19 +107,17 @@ CREATE TRIGGER full_disk BEFORE INSERT ON plans EXECUTE FUNCTION refuse();
 
 
 def test_a_server_whose_database_has_a_full_disk_says_so_and_recovers(
-    service_settings: ServiceSettings, postgres: PostgresCluster, tiny_profile: SensitivityProfile
+    on_postgres: RunningService, tiny_profile: SensitivityProfile
 ) -> None:
-    settings = dataclasses.replace(service_settings, database_url=postgres.make_database())
-    with run_in_thread(settings) as running:
-        profile_id = running.add_profile(tiny_profile.fingerprint)
-        question = {"profile_id": profile_id, "budget": {"bits_per_weight": 5}}
-        with running.service.database.writing() as connection:
-            connection.exec_driver_sql(FULL_DISK)
-        check_unavailable(running.post("/plans", question))
-        assert running.get("/models").status_code == 200
-        with running.service.database.writing() as connection:
-            connection.exec_driver_sql("DROP TRIGGER full_disk ON plans")
-        assert running.post("/plans", question).status_code == 200
+    profile_id = on_postgres.add_profile(tiny_profile.fingerprint)
+    question = {"profile_id": profile_id, "budget": {"bits_per_weight": 5}}
+    with on_postgres.service.database.writing() as connection:
+        connection.exec_driver_sql(FULL_DISK)
+    check_unavailable(on_postgres.post("/plans", question))
+    assert on_postgres.get("/models").status_code == 200
+    with on_postgres.service.database.writing() as connection:
+        connection.exec_driver_sql("DROP TRIGGER full_disk ON plans")
+    assert on_postgres.post("/plans", question).status_code == 200
 
 
 def fill(running: RunningService) -> None:

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from runtime.engines import find_engine
 from runtime.exporters import export
 from runtime.loading import ReferenceModel, load_reference
 from runtime.units import list_weights
 from tests.runtime.exporters.test_gguf_imatrix import write
-from tests.tiny_models import VOCABULARY_SIZE, build_tiny_llama, build_tiny_mixtral, save_model
+from tests.tiny_models import build_tiny_llama, build_tiny_mixtral, build_wide_llama, save_model
 
 QUANTIZE = shutil.which("llama-quantize", path=os.environ.get("LLAMA_CPP_BIN", "") + os.pathsep + os.environ["PATH"])
 
@@ -55,16 +55,8 @@ def test_it_uses_our_importance_matrix(build: Callable[[], PreTrainedModel], tmp
 
 def test_it_makes_the_planned_types_under_a_quantized_base_type(tmp_path: Path) -> None:
     # Rows of 256 and 512, which all blocks divide.
-    config = LlamaConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    reference = load_reference(str(save_model(LlamaForCausalLM(config).eval(), tmp_path / "model")))
+    model = build_wide_llama(256, 512, layers=2)
+    reference = load_reference(str(save_model(model, tmp_path / "model")))
     menu = ("q4_k", "iq4_nl", "q6_k", "q5_1", "iq4_xs", "q8_0", "q3_k", "bf16")
     formats = {name: menu[i % len(menu)] for i, name in enumerate(list_weights(reference.model))}
     export(reference, formats, tmp_path / "ours", exporter="llama.cpp")
@@ -80,16 +72,8 @@ def test_it_makes_the_planned_types_under_a_quantized_base_type(tmp_path: Path) 
 
 def test_what_it_stores_where_rows_do_not_divide_is_what_the_rules_say(tmp_path: Path) -> None:
     # Rows of 96. The rules refuse such pairs before the solve, so that no plan of ours asks for them.
-    config = LlamaConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    reference = load_reference(str(save_model(LlamaForCausalLM(config).eval(), tmp_path / "model")))
+    model = build_wide_llama(96, 192, layers=1)
+    reference = load_reference(str(save_model(model, tmp_path / "model")))
     llama_cpp = find_engine("llama.cpp")
     names = [f"blk.0.{part}.weight" for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up")]
     asked = dict(zip(names, llama_cpp.instead, strict=True))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mlx_lm import load
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from runtime.apply import simulated_formats
 from runtime.exporters import export
@@ -16,7 +16,7 @@ from runtime.exporters.mlx import rope_settings
 from runtime.formats import find_format
 from runtime.loading import load_reference
 from runtime.units import list_weights
-from tests.tiny_models import VOCABULARY_SIZE, build_tiny_llama, save_model
+from tests.tiny_models import build_tiny_llama, build_wide_llama, save_model
 
 MENU = (
     "int2_g64_sym",
@@ -80,16 +80,8 @@ def test_the_base_of_rotations_is_where_mlx_lm_looks(tmp_path: Path) -> None:
 
 def test_rows_that_the_default_group_does_not_divide_are_quantized(tmp_path: Path) -> None:
     # MLX-LM's own converter leaves a layer out whose row the default group does not divide, whatever its own group is.
-    config = LlamaConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    reference = load_reference(str(save_model(LlamaForCausalLM(config).eval(), tmp_path / "model")))
+    model = build_wide_llama(96, 192, layers=1)
+    reference = load_reference(str(save_model(model, tmp_path / "model")))
     formats = dict.fromkeys(list_weights(reference.model), "int4_g32_sym")
     formats |= {"model.embed_tokens.weight": "bf16", "model.layers.0.mlp.down_proj.weight": "int8_g64_sym"}
     export(reference, formats, tmp_path / "out", exporter="mlx-lm")

@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tests.mixtures import build_tiny_deepseek_v2, build_tiny_deepseek_v3, build_tiny_olmoe, build_tiny_qwen3_moe
 from tests.sensitivity.float64_models import make_float64
-from tests.tiny_models import VOCABULARY_SIZE, build_tiny_llama, build_tiny_mixtral, build_tiny_qwen_moe
+from tests.tiny_models import VOCABULARY_SIZE, build_model, build_tiny_llama, build_tiny_mixtral, build_tiny_qwen_moe
 
 TOKENS = torch.arange(40).remainder(VOCABULARY_SIZE).view(2, 20)
 
@@ -36,14 +36,7 @@ def build_tiny_qwen2(*, tied: bool = False) -> Qwen2ForCausalLM:
         initializer_range=0.1,
         tie_word_embeddings=tied,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Qwen2ForCausalLM(config).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith(("norm.weight", ".bias")):
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return build_model(Qwen2ForCausalLM, config, seed=0)
 
 
 DECODERS: dict[str, Callable[[], Any]] = {
