@@ -11,10 +11,12 @@ from allocator.plans import Plan, check_same_model
 from allocator.renderings import rendering_of_plan
 from allocator.store import Store
 from allocator.transformed import TRANSFORMS
+from runtime.drawn_tokens import DRAWN, draw_tokens
 from runtime.engine_rules import Engine, check_legal
 from runtime.engines import find_engine
 from runtime.files import atomic_path
 from runtime.loading import ReferenceModel
+from runtime.quantizers import TEXTLESS
 from runtime.transforms import has_map
 from runtime.units import Unit, find_units, list_weights
 from sensitivity.weight_inputs import find_statistics
@@ -50,7 +52,8 @@ def export(
         plan: The plan.
         engine: Name in ``ENGINES``.
         out: Directory of the files.
-        imatrix: Whether to write llama.cpp's importance matrix too, from the calibration text of the plan's profile.
+        imatrix: Whether to write llama.cpp's importance matrix too, from the calibration text of the plan's profile,
+            or from drawn tokens where the plan's quantizer reads these.
         store: Where the plan's profile is kept, which only some quantizers and the importance matrix need; None for
             the default.
 
@@ -105,9 +108,10 @@ def _write_imatrix(reference: ReferenceModel, plan: Plan, out: Path, store: Stor
             f"'{fingerprint[:16]}' in '{store.root}'. Measure and plan again, or leave the importance matrix out."
         )
         raise ValueError(msg)
-    tokens = torch.from_numpy(profile.calibration_tokens)
+    tokens, source = torch.from_numpy(profile.calibration_tokens), profile.provenance["calibration"]
+    if plan.provenance["quantizer"] in TEXTLESS:
+        tokens, source = draw_tokens(reference.model), DRAWN
     statistics = find_statistics(reference.model, tokens, directory=store.rendering(fingerprint))
-    source = profile.provenance["calibration"]
     with atomic_path(out / IMATRIX_FILE) as path:
         write_importance_matrix(
             reference, statistics, path, source=source, tokens_shape=(tokens.shape[0], tokens.shape[1])

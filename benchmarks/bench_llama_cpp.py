@@ -4,10 +4,11 @@
 
 The rivals are made by llama-quantize from the unquantized file that bitplan exports, once without an importance matrix
 and once with one, which is bitplan's own. The size of each rival's file is the budget of a plan, so that a plan is
-never a byte larger. Without the matrix a plan's codes are rounded to nearest; with it they come of the same text by
-GPTQ, or by ``--with-matrix weighted_clipping``, which reads no more of it than the matrix holds. Each of the two has a
-profile of its own, measured on what will be written. All KL is llama-perplexity's; ``llama_cpp_tools.py`` says how to
-build the two programs.
+never a byte larger. Without the matrix a plan reads no text for its scales and codes either; with it they come of the
+same text: a transform, then GPTQ, or ``--with-matrix weighted_clipping``, which reads no more of it than the matrix
+holds. Each of the two has a profile of its own, measured on what will be written. llama-quantize gets the rewritten
+files too, with a matrix of the inputs that the plan's codes are weighted by. All KL is llama-perplexity's, to the model
+as it was trained; ``llama_cpp_tools.py`` says how to build the two programs.
 
 All of it is kept in the store and found again: the profile, measured plans, files, their KL.
 """
@@ -19,8 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from llama_cpp_page import Comparison, Kl, Row, render
 from llama_cpp_tools import CONTEXT_TOKENS, Tools
-from machine import describe_machine
 
 import allocator
 from allocator.artefacts import Model, provenance
@@ -34,9 +35,12 @@ from allocator.progress import Progress, shown_progress
 from allocator.refinement import Refinement
 from allocator.renderings import rendering_of_plan
 from allocator.store import Store
+from runtime.drawn_tokens import DRAWN, draw_tokens
 from runtime.engines import find_engine
 from runtime.exporters import export
 from runtime.exporters.gguf_imatrix import write_importance_matrix
+from runtime.loading import ReferenceModel
+from runtime.quantizers import TEXTLESS
 from runtime.units import list_weights
 from sensitivity.measure_config import FISHER, MeasureConfig
 from sensitivity.profile import SensitivityProfile
@@ -44,31 +48,26 @@ from sensitivity.weight_inputs import find_statistics
 
 ENGINE = find_engine("llama.cpp")
 MIXES = ("Q3_K_S", "Q4_0", "Q3_K_M", "Q4_K_M", "Q5_K_M")
-# The rules that render a plan's codes: without a matrix; with one, of which the first is the table's.
-WITHOUT_MATRIX = "rtn"
+# The rules that render a plan's codes with a matrix, of which the first is the table's.
 WITH_MATRIX = ("gptq", "weighted_clipping")
-Kl = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """The rivals of one mix and the plan of their size.
+class Side:
+    """What a plan's scales and codes are made by.
 
     Args:
-        mix: llama.cpp's name of the mix.
-        rival_bytes: Bytes of its file.
-        rivals: Whether an importance matrix was used -> mean KL, nats per token, and its standard error.
-        plan_bytes: Whether it was used -> bytes of the plan's file.
-        predicted: The same -> KL that the plan predicted.
-        plans: The same -> KL of the plan, as of the rivals.
+        transform: Rewrites the model first.
+        quantizer: Renders the codes.
     """
 
-    mix: str
-    rival_bytes: int
-    rivals: dict[bool, Kl]
-    plan_bytes: dict[bool, int]
-    predicted: dict[bool, float]
-    plans: dict[bool, Kl]
+    transform: str
+    quantizer: str
+
+    @property
+    def name(self) -> str:
+        """Part of the names of files."""
+        return f"{self.transform.replace(':', '-')}-{self.quantizer}"
 
 
 def main() -> None:
@@ -83,19 +82,22 @@ def main() -> None:
     except FileNotFoundError as error:
         # `make bench` goes on with the other tables.
         parser.exit(message=f"left out: {error}\n")
-    rules = {False: WITHOUT_MATRIX, True: options.with_matrix}
-    bench = Bench(tools, Store(), rules, options.refine, options.chunks)
+    textless = Side(transform="equalize", quantizer="drawn_clipping")
+    textual = Side(transform="awq:format=int4_g32", quantizer=options.with_matrix)
     with shown_progress() as progress:
-        rows = [bench.compare(mix, progress) for mix in MIXES]
-    text = render(rows, options)
+        bench = Bench(tools, Store(), (textless, textual), options.refine, options.chunks, progress)
+        rows = [bench.compare(mix) for mix in MIXES]
+    arguments = f"--refine {options.refine} --chunks {options.chunks} --with-matrix {options.with_matrix}"
+    text = render(rows, arguments, options.chunks, bench.measure_rewritten())
     (Path(__file__).parent / "llama_cpp.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
 
-def measure(model: Model, quantizer: str, store: Store, progress: Progress) -> SensitivityProfile:
-    """Returns the profile of the formats that llama.cpp runs, rendered by a rule."""
-    config = MeasureConfig(metrics=(FISHER,), fisher_sequences=48, fit_plans=None, quantizer=quantizer)
-    request = replace(demo_request(store), formats=ENGINE.menu, embedding_formats=ENGINE.menu, config=config)
+def measure(model: Model, side: Side, store: Store, progress: Progress) -> SensitivityProfile:
+    """Returns the profile of the formats that llama.cpp runs, of the rewritten model, rendered by a side's rule."""
+    config = MeasureConfig(metrics=(FISHER,), fisher_sequences=48, fit_plans=None, quantizer=side.quantizer)
+    formats = {"formats": ENGINE.menu, "embedding_formats": ENGINE.menu}
+    request = replace(demo_request(store), **formats, config=config, transforms=(side.transform,))
     return allocator.measure(model, request=request, store=store, progress=progress)
 
 
@@ -105,55 +107,59 @@ class Bench:
     Args:
         tools: llama.cpp's programs.
         store: Where everything is kept.
-        rules: Whether an importance matrix is used -> the rule that renders a plan's codes.
+        sides: Of the plans without a text and with one.
         refine: Rounds of refinement.
         chunks: Pieces of text that a KL is measured on.
+        progress: Called with (stage, done, total).
     """
 
-    def __init__(self, tools: Tools, store: Store, rules: dict[bool, str], refine: int, chunks: int) -> None:
-        self._tools, self._store, self._rules, self._refine = tools, store, rules, refine
+    def __init__(
+        self, tools: Tools, store: Store, sides: tuple[Side, Side], refine: int, chunks: int, progress: Progress
+    ) -> None:
+        self._tools, self._store, self._sides, self._refine = tools, store, sides, refine
+        self._progress = progress
         self._model = Model(str(prepare_demo_model(store.root)))
         self._place = store.root / "llama.cpp"
         self._place.mkdir(parents=True, exist_ok=True)
         self._base = self._write_base(chunks)
+        self._profiles = {side: measure(self._model, side, store, progress) for side in sides}
 
-    def compare(self, mix: str, progress: Progress) -> Row:
+    def compare(self, mix: str) -> Row:
         """Returns the rivals of a mix beside the plans of their size."""
-        profiles = {
-            weighted: measure(self._model, quantizer, self._store, progress)
-            for weighted, quantizer in self._rules.items()
+        textless, textual = self._sides
+        rivals = {
+            textless: self._make_rival(mix, self._find_reference(None)),
+            textual: self._make_rival(mix, self._find_reference(None), self._find_matrix(None)),
         }
-        imatrix = self._find_matrix(profiles[True])
-        rivals = {weighted: self._make_rival(mix, imatrix if weighted else None) for weighted in profiles}
         # The matrix's name is in the file's metadata: some hundred bytes that a plan's file does not have.
         size = min(path.stat().st_size for path in rivals.values())
-        plans = {weighted: self._make_plan(profile, size, progress) for weighted, profile in profiles.items()}
-        for weighted, plan in plans.items():
-            allocator.save_plan(plan, self._place / f"{mix}-plan-{self._rules[weighted]}.json")
-        return Row(
-            mix=mix,
-            rival_bytes=size,
-            rivals={weighted: self._measure_kl(path) for weighted, path in rivals.items()},
-            plan_bytes={weighted: plan.memory_bytes for weighted, plan in plans.items()},
-            predicted={weighted: plan.predicted_kl for weighted, plan in plans.items()},
-            plans={weighted: self._measure_plan(plan, mix) for weighted, plan in plans.items()},
+        found = {side: self._compare_side(mix, side, rival, size) for side, rival in rivals.items()}
+        return Row(mix=mix, rival_bytes=size, textless=found[textless], textual=found[textual])
+
+    def measure_rewritten(self) -> dict[str, Kl]:
+        """Returns transform -> KL of the unquantized file of the model that it rewrote."""
+        return {side.transform: self._measure_kl(self._find_reference(side)) for side in self._sides}
+
+    def _compare_side(self, mix: str, side: Side, rival: Path, size: int) -> Comparison:
+        profile, rewritten = self._profiles[side], self._find_reference(side)
+        matrix = self._find_matrix(side)
+        plan = self._make_plan(profile, size)
+        allocator.save_plan(plan, self._place / f"{mix}-plan-{side.name}.json")
+        weighted = self._measure_kl(self._make_rival(mix, rewritten, matrix))
+        textless = side.quantizer in TEXTLESS
+        return Comparison(
+            rival=self._measure_kl(rival),
+            transformed=self._measure_kl(self._make_rival(mix, rewritten)) if textless else weighted,
+            weighted=weighted if textless else None,
+            plan_bytes=plan.memory_bytes,
+            predicted=plan.predicted_kl,
+            plan=self._measure_plan(plan, mix, side),
         )
 
-    def _find_matrix(self, profile: SensitivityProfile) -> Path:
-        """Returns the importance matrix of a profile's calibration text, written if it is not there."""
-        path = self._place / "imatrix.gguf"
-        if not path.exists():
-            tokens = torch.from_numpy(profile.calibration_tokens)
-            directory = self._store.rendering(profile.fingerprint)
-            statistics = find_statistics(self._model.reference.model, tokens, directory=directory)
-            shape = (tokens.shape[0], tokens.shape[1])
-            source = profile.provenance["calibration"]
-            write_importance_matrix(self._model.reference, statistics, path, source=source, tokens_shape=shape)
-        return path
-
-    def _make_plan(self, profile: SensitivityProfile, size: int, progress: Progress) -> allocator.Plan:
+    def _make_plan(self, profile: SensitivityProfile, size: int) -> allocator.Plan:
         """Returns the plan of least predicted KL, refined where that is asked for; it meets no rivals but llama.cpp."""
-        fixed = engine_fixed_bytes(ENGINE, self._model.reference, routers=False)
+        reference = self._model.reference_of(profile, self._store)
+        fixed = engine_fixed_bytes(ENGINE, reference, routers=False)
         assert fixed is not None
         legal = restrict_profile(replace(profile, fixed_bytes=fixed), ENGINE)
         tables, budget = build_cost_tables(legal), allocator.Budget(memory_bytes=size)
@@ -164,8 +170,8 @@ class Bench:
                 budget=budget,
                 tables=tables,
                 store=self._store,
-                progress=progress,
-                load_model=lambda: self._model.reference.model,
+                progress=self._progress,
+                load_model=lambda: reference.model,
                 rounds=self._refine,
             )
             found = refinement.run(found)
@@ -175,25 +181,59 @@ class Bench:
         """Returns the file of the unquantized model's logits on the text that nothing else saw."""
         text, base = self._place / "python-reference.txt", self._place / f"base-{chunks}.dat"
         if not base.exists():
-            formats = dict.fromkeys(list_weights(self._model.reference.model), "fp16")
-            export(self._model.reference, formats, self._place / "F16", exporter=ENGINE.exporter)
             text.write_text("\n\n".join(python_reference_text()), encoding="utf-8")
-            self._tools.write_base(self._place / "F16" / "model.gguf", text, base, chunks)
+            self._tools.write_base(self._find_reference(None), text, base, chunks)
         return base
 
-    def _make_rival(self, mix: str, imatrix: Path | None) -> Path:
-        path = self._place / f"{mix}{'' if imatrix is None else '-weighted'}.gguf"
+    def _find_reference(self, side: Side | None) -> Path:
+        """Returns the unquantized file of the model as it was trained, or as a side's transform rewrote it."""
+        directory = self._place / ("F16" if side is None else f"F16-{side.name}")
+        if not (directory / "model.gguf").exists():
+            reference = self._model.reference if side is None else self._rewrite(side)
+            formats = dict.fromkeys(list_weights(reference.model), "fp16")
+            export(reference, formats, directory, exporter=ENGINE.exporter)
+        return directory / "model.gguf"
+
+    def _rewrite(self, side: Side) -> ReferenceModel:
+        return self._model.reference_of(self._profiles[side], self._store)
+
+    def _find_matrix(self, side: Side | None) -> Path:
+        """Returns an importance matrix, written if it is not there: of a side's model and what weights its codes.
+
+        Args:
+            side: The side; None for the model as it was trained and the calibration text.
+        """
+        path = self._place / ("imatrix.gguf" if side is None else f"imatrix-{side.name}.gguf")
         if not path.exists():
-            self._tools.make_mix(self._place / "F16" / "model.gguf", path, mix, imatrix)
+            profile = self._profiles[side or self._sides[1]]
+            reference = self._model.reference if side is None else self._rewrite(side)
+            if side is not None and side.quantizer in TEXTLESS:
+                tokens, source = draw_tokens(reference.model), DRAWN
+            else:
+                tokens = torch.from_numpy(profile.calibration_tokens)
+                source = profile.provenance["calibration"]
+            kept = None if side is None else self._store.rendering(profile.fingerprint)
+            statistics = find_statistics(reference.model, tokens, directory=kept)
+            shape = (tokens.shape[0], tokens.shape[1])
+            write_importance_matrix(reference, statistics, path, source=source, tokens_shape=shape)
         return path
 
-    def _measure_plan(self, plan: allocator.Plan, mix: str) -> Kl:
+    def _make_rival(self, mix: str, reference: Path, imatrix: Path | None = None) -> Path:
+        """Returns llama.cpp's mix of an unquantized file, made if it is not there."""
+        name = mix + reference.parent.name.removeprefix("F16")
+        path = self._place / f"{name}{'' if imatrix is None else '-weighted'}.gguf"
+        if not path.exists():
+            self._tools.make_mix(reference, path, mix, imatrix)
+        return path
+
+    def _measure_plan(self, plan: allocator.Plan, mix: str, side: Side) -> Kl:
         """Returns the KL of a plan's file; it is as long as predicted."""
-        out = self._place / f"{mix}-plan-{plan.provenance['quantizer']}"
+        out = self._place / f"{mix}-plan-{side.name}"
         manifest = out / "bitplan-export.json"
         if not manifest.exists() or json.loads(manifest.read_text())["formats"] != dict(plan.weights):
-            rule = rendering_of_plan(plan, self._model.reference.model, self._store)
-            export(self._model.reference, plan.weights, out, exporter=ENGINE.exporter, quantizer=rule)
+            reference = self._rewrite(side)
+            rule = rendering_of_plan(plan, reference.model, self._store)
+            export(reference, plan.weights, out, exporter=ENGINE.exporter, quantizer=rule)
         assert (out / "model.gguf").stat().st_size == plan.memory_bytes
         return self._measure_kl(out / "model.gguf")
 
@@ -205,47 +245,6 @@ class Bench:
             kept.write_text(json.dumps({"stamp": stamp, "kl": kl, "std_error": std_error}), encoding="utf-8")
         document = json.loads(kept.read_text())
         return document["kl"], document["std_error"]
-
-
-def render(rows: list[Row], options: argparse.Namespace) -> str:
-    """Returns the page."""
-    lines = [
-        "# Plans for llama.cpp beside its own mixes, SmolLM2-135M",
-        "",
-        f"Made by `python benchmarks/bench_llama_cpp.py --refine {options.refine} --chunks {options.chunks} "
-        f"--with-matrix {options.with_matrix}`. Machine: {describe_machine()}.",
-        "",
-        "Mean KL to the unquantized model, nats per token ± its standard error, measured by llama-perplexity on "
-        f"{options.chunks} pieces of {CONTEXT_TOKENS} tokens of the Python reference, which nothing else saw. "
-        "The files of llama.cpp are llama-quantize's. No plan is larger than its rival, and each file is as long as "
-        "its plan predicted, to the byte.",
-        "",
-        "## Without an importance matrix",
-        "",
-        *_table(rows, weighted=False),
-        "",
-        "## With an importance matrix",
-        "",
-        "Both sides have seen the same calibration text: llama.cpp by the importance matrix that bitplan wrote from "
-        f"it, the plan by what the rule '{options.with_matrix}' reads of it.",
-        "",
-        *_table(rows, weighted=True),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _table(rows: list[Row], *, weighted: bool) -> list[str]:
-    lines = ["| size of | bytes | llama.cpp | plan's bytes | predicted | plan | × llama.cpp |", "|---" * 7 + "|"]
-    for row in sorted(rows, key=lambda row: row.rival_bytes):
-        theirs, ours = row.rivals[weighted], row.plans[weighted]
-        made = [f"{row.plan_bytes[weighted]:,}", f"{row.predicted[weighted]:.4f}"]
-        sizes = [f"{row.rival_bytes:,}", _cell(theirs), *made]
-        lines.append(f"| {' | '.join([row.mix, *sizes, _cell(ours)])} | **{ours[0] / theirs[0]:.2f}** |")
-    return lines
-
-
-def _cell(kl: Kl) -> str:
-    return f"{kl[0]:.4f} ± {kl[1]:.4f}"
 
 
 if __name__ == "__main__":

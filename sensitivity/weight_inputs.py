@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.quantizers import STATISTICAL, InputStatistics
+from runtime.drawn_tokens import draw_tokens
+from runtime.quantizers import STATISTICAL, TEXTLESS, InputStatistics
 from runtime.rendered_files import RenderedFiles
 from runtime.rendering import Rendering
 from runtime.units import Weight, list_weights
@@ -39,7 +40,8 @@ def find_rendering(model: Any, quantizer: str, tokens: Tensor | None, *, directo
     Args:
         model: The reference model in float32.
         quantizer: Name in ``QUANTIZERS``.
-        tokens: [S, T] int64 of calibration text that the statistics are of; None where only their file is left.
+        tokens: [S, T] int64 of calibration text that the statistics are of; None where only their file is left. A
+            quantizer in ``TEXTLESS`` reads drawn tokens instead.
         directory: What is kept of this quantizer, model and text: the statistics, and what was rendered with them.
             What is absent is made again; None to keep nothing.
 
@@ -49,6 +51,8 @@ def find_rendering(model: Any, quantizer: str, tokens: Tensor | None, *, directo
     files = None if directory is None else RenderedFiles(directory / "rendered")
     if quantizer not in STATISTICAL:
         return Rendering(quantizer=quantizer, statistics={}, files=files)
+    if quantizer in TEXTLESS:
+        tokens = draw_tokens(model)
     return Rendering(quantizer=quantizer, statistics=find_statistics(model, tokens, directory=directory), files=files)
 
 

@@ -1,7 +1,8 @@
 """Quantizers: rules that choose codes, scales and zero points for one weight.
 
 Every quantizer is a function ``(weight [out_features, in_features], format, statistics or None) -> QuantizedWeight``.
-Those in ``STATISTICAL`` need the statistics; ``clipping`` weights its error by them where they are given.
+Those in ``STATISTICAL`` need the statistics; ``clipping`` weights its error by them where they are given. Whose
+statistics are of text and whose are not, ``sensitivity.weight_inputs`` decides by ``TEXTLESS``.
 
 They work on the grid of integer formats. A format of any other kind is rendered by its own encoder
 (``runtime/codecs/``), whatever quantizer is asked for; a quantizer in ``STATISTICAL`` hands it the importance of the
@@ -17,14 +18,22 @@ from runtime.formats import Format
 from runtime.quantization import QuantizedWeight
 from runtime.quantizers.activation_scaling import ActivationScale, find_activation_scale, scale_inputs
 from runtime.quantizers.automatic import SINGLE_QUANTIZERS, Quantizer, quantize_automatic
+from runtime.quantizers.clipping import quantize_drawn_clipping
 from runtime.quantizers.input_statistics import InputStatistics
 
-QUANTIZERS: dict[str, Quantizer] = {**SINGLE_QUANTIZERS, "auto": quantize_automatic}
-STATISTICAL = frozenset({"weighted_clipping", "gptq", "coordinate_descent", "learned_rounding", "auto"})
+QUANTIZERS: dict[str, Quantizer] = {
+    **SINGLE_QUANTIZERS,
+    "drawn_clipping": quantize_drawn_clipping,
+    "auto": quantize_automatic,
+}
+# Their statistics are of tokens drawn from the vocabulary, whatever the calibration text is.
+TEXTLESS = frozenset({"drawn_clipping"})
+STATISTICAL = TEXTLESS | {"weighted_clipping", "gptq", "coordinate_descent", "learned_rounding", "auto"}
 
 __all__ = [
     "QUANTIZERS",
     "STATISTICAL",
+    "TEXTLESS",
     "ActivationScale",
     "InputStatistics",
     "Quantizer",

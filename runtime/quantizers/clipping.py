@@ -63,6 +63,17 @@ def quantize_weighted_clipping(
     return quantize_clipping(weight, format_, require_statistics(statistics, weight, "weighted_clipping"))
 
 
+def quantize_drawn_clipping(
+    weight: Tensor, format_: Format, statistics: InputStatistics | None = None
+) -> QuantizedWeight:
+    """Returns what ``quantize_weighted_clipping`` does; its statistics are of drawn tokens (``runtime.drawn_tokens``).
+
+    Raises:
+        ValueError: If there are no statistics, or for the reasons of ``quantize_clipping``.
+    """
+    return quantize_clipping(weight, format_, require_statistics(statistics, weight, "drawn_clipping"))
+
+
 def find_clipped_grid(
     weight: Tensor, format_: Format, importance: Tensor | None, *, factors: Sequence[float] = SHRINK_FACTORS
 ) -> Grid:

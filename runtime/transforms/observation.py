@@ -51,3 +51,16 @@ def observe_second_moments(
 
     observe_inputs(model, tokens, modules, see)
     return moments, counts
+
+
+def observe_powers(model: nn.Module, tokens: Tensor | None, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Returns name -> the mean square [in] float64 of every channel of a module's inputs."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def see(name: str, inputs: Tensor) -> None:
+        sums[name] = sums.get(name, torch.zeros(())) + inputs.double().square().sum(dim=0)
+        counts[name] = counts.get(name, 0) + len(inputs)
+
+    observe_inputs(model, tokens, modules, see)
+    return {name: total / counts[name] for name, total in sums.items()}

@@ -58,6 +58,10 @@ class ScaleSite:
         """Returns the largest of the values [in] of each channel, [C]."""
         return values.view(-1, self.repeats, self.head_dim).amax(dim=1).reshape(-1)
 
+    def narrow_to_mean(self, values: Tensor) -> Tensor:
+        """Returns the mean of the values [in] of each channel, [C]."""
+        return values.view(-1, self.repeats, self.head_dim).mean(dim=1).reshape(-1)
+
 
 def list_scale_sites(model: nn.Module) -> tuple[ScaleSite, ...]:
     """Returns the sites of a decoder, block by block: both norms, up projections, value projection.

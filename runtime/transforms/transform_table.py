@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.transforms.aware_scaling import find_aware_scales
+from runtime.transforms.equalization import find_equalization
 from runtime.transforms.exponent_bias import find_exponent_biases
 from runtime.transforms.head_rotation import find_head_rotations, rotate_heads_
 from runtime.transforms.principal_axes import find_principal_rotation
@@ -53,6 +54,7 @@ TRANSFORMS: dict[str, Transform] = {
     "smoothquant": Transform(find=find_smoothing, fold_=fold_scales_),
     "outliertune": Transform(find=partial(find_smoothing, alpha=1.0), fold_=fold_scales_),
     "mergequant": Transform(find=partial(find_smoothing, alpha=1.0, sites="norms"), fold_=fold_scales_),
+    "equalize": Transform(find=find_equalization, fold_=fold_scales_),
     "awq": Transform(find=find_aware_scales, fold_=fold_scales_),
     "exponent_bias": Transform(find=find_exponent_biases, fold_=fold_scales_),
     "random_rescaling": Transform(find=draw_scales, fold_=fold_scales_),

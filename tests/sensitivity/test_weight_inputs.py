@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from runtime.quantizers import STATISTICAL, InputStatistics
+from runtime.drawn_tokens import draw_tokens
+from runtime.quantizers import STATISTICAL, TEXTLESS, InputStatistics
 from runtime.rendering import Rendering
 from runtime.units import list_weights
 from sensitivity.weight_inputs import find_rendering
@@ -94,6 +95,20 @@ def test_quantizer_that_needs_none_gets_none(tmp_path: Path) -> None:
         rule = find_rendering(build_tiny_llama(), quantizer, None, directory=tmp_path / "none")
         assert isinstance(rule, Rendering) and (rule.quantizer, rule.statistics) == (quantizer, {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tokens", [None, TOKENS])
+def test_textless_quantizers_read_drawn_tokens(tokens: torch.Tensor | None) -> None:
+    model = build_tiny_llama(tied=True)
+    assert TEXTLESS <= STATISTICAL
+    for quantizer in TEXTLESS:
+        rule = find_rendering(model, quantizer, tokens, directory=None)
+        assert isinstance(rule, Rendering)
+        expected = find_statistics(model, draw_tokens(model))
+        assert rule.statistics.keys() == expected.keys()
+        for name, statistics in rule.statistics.items():
+            assert torch.equal(statistics.second_moment, expected[name].second_moment)
+            assert statistics.count == expected[name].count
 
 
 def test_neither_text_nor_file(tmp_path: Path) -> None:
