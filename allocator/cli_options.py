@@ -74,16 +74,17 @@ def measure_options(command: Command) -> Command:
         click.option("--pin", "pins", multiple=True, metavar="REGEX=FORMAT", help="Fix units to a format; repeatable."),
         click.option(
             "--quantizer",
-            help="Rule that renders the candidates: rtn (default), clipping, hqq; weighted_clipping, gptq, "
-            "coordinate_descent, learned_rounding and auto (the best of several), which read the calibration text.",
+            help="Rule that renders the candidates: rtn (default), clipping, hqq; drawn_clipping, weighted by what "
+            "random tokens put into each channel; weighted_clipping, gptq, coordinate_descent, learned_rounding and "
+            "auto (the best of several), which read the calibration text.",
         ),
         click.option(
             "--transform",
             "transforms",
             metavar="NAME[,NAME]",
             help="Rewrite the reference model first, its function unchanged: smoothquant, outliertune, mergequant, "
-            "awq, exponent_bias, hadamard, random_rotation, pca, head_hadamard, untie, random_rescaling. Options as in "
-            "smoothquant:alpha=0.7.",
+            "awq, equalize (reads no text), exponent_bias, hadamard, random_rotation, pca, head_hadamard, untie, "
+            "random_rescaling. Options as in smoothquant:alpha=0.7.",
         ),
         click.option("--metrics", help="Comma-separated metrics to measure."),
         click.option("--sequences", type=int, help="Calibration sequences of the Fisher sketch."),

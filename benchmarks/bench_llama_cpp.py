@@ -5,10 +5,10 @@
 The rivals are made by llama-quantize from the unquantized file that bitplan exports, once without an importance matrix
 and once with one, which is bitplan's own. The size of each rival's file is the budget of a plan, so that a plan is
 never a byte larger. Without the matrix a plan reads no text for its scales and codes either; with it they come of the
-same text: a transform, then GPTQ, or ``--with-matrix weighted_clipping``, which reads no more of it than the matrix
-holds. Each of the two has a profile of its own, measured on what will be written. llama-quantize gets the rewritten
-files too, with a matrix of the inputs that the plan's codes are weighted by. All KL is llama-perplexity's, to the model
-as it was trained; ``llama_cpp_tools.py`` says how to build the two programs.
+same text by GPTQ, or by ``--with-matrix weighted_clipping``, which reads no more of it than the matrix holds. Each of
+the two has a profile of its own, measured on what will be written. Without a text llama-quantize gets the equalized
+file too, also with a matrix of the drawn tokens that weight the plan's codes. All KL is llama-perplexity's, to the
+model as it was trained; ``llama_cpp_tools.py`` says how to build the two programs.
 
 All of it is kept in the store and found again: the profile, measured plans, files, their KL.
 """
@@ -40,7 +40,6 @@ from runtime.engines import find_engine
 from runtime.exporters import export
 from runtime.exporters.gguf_imatrix import write_importance_matrix
 from runtime.loading import ReferenceModel
-from runtime.quantizers import TEXTLESS
 from runtime.units import list_weights
 from sensitivity.measure_config import FISHER, MeasureConfig
 from sensitivity.profile import SensitivityProfile
@@ -57,17 +56,20 @@ class Side:
     """What a plan's scales and codes are made by.
 
     Args:
-        transform: Rewrites the model first.
         quantizer: Renders the codes.
+        transforms: Rewrite the model first.
     """
 
-    transform: str
     quantizer: str
+    transforms: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """Part of the names of files."""
-        return f"{self.transform.replace(':', '-')}-{self.quantizer}"
+        """Part of the names of its files."""
+        return "-".join([*self.transforms, self.quantizer])
+
+
+TEXTLESS_SIDE = Side(transforms=("equalize",), quantizer="drawn_clipping")
 
 
 def main() -> None:
@@ -82,13 +84,12 @@ def main() -> None:
     except FileNotFoundError as error:
         # `make bench` goes on with the other tables.
         parser.exit(message=f"left out: {error}\n")
-    textless = Side(transform="equalize", quantizer="drawn_clipping")
-    textual = Side(transform="awq:format=int4_g32", quantizer=options.with_matrix)
+    textual = Side(quantizer=options.with_matrix)
     with shown_progress() as progress:
-        bench = Bench(tools, Store(), (textless, textual), options.refine, options.chunks, progress)
+        bench = Bench(tools, Store(), textual, options.refine, options.chunks, progress)
         rows = [bench.compare(mix) for mix in MIXES]
     arguments = f"--refine {options.refine} --chunks {options.chunks} --with-matrix {options.with_matrix}"
-    text = render(rows, arguments, options.chunks, bench.measure_rewritten())
+    text = render(rows, arguments, options.chunks, options.with_matrix, bench.measure_rewritten())
     (Path(__file__).parent / "llama_cpp.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
@@ -97,8 +98,14 @@ def measure(model: Model, side: Side, store: Store, progress: Progress) -> Sensi
     """Returns the profile of the formats that llama.cpp runs, of the rewritten model, rendered by a side's rule."""
     config = MeasureConfig(metrics=(FISHER,), fisher_sequences=48, fit_plans=None, quantizer=side.quantizer)
     formats = {"formats": ENGINE.menu, "embedding_formats": ENGINE.menu}
-    request = replace(demo_request(store), **formats, config=config, transforms=(side.transform,))
+    request = replace(demo_request(store), **formats, config=config, transforms=side.transforms)
     return allocator.measure(model, request=request, store=store, progress=progress)
+
+
+def write_matrix(reference: ReferenceModel, tokens: torch.Tensor, path: Path, *, source: str) -> None:
+    """Writes an importance matrix of tokens [S, T]."""
+    statistics, shape = find_statistics(reference.model, tokens, directory=None), (tokens.shape[0], tokens.shape[1])
+    write_importance_matrix(reference, statistics, path, source=source, tokens_shape=shape)
 
 
 class Bench:
@@ -107,50 +114,45 @@ class Bench:
     Args:
         tools: llama.cpp's programs.
         store: Where everything is kept.
-        sides: Of the plans without a text and with one.
+        textual: What the plans with a matrix are made by.
         refine: Rounds of refinement.
         chunks: Pieces of text that a KL is measured on.
         progress: Called with (stage, done, total).
     """
 
-    def __init__(
-        self, tools: Tools, store: Store, sides: tuple[Side, Side], refine: int, chunks: int, progress: Progress
-    ) -> None:
-        self._tools, self._store, self._sides, self._refine = tools, store, sides, refine
+    def __init__(self, tools: Tools, store: Store, textual: Side, refine: int, chunks: int, progress: Progress) -> None:
+        self._tools, self._store, self._textual, self._refine = tools, store, textual, refine
         self._progress = progress
         self._model = Model(str(prepare_demo_model(store.root)))
         self._place = store.root / "llama.cpp"
         self._place.mkdir(parents=True, exist_ok=True)
         self._base = self._write_base(chunks)
-        self._profiles = {side: measure(self._model, side, store, progress) for side in sides}
+        self._profiles = {side: measure(self._model, side, store, progress) for side in (TEXTLESS_SIDE, textual)}
 
     def compare(self, mix: str) -> Row:
         """Returns the rivals of a mix beside the plans of their size."""
-        textless, textual = self._sides
-        rivals = {
-            textless: self._make_rival(mix, self._find_reference(None)),
-            textual: self._make_rival(mix, self._find_reference(None), self._find_matrix(None)),
-        }
+        reference, equalized = self._find_reference(None), self._find_reference(TEXTLESS_SIDE)
+        plain, weighted = self._make_rival(mix, reference), self._make_rival(mix, reference, self._find_matrix())
         # The matrix's name is in the file's metadata: some hundred bytes that a plan's file does not have.
-        size = min(path.stat().st_size for path in rivals.values())
-        found = {side: self._compare_side(mix, side, rival, size) for side, rival in rivals.items()}
-        return Row(mix=mix, rival_bytes=size, textless=found[textless], textual=found[textual])
+        size = min(plain.stat().st_size, weighted.stat().st_size)
+        return Row(
+            mix=mix,
+            rival_bytes=size,
+            textless=self._compare_side(mix, TEXTLESS_SIDE, plain, size),
+            textual=self._compare_side(mix, self._textual, weighted, size),
+            equalized=self._measure_kl(self._make_rival(mix, equalized)),
+            weighted=self._measure_kl(self._make_rival(mix, equalized, self._find_drawn_matrix())),
+        )
 
-    def measure_rewritten(self) -> dict[str, Kl]:
-        """Returns transform -> KL of the unquantized file of the model that it rewrote."""
-        return {side.transform: self._measure_kl(self._find_reference(side)) for side in self._sides}
+    def measure_rewritten(self) -> Kl:
+        """Returns the KL of the unquantized file of the equalized model."""
+        return self._measure_kl(self._find_reference(TEXTLESS_SIDE))
 
     def _compare_side(self, mix: str, side: Side, rival: Path, size: int) -> Comparison:
-        profile, rewritten = self._profiles[side], self._find_reference(side)
-        matrix = self._find_matrix(side)
-        plan = self._make_plan(profile, size)
+        plan = self._make_plan(self._profiles[side], size)
         allocator.save_plan(plan, self._place / f"{mix}-plan-{side.name}.json")
-        weighted = self._measure_kl(self._make_rival(mix, rewritten, matrix))
-        textless = side.quantizer in TEXTLESS
         return Comparison(
             rival=self._measure_kl(rival),
-            transformed=self._measure_kl(self._make_rival(mix, rewritten)) if textless else weighted,
-            weighted=weighted if textless else None,
             plan_bytes=plan.memory_bytes,
             predicted=plan.predicted_kl,
             plan=self._measure_plan(plan, mix, side),
@@ -197,25 +199,20 @@ class Bench:
     def _rewrite(self, side: Side) -> ReferenceModel:
         return self._model.reference_of(self._profiles[side], self._store)
 
-    def _find_matrix(self, side: Side | None) -> Path:
-        """Returns an importance matrix, written if it is not there: of a side's model and what weights its codes.
-
-        Args:
-            side: The side; None for the model as it was trained and the calibration text.
-        """
-        path = self._place / ("imatrix.gguf" if side is None else f"imatrix-{side.name}.gguf")
+    def _find_matrix(self) -> Path:
+        """Returns the importance matrix of the calibration text, written if it is not there."""
+        path, profile = self._place / "imatrix.gguf", self._profiles[self._textual]
         if not path.exists():
-            profile = self._profiles[side or self._sides[1]]
-            reference = self._model.reference if side is None else self._rewrite(side)
-            if side is not None and side.quantizer in TEXTLESS:
-                tokens, source = draw_tokens(reference.model), DRAWN
-            else:
-                tokens = torch.from_numpy(profile.calibration_tokens)
-                source = profile.provenance["calibration"]
-            kept = None if side is None else self._store.rendering(profile.fingerprint)
-            statistics = find_statistics(reference.model, tokens, directory=kept)
-            shape = (tokens.shape[0], tokens.shape[1])
-            write_importance_matrix(reference, statistics, path, source=source, tokens_shape=shape)
+            tokens = torch.from_numpy(profile.calibration_tokens)
+            write_matrix(self._model.reference, tokens, path, source=profile.provenance["calibration"])
+        return path
+
+    def _find_drawn_matrix(self) -> Path:
+        """Returns the importance matrix of drawn tokens and the equalized model, written if it is not there."""
+        path = self._place / f"imatrix-{TEXTLESS_SIDE.name}.gguf"
+        if not path.exists():
+            reference = self._rewrite(TEXTLESS_SIDE)
+            write_matrix(reference, draw_tokens(reference.model), path, source=DRAWN)
         return path
 
     def _make_rival(self, mix: str, reference: Path, imatrix: Path | None = None) -> Path:

@@ -35,6 +35,8 @@ CASES = (
     "smoothquant:alpha=0.5",
     "outliertune",
     "mergequant",
+    "equalize",
+    "equalize:inputs=0.5",
     "hadamard",
     "awq",
     "head_hadamard",
@@ -149,7 +151,7 @@ def render(results: Mapping[str, Mapping[str, np.ndarray]], calibration_tokens: 
         f"with half the 95 % interval over {SEQUENCES} sequences; in brackets the part of the KL without transform, "
         "from the same tokens. Linear layers of the blocks round to nearest at the width, group 64; embedding, head "
         f"and the matrix before a tied head at {OUTSIDE_FORMAT}. Calibration: {calibration_tokens} tokens of the "
-        "Jargon File. "
+        "Jargon File; `equalize` reads no text. "
         "Reference: KL of the transformed model before it is quantized, which is rounding of float32. The model is "
         "tied; it is a random rescaling of trained weights (sigma 0.15), and transforms that scale may undo a part of "
         "that. Activations are not quantized, which is what smoothing and rotations are mostly for.",

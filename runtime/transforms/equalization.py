@@ -6,15 +6,17 @@ Where a block of a row is rounded in steps of its own size, the squared error of
 
 m_c the root mean square of channel c, w_c that of its column over all readers, s_c the scale that the column is
 multiplied and the channel divided by. For rows of one profile the least is where both sums have the same terms, by
-Cauchy and Schwarz: s_c = sqrt(m_c / w_c). Rows are not alike, and m is known less well than w, so exponents are free:
+Cauchy and Schwarz: s_c = sqrt(m_c / w_c). Rows are not alike, and m is an estimate, so exponents are free:
 
     s_c = m_c^inputs / w_c^weights,
 
-the geometric mean set to 1. Where they add up to 1, channels that were rescaled before end at the same place.
+the geometric mean set to 1. Where they add up to 1, channels that were rescaled before end at the same place. A quarter
+each, half of the way there, left least where codes are weighted by the inputs too; where they are rounded to nearest,
+a half and a quarter left as little or less (SmolLM2-135M, llama.cpp's formats of 4 and 5 bits).
 
 m is that on tokens drawn evenly from the vocabulary (``runtime.drawn_tokens``), so no text is read, no statistics come
 with the model, and the result is a function of the weights. Complexity: one run of 4,096 tokens. Searching both
-exponents for each site by the rounding error that they predict took forty times as long and gained nothing.
+exponents for each site by the rounding error that they predict took as long again and gained nothing.
 
 Papers: Nagel et al. 2019 (data-free quantization, arXiv:1906.04721, section 4.1) equalize the ranges of neighbouring
 weights; Xiao et al. 2022 (SmoothQuant, arXiv:2211.10438, equation 4) weigh largest inputs against largest weights; Lin
@@ -33,7 +35,7 @@ def find_equalization(
     model: nn.Module,
     tokens: Tensor | None,
     *,
-    inputs: float = 0.5,
+    inputs: float = 0.25,
     weights: float = 0.25,
     sequences: int = SEQUENCES,
     seed: int = 0,
