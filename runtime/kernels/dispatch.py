@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from runtime.kernels.reference import dequantize_stored, linear_reference
 AUTOMATIC, REFERENCE = "auto", "reference"
 PATHS = (AUTOMATIC, REFERENCE, *LEVELS)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LOOKUP = "_lookup"
 _path: ContextVar[str] = ContextVar("kernel_path")
 
 
@@ -35,6 +36,13 @@ class Packed(Protocol):
     _buffers: dict[str, Tensor | None]
 
     def __call__(self, rows: Tensor | None = None) -> Tensor: ...
+
+
+class _Lookup(NamedTuple):
+    """The execution layout of a weight, and the tensors that it was made from."""
+
+    memory: Tensor
+    source: tuple[tuple[int, int], ...]
 
 
 @contextmanager
@@ -145,12 +153,54 @@ def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
     if device.type != "cpu" or codes.device.type != "cpu":
         return None
     kept: Matrix | None = weight.__dict__.get("_matrix")
+    lookup: _Lookup | None = weight.__dict__.get(_LOOKUP)
+    if lookup is not None and lookup.source != _identify(weight):
+        # Other numbers were loaded.
+        lookup = kept = weight.__dict__[_LOOKUP] = None
     if kept is None or kept.codes != codes.data_ptr() or kept.scale != scale.data_ptr():
         if isinstance(codes, FakeTensor) or scale.dtype != torch.float16 or not codes.is_contiguous():
             return None
-        kept = describe_matrix(stored_matrix(weight))
+        kept = describe_matrix(stored_matrix(weight), None if lookup is None else lookup.memory)
         weight.__dict__["_matrix"] = kept
     return kept
+
+
+def lookup_bytes(weight: Packed) -> int:
+    """Returns the bytes of a weight's execution layout; 0 where the kernels in use read it as it is stored.
+
+    Args:
+        weight: The packed weight.
+    """
+    kernels = selected_kernels() if has_kernel(weight.format) else None
+    matrix = None if kernels is None else find_matrix(weight, torch.device("cpu"))
+    return 0 if kernels is None or matrix is None else kernels.lookup_bytes(matrix)
+
+
+def use_lookup_(weight: Packed, memory: Tensor) -> None:
+    """Lets products of few tokens read a weight in its execution layout, until other numbers are loaded into it.
+
+    Args:
+        weight: The packed weight, on the CPU.
+        memory: ``lookup_bytes(weight)`` bytes, uint8, all zero, aligned to 64; they are filled.
+    """
+    kernels, matrix = selected_kernels(), find_matrix(weight, torch.device("cpu"))
+    assert kernels is not None and matrix is not None
+    kernels.pack_lookup_(matrix, memory)
+    weight.__dict__[_LOOKUP] = _Lookup(memory, _identify(weight))
+    del weight.__dict__["_matrix"]
+
+
+def release_elsewhere_(weight: Packed) -> None:
+    """Frees the execution layout of a weight that has left the CPU."""
+    if any(tensor is not None and tensor.device.type != "cpu" for tensor in weight._buffers.values()):
+        for name in (_LOOKUP, "_matrix"):
+            weight.__dict__.pop(name, None)
+
+
+def _identify(weight: Packed) -> tuple[tuple[int, int], ...]:
+    """Where the tensors of a weight are, and how often each was written to."""
+    tensors = (tensor for tensor in weight._buffers.values() if tensor is not None)
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 def stored_matrix(weight: Packed) -> StoredMatrix:

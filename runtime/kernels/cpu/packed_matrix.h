@@ -29,6 +29,7 @@ struct Matrix {
   const uint8_t* zero_point;  // [rows, ceil(groups * bits / 8)], or null for 2^(bits - 1)
   int64_t rows, columns;
   int32_t bits, group_size;
+  const uint8_t* lookup;  // the same weight in the layout of lookup.h, or null
 
   int64_t row_bytes() const { return (columns * bits + 7) / 8; }
   int64_t groups() const { return columns / group_size; }
@@ -46,6 +47,7 @@ struct Activations {
   uint8_t* values;
   float* step;  // [tokens, block_stride]
   float* sum;   // [tokens, block_stride]: step * sum_k v[k]
+  float* middle;  // [tokens, block_stride]: step * what lookup tables leave out
 };
 
 // Where a range of rows goes: out[token * stride + row].

@@ -1,6 +1,7 @@
 // Plans products and divides their rows among threads.
 #include "product.h"
 
+#include "lookup.h"
 #include "portable.h"
 
 namespace bitplan {
@@ -28,6 +29,9 @@ Task plan_task(const Product& product, int level) {
   task.activations.tokens = product.tokens;
   task.activations.columns = w.columns;
   const bool decode = product.tokens <= kDecodeTokens;
+#if defined(__x86_64__)
+  if (decode && level == kAvx512 && w.lookup) task.kernels = &kLookupKernels;
+#endif
   if (task.kernels) task.kernels->shape(w, task.activations, decode);
   task.cost = decode ? w.row_bytes() : w.columns * product.tokens / 8 + w.row_bytes();
   return task;
@@ -42,7 +46,7 @@ bool round_alike(const Task& a, const Task& b) {
 int64_t rounded_bytes(const Task& task) {
   const Activations& a = task.activations;
   if (!task.kernels || !task.rounds) return 0;
-  return divide_up(a.tokens * (a.value_stride + 2 * a.block_stride * int64_t(sizeof(float))), 64) * 64;
+  return divide_up(a.tokens * (a.value_stride + 3 * a.block_stride * int64_t(sizeof(float))), 64) * 64;
 }
 
 void multiply_rows(const Task& task, int64_t first_row, int64_t last_row, float* scratch) {
@@ -98,6 +102,7 @@ void place_activations(Task* tasks, int64_t count, uint8_t* memory) {
     a.values = memory;
     a.step = reinterpret_cast<float*>(memory + a.tokens * a.value_stride);
     a.sum = a.step + a.tokens * a.block_stride;
+    a.middle = a.sum + a.tokens * a.block_stride;
     memory += rounded_bytes(tasks[i]);
   }
 }

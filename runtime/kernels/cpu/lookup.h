@@ -1,0 +1,42 @@
+// The execution layout of the lookup kernels (avx512_lookup.cpp), made from the stored one.
+//
+// Tiles of 16 rows; chunks of kLookupTiles tiles that are multiplied together, the last one of fewer; within a chunk
+// span after span of 32 columns, so that a product reads memory in one sequence. Scales and zero points, group after
+// group, in the same order.
+#pragma once
+#include "packed_matrix.h"
+
+namespace bitplan {
+
+constexpr int64_t kLookupTiles = 4, kLookupSpan = 32;
+
+struct LookupLayout {
+  uint8_t* codes;       // [chunks][spans][tiles of the chunk][bits][64]
+  uint16_t* scale;      // [chunks][groups][tiles of the chunk][16]
+  uint8_t* zero_point;  // the same of 2 * bits bytes, or null
+  int64_t rows, groups, spans;
+  int bits;
+
+  LookupLayout(const Matrix& w, uint8_t* memory)
+      : codes(memory), rows(w.rows), groups(w.groups()), spans(divide_up(w.columns, kLookupSpan)), bits(w.bits) {
+    scale = reinterpret_cast<uint16_t*>(codes + tiles() * tile_bytes());
+    zero_point = w.zero_point ? reinterpret_cast<uint8_t*>(scale + tiles() * groups * 16) : nullptr;
+  }
+
+  int64_t tiles() const { return divide_up(rows, 16); }
+  int64_t tile_bytes() const { return spans * bits * 64; }
+  // All of it, with what is read behind the last zero point.
+  int64_t bytes(bool zero_points) const {
+    return tiles() * (tile_bytes() + groups * (32 + (zero_points ? 2 * bits : 0))) + 64;
+  }
+};
+
+// Bits, and columns of a block, that the kernels know.
+inline bool has_lookup(const Matrix& w) { return w.bits <= 3 && block_of(w) % kLookupSpan == 0 && block_of(w) <= 256; }
+
+// Writes a row of the stored layout into memory that was zero.
+void pack_lookup_row(const Matrix& w, const LookupLayout& layout, int64_t row);
+
+extern const Kernels kLookupKernels;
+
+}  // namespace bitplan
