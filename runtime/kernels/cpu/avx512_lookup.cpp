@@ -29,13 +29,6 @@ constexpr int kTableBytes = 2 * kVector;  // of a step: high bytes, low bytes
 constexpr int kFetches = 3;
 constexpr int64_t kAhead = 4096;
 
-// Bits b of every code of a word of eight.
-constexpr uint64_t plane_mask(int bits, int plane) {
-  uint64_t mask = 0;
-  for (int j = 0; j < 8; ++j) mask |= 1ull << (bits * j + plane);
-  return mask;
-}
-
 // The 16 sums of four activations, less their middle, in the lanes of `bits`.
 BITPLAN_INLINE __m256i sum_subsets(__m256i x0, __m256i x1, __m256i x2, __m256i x3, __m256i middle) {
   const __m256i index = _mm256_set_epi16(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -43,7 +36,8 @@ BITPLAN_INLINE __m256i sum_subsets(__m256i x0, __m256i x1, __m256i x2, __m256i x
     return _mm256_maskz_mov_epi16(_mm256_test_epi16_mask(index, _mm256_set1_epi16(1 << bit)), x);
   };
   // Sums of 17 bits wrap; less the middle they have 16 and are exact again.
-  const __m256i low = _mm256_add_epi16(chosen(0, x0), chosen(1, x1)), high = _mm256_add_epi16(chosen(2, x2), chosen(3, x3));
+  const __m256i low = _mm256_add_epi16(chosen(0, x0), chosen(1, x1));
+  const __m256i high = _mm256_add_epi16(chosen(2, x2), chosen(3, x3));
   return _mm256_sub_epi16(_mm256_add_epi16(low, high), middle);
 }
 
@@ -99,11 +93,6 @@ void quantize_token(const float* x, const Activations& a, int64_t token) {
   }
 }
 
-// Vectors of codes of a span: the low and high nibbles of a vector are two planes of a step, or of 1 bit and of the
-// third plane the two steps.
-template <int BITS>
-constexpr int kVectors = BITS;
-
 struct Lookup {
   __m512i mask, quad, factor[3];
 
@@ -135,11 +124,8 @@ BITPLAN_INLINE void look_up(const Lookup& lookup, const uint8_t* codes, const ui
       for (int s = 0; s < 2; ++s) {
         const uint8_t* place = tables + t * stride + s * kTableBytes;
         const __m512i high_sums = _mm512_load_si512(place), low_sums = _mm512_load_si512(place + kVector);
-        // Nibbles 0 and 1 are planes 0 and 1 of the first step, 2 and 3 of the second, then plane 2 of both.
-        for (int p = 0; p < BITS; ++p) {
-          const int from = BITS == 1 ? s : p < 2 ? 2 * s + p : 4 + s;
-          lookup.add(nibbles[from], p, high_sums, low_sums, high[r][t], low[r][t]);
-        }
+        for (int p = 0; p < BITS; ++p)
+          lookup.add(nibbles[nibble_place(BITS, s, p)], p, high_sums, low_sums, high[r][t], low[r][t]);
       }
   }
 }
@@ -185,7 +171,8 @@ BITPLAN_INLINE void decode_tiles(const LookupLayout& l, const Activations& a, in
     const int64_t group = l.groups == 1 ? 0 : b * chunk;
     for (int r = 0; r < TILES; ++r) {
       const __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scale + (group + r) * 16)));
-      const __m512 z = zero_point ? zero_points_of<BITS>(zero_point + (group + r) * 2 * BITS) : _mm512_set1_ps(1 << (BITS - 1));
+      const __m512 z = zero_point ? zero_points_of<BITS>(zero_point + (group + r) * 2 * BITS)
+                                  : _mm512_set1_ps(1 << (BITS - 1));
       for (int t = 0; t < TOKENS; ++t) {
         const int64_t place = (token + t) * a.block_stride + b;
         const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[r][t], 8), low[r][t]);
@@ -208,10 +195,10 @@ BITPLAN_INLINE void decode_tiles(const LookupLayout& l, const Activations& a, in
 template <int BITS, int TOKENS>
 void decode_range(const LookupLayout& l, const Activations& a, int64_t token, const Output& out, int64_t first_row,
                   int64_t last_row) {
-  constexpr int kTiles = TOKENS == 1 ? kLookupTiles : TOKENS == 2 ? 2 : 1;
-  const int64_t tiles = divide_up(l.rows, 16), stop = divide_up(last_row, 16);
+  constexpr int kTiles = TOKENS <= 2 ? kLookupTiles : 1;
+  const int64_t stop = divide_up(last_row, 16);
   for (int64_t begin = first_row / 16; begin < stop; begin += kLookupTiles) {
-    const int64_t chunk = tiles - begin < kLookupTiles ? tiles - begin : kLookupTiles;
+    const int64_t chunk = l.chunk(begin);
     int64_t tile = begin;
     for (; tile + kTiles <= begin + chunk; tile += kTiles)
       decode_tiles<BITS, kTiles, TOKENS>(l, a, token, out, begin, chunk, tile);
@@ -251,56 +238,6 @@ int64_t no_scratch(const Matrix&, const Activations&) { return 0; }
 }  // namespace
 
 const Kernels kLookupKernels = {lookup_shape, lookup_quantize, lookup_decode, nullptr, no_scratch, 16 * kLookupTiles};
-
-namespace {
-
-// The nibbles of eight codes: byte 2p is plane p, low nibble the first four codes.
-uint64_t read_word(const uint8_t* row, int64_t bytes, int64_t octet, int bits) {
-  uint64_t word = 0;
-  const int64_t offset = octet * bits;
-  if (offset < bytes) memcpy(&word, row + offset, bytes - offset < bits ? bytes - offset : bits);
-  return word;
-}
-
-template <int BITS>
-void write_codes(const Matrix& w, const LookupLayout& l, int64_t row) {
-  const int64_t tile = row / 16, begin = tile / kLookupTiles * kLookupTiles, tiles = divide_up(w.rows, 16);
-  const int64_t chunk = tiles - begin < kLookupTiles ? tiles - begin : kLookupTiles;
-  const uint8_t* stream = w.codes + row * w.row_bytes();
-  for (int64_t span = 0; span < l.spans; ++span) {
-    uint8_t* place = l.codes + begin * l.tile_bytes() + (span * chunk + tile - begin) * BITS * kVector + row % 16 * 4;
-    for (int octet = 0; octet < 4; ++octet) {
-      const uint64_t word = read_word(stream, w.row_bytes(), span * 4 + octet, BITS);
-      const int s = octet / 2, quad = octet % 2 * 2;
-      for (int p = 0; p < BITS; ++p) {
-        const int from = BITS == 1 ? s : p < 2 ? 2 * s + p : 4 + s;
-        const auto bits = static_cast<uint8_t>(_pext_u64(word, plane_mask(BITS, p)));
-        uint8_t* bytes = place + from / 2 * kVector + quad;
-        const int shift = from % 2 * 4;
-        bytes[0] |= (bits & 15) << shift;
-        bytes[1] |= (bits >> 4) << shift;
-      }
-    }
-  }
-}
-
-}  // namespace
-
-void pack_lookup_row(const Matrix& w, const LookupLayout& l, int64_t row) {
-  (w.bits == 1 ? write_codes<1> : w.bits == 2 ? write_codes<2> : write_codes<3>)(w, l, row);
-  const int64_t tile = row / 16, begin = tile / kLookupTiles * kLookupTiles, tiles = divide_up(w.rows, 16);
-  const int64_t chunk = tiles - begin < kLookupTiles ? tiles - begin : kLookupTiles;
-  for (int64_t g = 0; g < l.groups; ++g) {
-    const int64_t place = begin * l.groups + g * chunk + tile - begin;
-    l.scale[place * 16 + row % 16] = w.scale[row * l.groups + g];
-    if (!w.zero_point) continue;
-    const int code = read_code(w.zero_point + row * w.zero_point_bytes(), w.zero_point_bytes(), g, w.bits);
-    uint8_t* stream = l.zero_point + place * 2 * w.bits;
-    const int bit = row % 16 * w.bits;
-    stream[bit / 8] |= code << bit % 8;
-    if (bit % 8 + w.bits > 8) stream[bit / 8 + 1] |= code >> (8 - bit % 8);
-  }
-}
 
 }  // namespace bitplan
 #endif

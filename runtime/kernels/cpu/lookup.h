@@ -23,6 +23,8 @@ struct LookupLayout {
     zero_point = w.zero_point ? reinterpret_cast<uint8_t*>(scale + tiles() * groups * 16) : nullptr;
   }
 
+  // Tiles of the chunk that begins at a tile.
+  int64_t chunk(int64_t begin) const { return tiles() - begin < kLookupTiles ? tiles() - begin : kLookupTiles; }
   int64_t tiles() const { return divide_up(rows, 16); }
   int64_t tile_bytes() const { return spans * bits * 64; }
   // All of it, with what is read behind the last zero point.
@@ -30,6 +32,13 @@ struct LookupLayout {
     return tiles() * (tile_bytes() + groups * (32 + (zero_points ? 2 * bits : 0))) + 64;
   }
 };
+
+// Where plane `plane` of half `half` of a span is among its nibbles: the low ones of the first vector, its high ones, the
+// low ones of the second, ... Planes 0 and 1 of a half share a vector; 1 bit, and the third plane, share it with those of
+// the other half.
+constexpr int nibble_place(int bits, int half, int plane) {
+  return bits == 1 ? half : plane < 2 ? 2 * half + plane : 4 + half;
+}
 
 // Bits, and columns of a block, that the kernels know.
 inline bool has_lookup(const Matrix& w) { return w.bits <= 3 && block_of(w) % kLookupSpan == 0 && block_of(w) <= 256; }

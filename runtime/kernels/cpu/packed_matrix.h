@@ -1,7 +1,7 @@
 // What every instruction set implements: y = x W' for W in the stored layout, activations as 16-bit integers.
 //
 // A row of W is a little-endian bit stream of codes; weight[n, k] = scale[n, g] * (code[n, k] - zero_point[n, g]) with
-// g = k / group_size. The kernels read that stream as it is: no second copy of a weight is ever made.
+// g = k / group_size. The kernels read that stream as it is; those of lookup.h have a layout of their own.
 //
 // Activations are rounded to 16 bits within blocks of a row: x[k] ~ step[b] * v[k], |v| <= kLargestActivation. A block
 // never spans two groups, so with exact integer sums

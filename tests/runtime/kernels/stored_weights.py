@@ -48,8 +48,9 @@ def make_weight(case: Case, seed: int = 0) -> tuple[StoredMatrix, Tensor]:
 def bound_error(case: Case, dense: Tensor, x: Tensor, largest_activation: int = LARGEST_ACTIVATION) -> Tensor:
     """Returns a bound [tokens, rows] on what rounding may do to x W', in float64.
 
-    Half a step of every activation, the step being its block's largest magnitude over ``largest_activation``; and of float32 sums over
-    the parts that the code and the zero point contribute, each at most scale * 2^bits * |x|, a few roundings each.
+    Half a step of every activation, the step being its block's largest magnitude over ``largest_activation``; and of
+    float32 sums over the parts that the code and the zero point contribute, each at most scale * 2^bits * |x|, a few
+    roundings each.
     """
     block = case.group_size or ROW_BLOCK
     magnitude = torch.nn.functional.pad(x.double().abs(), (0, -case.columns % block))
