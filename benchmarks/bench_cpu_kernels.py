@@ -106,7 +106,8 @@ def _decode_table(ggml: GgmlProducts) -> list[str]:
     x = torch.randn(1, SIZE, generator=torch.Generator().manual_seed(1))
     x[0, 100] *= 20
     weight = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(2)) / 64
-    methods = {f"int{bits}_g128": _products(weight, find_format(f"int{bits}_g128"), x) for bits in BITS}
+    formats = [*(f"int{bits}_g128" for bits in BITS), "bf16", "fp16"]
+    methods = {name: _products(weight, find_format(name), x) for name in formats}
     sizes = {name: find_format(name).storage_bytes((SIZE, SIZE)) for name in methods}
     errors = {name: _error(weight, find_format(name), x) for name in methods}
     for name in TYPES:
@@ -149,13 +150,14 @@ def _decode_table(ggml: GgmlProducts) -> list[str]:
 def _token_table() -> list[str]:
     weight = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(2)) / 64
     lines = ["Several tokens: time of torch float32 over that of the format.", ""]
-    lines += ["| tokens | torch float32, ms | int2 | int4 | int8 |", "|---|---|---|---|---|"]
+    formats = ("int2_g128", "int4_g128", "int8_g128", "bf16")
+    lines += [f"| tokens | torch float32, ms | {' | '.join(formats)} |", "|---|---|---|---|---|---|"]
     for tokens in (1, 4, 16, 64, 256):
         x = torch.randn(tokens, SIZE, generator=torch.Generator().manual_seed(tokens))
-        methods = {str(bits): _packed(weight, find_format(f"int{bits}_g128"), x) for bits in (2, 4, 8)}
+        methods = {name: _packed(weight, find_format(name), x) for name in formats}
         methods["dense"] = _copies(weight, lambda w, x=x: torch.nn.functional.linear(x, w))  # type: ignore[misc]
         times = time_in_turns(methods, rounds=4 if tokens < 64 else 1)
-        ratios = " | ".join(f"{times['dense'] / times[bits]:.2f}" for bits in ("2", "4", "8"))
+        ratios = " | ".join(f"{times['dense'] / times[name]:.2f}" for name in formats)
         lines.append(f"| {tokens} | {times['dense'] * 1e3:.2f} | {ratios} |")
     return lines
 

@@ -1,9 +1,9 @@
 """Which path computes a product with a packed weight.
 
 The Triton kernels on CUDA devices (and on the CPU where Triton's interpreter is asked for), the compiled CPU kernels
-for integer formats on the CPU; the reference everywhere else: other devices, float64, formats the kernels do not know,
-and wherever a gradient is wanted. ``kernel_path`` and the environment variable
-BITPLAN_KERNELS name a path instead: ``reference``, or an instruction set of ``runtime.kernels.cpu.LEVELS``.
+for integers and 16-bit floating point on the CPU; the reference everywhere else: other devices, float64, formats the
+kernels do not know, and wherever a gradient is wanted. ``kernel_path`` and the environment variable BITPLAN_KERNELS
+name a path instead: ``reference``, or an instruction set of ``runtime.kernels.cpu.LEVELS``.
 """
 
 import os
@@ -18,7 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from runtime.formats import Format
 from runtime.kernels import triton as triton_kernels
-from runtime.kernels.cpu import LEVELS, CpuKernels, Matrix, Product, StoredMatrix, describe_matrix, load_kernels
+from runtime.kernels.cpu import (
+    LEVELS,
+    CpuKernels,
+    Matrix,
+    Product,
+    StoredMatrix,
+    describe_floats,
+    describe_matrix,
+    load_kernels,
+)
 from runtime.kernels.reference import dequantize_stored, linear_reference
 
 AUTOMATIC, REFERENCE = "auto", "reference"
@@ -89,6 +98,8 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     if not has_kernel(weight.format) or x.dtype not in _KERNEL_DTYPES:
         return linear_reference(x, weight(), bias)
     if torch.compiler.is_compiling():
+        if not _is_integer(weight.format):
+            return linear_reference(x, weight(), bias)
         stored = stored_matrix(weight)
         y: Tensor = torch.ops.bitplan.packed_linear(x, *stored[:3], stored.bits, stored.columns)
         return y if bias is None else y + bias
@@ -129,7 +140,7 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
         weight: The packed weight.
         rows: [n] int64, or None.
     """
-    if not has_kernel(weight.format) or torch.compiler.is_compiling():
+    if not _is_integer(weight.format) or torch.compiler.is_compiling():
         return None
     matrix = find_matrix(weight, torch.device("cpu") if rows is None else rows.device)
     kernels = None if matrix is None else selected_kernels()
@@ -144,10 +155,12 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
 
 
 def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
-    """Returns the kernels' view of an integer weight if it and ``device`` are the CPU, else None.
+    """Returns the kernels' view of a weight that ``has_kernel`` if it and ``device`` are the CPU, else None.
 
     The view is kept with the weight, and made anew when its tensors have moved.
     """
+    if weight.format.kind == "float":
+        return _find_floats(weight, device)
     codes, scale = weight._buffers["codes"], weight._buffers["scale"]
     assert codes is not None and scale is not None
     if device.type != "cpu" or codes.device.type != "cpu":
@@ -162,6 +175,19 @@ def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
             return None
         kept = describe_matrix(stored_matrix(weight), None if lookup is None else lookup.memory)
         weight.__dict__["_matrix"] = kept
+    return kept
+
+
+def _find_floats(weight: Packed, device: torch.device) -> Matrix | None:
+    values = weight._buffers["values"]
+    assert values is not None
+    if device.type != "cpu" or values.device.type != "cpu":
+        return None
+    kept: Matrix | None = weight.__dict__.get("_matrix")
+    if kept is None or kept.codes != values.data_ptr():
+        if isinstance(values, FakeTensor) or not values.is_contiguous():
+            return None
+        kept = weight.__dict__["_matrix"] = describe_floats(values)
     return kept
 
 
@@ -211,6 +237,11 @@ def stored_matrix(weight: Packed) -> StoredMatrix:
 
 
 def has_kernel(format_: Format) -> bool:
+    """Returns True where the CPU kernels know a format: integers, and 16-bit floating point."""
+    return format_.kind == "float" or _is_integer(format_)
+
+
+def _is_integer(format_: Format) -> bool:
     # Scales of other types are read by their codecs alone.
     return format_.kind == "int" and format_.scale_type == "fp16"
 

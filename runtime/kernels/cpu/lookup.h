@@ -41,7 +41,9 @@ constexpr int nibble_place(int bits, int half, int plane) {
 }
 
 // Bits, and columns of a block, that the kernels know.
-inline bool has_lookup(const Matrix& w) { return w.bits <= 3 && block_of(w) % kLookupSpan == 0 && block_of(w) <= 256; }
+inline bool has_lookup(const Matrix& w) {
+  return w.element == kInteger && w.bits <= 3 && block_of(w) % kLookupSpan == 0 && block_of(w) <= 256;
+}
 
 // Writes a row of the stored layout into memory that was zero.
 void pack_lookup_row(const Matrix& w, const LookupLayout& layout, int64_t row);

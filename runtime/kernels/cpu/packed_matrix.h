@@ -15,6 +15,9 @@ namespace bitplan {
 // Instruction sets, as Python counts them.
 enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
+// What the codes of a weight are: integers with scales, or 16-bit floating point numbers, which stand for themselves.
+enum Element : int32_t { kInteger = 0, kBfloat16 = 1, kFloat16 = 2 };
+
 // 127 * 256 + 127: the largest v that splits into v = 256 * high + low with signed 8-bit parts.
 constexpr int kLargestActivation = 32639;
 // Columns that share a step where a whole row shares one scale.
@@ -30,6 +33,7 @@ struct Matrix {
   int64_t rows, columns;
   int32_t bits, group_size;
   const uint8_t* lookup;  // the same weight in the layout of lookup.h, or null
+  Element element;        // of numbers in floating point: bits 16, group_size the columns, no scale
 
   int64_t row_bytes() const { return (columns * bits + 7) / 8; }
   int64_t groups() const { return columns / group_size; }
@@ -71,6 +75,9 @@ struct Kernels {
 
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx2Kernels;
+// Of 16-bit floating point.
+extern const Kernels kAvx512Floats;
+extern const Kernels kAvx2Floats;
 
 inline int block_of(const Matrix& w) { return w.groups() == 1 ? kRowBlock : w.group_size; }
 
