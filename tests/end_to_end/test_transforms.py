@@ -1,9 +1,11 @@
 """Models measured under transforms, the whole way: verified, applied, and reloaded without them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 
 import allocator
 from allocator import Budget, Store
@@ -72,6 +74,32 @@ def test_divergence_is_that_to_the_model_before(
     divergence = [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(before, after, strict=True)]
     assert max(abs(measured["plan"].kl - divergence)) <= 12 * e
     assert plan.shipped is not None and plan.shipped.kl == pytest.approx(sum(divergence) / len(divergence), abs=12 * e)
+
+
+def test_scales_and_codes_that_no_text_has_seen(tiny_tied_llama_dir: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """Two models measured on different texts have the same file for llama.cpp, and its importance matrix."""
+    text, written = tiny_text.read_text(encoding="utf-8"), []
+    formats, config = ("q4_0", "q5_1", "q8_0"), replace(CONFIG, quantizer="drawn_clipping", metrics=("fisher",))
+    for name, part in {"first": text[:6000], "second": text[6000:]}.items():
+        (tmp_path / f"{name}.txt").write_text(part, encoding="utf-8")
+        model, store = Model(str(tiny_tied_llama_dir)), Store(tmp_path / name)
+        asked = make_request(
+            tmp_path / f"{name}.txt",
+            formats=formats,
+            embedding_formats=formats,
+            config=replace(config, fit_plans=None),
+            transforms=("equalize",),
+        )
+        profile = allocator.measure(model, request=asked, store=store)
+        budget = Budget(bits_per_weight=4.5)  # all of them at q4_0: the allocation does read text
+        plan = allocator.plan(model, budget, engine="llama.cpp", profile=profile, store=store, verify=False)
+        assert set(plan.weights.values()) == {"q4_0"}
+        exported = allocator.export(model, plan, "llama.cpp", tmp_path / f"{name}-gguf", imatrix=True, store=store)
+        assert exported.files["model.gguf"] == exported.predicted_bytes
+        written.append([(exported.directory / file).read_bytes() for file in ("model.gguf", "imatrix.gguf")])
+    assert written[0] == written[1]
+    matrix = GGUFReader(tmp_path / "first-gguf" / "imatrix.gguf")
+    assert matrix.fields["imatrix.datasets"].contents() == ["tokens drawn from the vocabulary"]
 
 
 def test_commands(
