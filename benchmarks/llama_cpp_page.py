@@ -78,7 +78,7 @@ def render(rows: list[Row], arguments: str, chunks: int, rule: str, rewritten: K
         "How much of this is the rescaling, how much the weighting, how much the allocation: llama.cpp's mix of the "
         "equalized file, the same with an importance matrix of the drawn tokens, and the plan beside that. The model "
         "is a random rescaling of trained weights (sigma 0.15), a part of which equalization undoes. The unquantized "
-        f"equalized file has a KL of {rewritten[0]:.1e} ± {rewritten[1]:.0e}, which is rounding to float16.",
+        f"equalized file has a KL of {rewritten[0]:.0e}, which is rounding to float16.",
         "",
         "| size of | llama.cpp | equalized | and drawn tokens' importance | plan | × the last |",
         "|---" * 6 + "|",
