@@ -4,11 +4,11 @@
 
 The rivals are made by llama-quantize from the unquantized file that bitplan exports, once without an importance matrix
 and once with one, which is bitplan's own. The size of each rival's file is the budget of a plan, so that a plan is
-never a byte larger. Without the matrix a plan reads no text for its scales and codes either; with it they come of the
-same text by GPTQ, or by ``--with-matrix weighted_clipping``, which reads no more of it than the matrix holds. Each of
-the two has a profile of its own, measured on what will be written. Without a text llama-quantize gets the equalized
-file too, also with a matrix of the drawn tokens that weight the plan's codes. All KL is llama-perplexity's, to the
-model as it was trained; ``llama_cpp_tools.py`` says how to build the two programs.
+never a byte larger. Plans are made on the model equalized without a text. Without the matrix their codes read none
+either; with it they come of the same text by GPTQ, or by ``--with-matrix weighted_clipping``, which reads no more of it
+than the matrix holds. Each of the two has a profile of its own, measured on what will be written. llama-quantize gets
+the equalized file too, also with a matrix of the drawn tokens that weight the codes without a text. All KL is
+llama-perplexity's, to the model as it was trained; ``llama_cpp_tools.py`` says how to build the two programs.
 
 All of it is kept in the store and found again: the profile, measured plans, files, their KL.
 """
@@ -61,7 +61,7 @@ class Side:
     """
 
     quantizer: str
-    transforms: tuple[str, ...] = ()
+    transforms: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -84,7 +84,7 @@ def main() -> None:
     except FileNotFoundError as error:
         # `make bench` goes on with the other tables.
         parser.exit(message=f"left out: {error}\n")
-    textual = Side(quantizer=options.with_matrix)
+    textual = Side(transforms=TEXTLESS_SIDE.transforms, quantizer=options.with_matrix)
     with shown_progress() as progress:
         bench = Bench(tools, Store(), textual, options.refine, options.chunks, progress)
         rows = [bench.compare(mix) for mix in MIXES]

@@ -87,7 +87,7 @@ def render(rows: list[Row], arguments: str, chunks: int, rule: str, rewritten: K
         "## With an importance matrix",
         "",
         "Both sides have seen the same calibration text: llama.cpp by the importance matrix that bitplan wrote from "
-        f"it, the plan by what the rule '{rule}' reads of it.",
+        f"it, the plan by what the rule '{rule}' reads of it, on the model equalized as above.",
         "",
         *_main_table([(row, row.textual) for row in rows]),
     ]

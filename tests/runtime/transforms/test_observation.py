@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from runtime.transforms.observation import observe_inputs, observe_second_moments
+from runtime.transforms.observation import observe_inputs, observe_powers, observe_second_moments
 from tests.runtime.transforms.decoders import TOKENS
 from tests.tiny_models import build_tiny_llama
 
@@ -21,6 +21,17 @@ def test_second_moments_are_sums_over_all_tokens() -> None:
     # Two sequences at once sum in another order, in float32.
     assert torch.allclose(moments["down"], expected, rtol=1e-4, atol=1e-4 * float(expected.diagonal().max()))
     assert counts == {"down": TOKENS.numel()}
+
+
+def test_powers_are_the_diagonals_of_mean_second_moments() -> None:
+    model = build_tiny_llama()
+    modules = {"down": model.model.layers[1].mlp.down_proj, "q": model.model.layers[0].self_attn.q_proj}
+    moments, counts = observe_second_moments(model, TOKENS, modules)
+    powers = observe_powers(model, TOKENS, modules)
+    assert powers.keys() == modules.keys()
+    for name, power in powers.items():
+        # Both are sums of the same squares in float64.
+        assert torch.allclose(power, moments[name].diagonal() / counts[name], rtol=1e-12)
 
 
 def test_no_hook_stays_behind_a_failure() -> None:

@@ -72,6 +72,8 @@ def test_repeated_heads() -> None:
     values = torch.tensor([1.0, 9, 7, 2, 3, 4, 0, 0, 5, 1, 2, 8])
     assert site.narrow_to_largest(values).tolist() == [7, 9, 5, 8]
     assert torch.equal(site.narrow_to_largest(wide), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert torch.allclose(site.narrow_to_mean(values), torch.tensor([11 / 3, 5, 7 / 3, 3]))
+    assert torch.equal(site.narrow_to_mean(wide), torch.tensor([1.0, 2.0, 3.0, 4.0]))
 
 
 def test_largest_columns_of_several_shapes() -> None:
