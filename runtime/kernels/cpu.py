@@ -27,7 +27,7 @@ from runtime.kernels.build import CompilationFailed, compile_library, library_pa
 LEVELS = ("portable", "avx2", "avx512")
 _NULL = 0
 # What codes are, by the number the library knows it under.
-_INTEGER, _FLOATS, _BINARY = 0, {torch.bfloat16: 1, torch.float16: 2}, 3
+_INTEGER, _FLOATS, _BINARY, _LEVELS = 0, {torch.bfloat16: 1, torch.float16: 2}, 3, 4
 
 
 class Matrix(ctypes.Structure):
@@ -110,6 +110,28 @@ def describe_floats(values: Tensor) -> Matrix:
     """Returns the library's view of a weight [rows, columns] in bfloat16 or float16; valid while the tensor is."""
     rows, columns = values.shape
     return Matrix(values.data_ptr(), _NULL, _NULL, rows, columns, 16, columns, _NULL, _FLOATS[values.dtype])
+
+
+class Levels(NamedTuple):
+    """A weight as levels: weight = step * code - shift.
+
+    codes [rows, ceil(columns * bits / 8)] uint8, as ``pack_codes`` packs them; step and shift [rows, groups] float32.
+    """
+
+    codes: Tensor
+    step: Tensor
+    shift: Tensor
+    bits: int
+    columns: int
+
+
+def describe_levels(levels: Levels) -> Matrix:
+    """Returns the library's view of a weight as levels, all of it contiguous on the CPU; the view keeps the tensors."""
+    rows, groups = levels.step.shape
+    addresses = levels.codes.data_ptr(), levels.step.data_ptr(), levels.shift.data_ptr()
+    matrix = Matrix(*addresses, rows, levels.columns, levels.bits, levels.columns // groups, _NULL, _LEVELS)
+    matrix.levels = levels
+    return matrix
 
 
 class CpuKernels:

@@ -99,6 +99,11 @@ BITPLAN_INLINE void read_values(const Matrix& w, int64_t row, float* scale, floa
 template <int BITS>
 BITPLAN_INLINE void read_groups(const Matrix& w, int64_t row, float* scale, float* shift) {
   if (BITS == 1 && w.element == kBinary) return read_values(w, row, scale, shift);
+  if (w.element == kLevels) {
+    memcpy(scale, w.step() + row * w.groups(), w.groups() * sizeof(float));
+    memcpy(shift, w.shift() + row * w.groups(), w.groups() * sizeof(float));
+    return;
+  }
   const int64_t groups = w.groups(), bytes = w.zero_point_bytes();
   const uint16_t* stored = w.scale + row * groups;
   const uint8_t* stream = w.zero_point ? w.zero_point + row * bytes : nullptr;

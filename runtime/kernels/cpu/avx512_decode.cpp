@@ -45,6 +45,16 @@ BITPLAN_INLINE void load_chunk(const Matrix& w, int64_t row, int64_t chunk, __m5
     return by_row ? _mm512_cvtph_ps(_mm256_set1_epi16(stored[row]))
                   : load_scale(stored + row * groups + chunk * kChunk, left);
   };
+  if (w.element == kLevels) {
+    const auto load_float = [&](const float* stored) {
+      const __mmask16 present = left >= 16 ? 0xffff : (1 << left) - 1;
+      return by_row ? _mm512_set1_ps(stored[row])
+                    : _mm512_maskz_loadu_ps(present, stored + row * groups + chunk * kChunk);
+    };
+    scale = load_float(w.step());
+    shift = load_float(w.shift());
+    return;
+  }
   scale = load(w.scale);
   if (binary) {
     const __m512 low = w.zero_point ? load(w.low()) : _mm512_sub_ps(_mm512_setzero_ps(), scale);

@@ -44,7 +44,7 @@ constexpr int nibble_place(int bits, int half, int plane) {
 
 // Bits, and columns of a block, that the kernels know.
 inline bool has_lookup(const Matrix& w) {
-  return !is_float(w.element) && w.bits <= 3 && block_of(w) % kLookupSpan == 0 && block_of(w) <= 256;
+  return (w.element == kInteger || w.element == kBinary) && w.bits <= 3 && block_of(w) % kLookupSpan == 0 && block_of(w) <= 256;
 }
 
 // Writes a row of the stored layout into memory that was zero.
