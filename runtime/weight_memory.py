@@ -66,14 +66,19 @@ def reserve_large_pages(size: int) -> Tensor:
 
 
 def _list_tensors(model: nn.Module) -> Iterator[tuple[PackedWeight, str, Tensor]]:
-    """Yields every tensor of the packed weights: codes by layer, tables last, then all that goes with the codes."""
+    """Yields every tensor of the packed weights: codes by layer, tables last, then the rest."""
     weights = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedWeight)]
     weights.sort(key=lambda named: ".layers." not in named[0])
-    for is_code in (True, False):
+    for place in range(3):
         for _, weight in weights:
             for name, tensor in weight._buffers.items():
-                if tensor is not None and tensor.device.type == "cpu" and (name == "codes") == is_code:
+                if tensor is not None and tensor.device.type == "cpu" and _place_of(name) == place:
                     yield weight, name, tensor
+
+
+def _place_of(name: str) -> int:
+    # Codes that are read at the full width alone do not lie between those that are always read.
+    return 0 if name == "codes" else 1 if name.startswith("codes") else 2
 
 
 def _room_bytes(tensor: Tensor) -> int:

@@ -18,7 +18,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from runtime.formats import Format
 from runtime.kernels import triton as triton_kernels
-from runtime.kernels.cpu import LEVELS, CpuKernels, Matrix, Product, StoredMatrix, describe_matrix, load_kernels
+from runtime.kernels.cpu import (
+    LEVELS,
+    CpuKernels,
+    Matrix,
+    Plane,
+    Product,
+    StoredMatrix,
+    add_planes,
+    describe_matrix,
+    load_kernels,
+)
 from runtime.kernels.reference import dequantize_stored, linear_reference
 
 AUTOMATIC, REFERENCE = "auto", "reference"
@@ -31,6 +41,7 @@ class Packed(Protocol):
     """What is read of a packed weight."""
 
     format: Format
+    width: int
     shape: tuple[int, int]
     _buffers: dict[str, Tensor | None]
 
@@ -78,17 +89,21 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         product = packed_linear(x, weight, bias)
         if product is not None:
             return product
-    if not has_kernel(weight.format) or x.dtype not in _KERNEL_DTYPES:
+    if not has_kernels(weight.format) or x.dtype not in _KERNEL_DTYPES:
         return linear_reference(x, weight(), bias)
     if torch.compiler.is_compiling():
+        if not has_kernel(weight.format):
+            return linear_reference(x, weight(), bias)
         stored = stored_matrix(weight)
         y: Tensor = torch.ops.bitplan.packed_linear(x, *stored[:3], stored.bits, stored.columns)
         return y if bias is None else y + bias
-    matrix = None if x.requires_grad and torch.is_grad_enabled() else find_matrix(weight, x.device)
-    kernels = None if matrix is None else selected_kernels()
-    if matrix is None or kernels is None or not _fits(x, weight, bias):
+    planes = () if x.requires_grad and torch.is_grad_enabled() else find_planes(weight, x.device)
+    kernels = selected_kernels() if planes else None
+    if kernels is None or not _fits(x, weight, bias):
         return linear_reference(x, weight(), bias)
-    return _multiply(kernels, x, matrix, bias)
+    if len(planes) == 1:
+        return _multiply(kernels, x, planes[0].matrix, bias)
+    return _sum_products(kernels, x, planes, bias)
 
 
 def linear_many(xs: Sequence[Tensor], weights: Sequence[Packed]) -> list[Tensor]:
@@ -99,18 +114,20 @@ def linear_many(xs: Sequence[Tensor], weights: Sequence[Packed]) -> list[Tensor]
         weights: As many packed weights [rows, columns].
     """
     kernels = selected_kernels()
-    found = [find_matrix(w, x.device) if has_kernel(w.format) else None for x, w in zip(xs, weights, strict=True)]
+    found = [find_planes(weight, x.device) for x, weight in zip(xs, weights, strict=True)]
     if kernels is None or any(x.dtype not in _KERNEL_DTYPES for x in xs):
-        found = [None] * len(xs)
-    products = [
-        Product(x.to(torch.float32).contiguous(), matrix)
-        for x, matrix in zip(xs, found, strict=True)
-        if matrix is not None
-    ]
+        found = [()] * len(xs)
+    products = []
+    for x, planes in zip(xs, found, strict=True):
+        # The parts of a weight read the same rounded activations.
+        read = x.to(torch.float32).contiguous() if planes else x
+        products += [Product(read, plane.matrix) for plane in planes]
     computed = iter(kernels.multiply(products) if kernels is not None and products else ())
     return [
-        linear_reference(x, weight(), None) if matrix is None else next(computed).to(x.dtype)
-        for x, weight, matrix in zip(xs, weights, found, strict=True)
+        add_planes([next(computed) for _ in planes], planes).to(x.dtype)
+        if planes
+        else linear_reference(x, weight(), None)
+        for x, weight, planes in zip(xs, weights, found, strict=True)
     ]
 
 
@@ -135,34 +152,58 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
     return kernels.dequantize(matrix, torch.where(rows < 0, rows + weight.shape[0], rows).contiguous())
 
 
-def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
+def find_planes(weight: Packed, device: torch.device) -> tuple[Plane, ...]:
+    """Returns what the kernels multiply with to read a weight at its width; nothing where they do not know it."""
+    if not has_kernels(weight.format):
+        return ()
+    matrix = find_matrix(weight, device)
+    if matrix is None or weight.width != weight.format.bits or not weight.format.prefix_bits:
+        return () if matrix is None else (Plane(matrix),)
+    rest = find_matrix(weight, device, "codes_rest")
+    return () if rest is None else (Plane(matrix), Plane(rest, 2.0**-weight.format.rest_bits))
+
+
+def find_matrix(weight: Packed, device: torch.device, part: str = "codes") -> Matrix | None:
     """Returns the kernels' view of an integer weight if it and ``device`` are the CPU, else None.
 
     The view is kept with the weight, and made anew when its tensors have moved.
+
+    Args:
+        weight: A weight that ``has_kernels``.
+        device: Where the products are wanted.
+        part: Name of the codes.
     """
-    codes, scale = weight._buffers["codes"], weight._buffers["scale"]
+    codes, scale = weight._buffers[part], weight._buffers["scale"]
     assert codes is not None and scale is not None
     if device.type != "cpu" or codes.device.type != "cpu":
         return None
-    kept: Matrix | None = weight.__dict__.get("_matrix")
+    views: dict[str, Matrix] = weight.__dict__.setdefault("_matrices", {})
+    kept = views.get(part)
     if kept is None or kept.codes != codes.data_ptr() or kept.scale != scale.data_ptr():
         if isinstance(codes, FakeTensor) or scale.dtype != torch.float16 or not codes.is_contiguous():
             return None
-        kept = describe_matrix(stored_matrix(weight))
-        weight.__dict__["_matrix"] = kept
+        kept = views[part] = describe_matrix(stored_matrix(weight, part))
     return kept
 
 
-def stored_matrix(weight: Packed) -> StoredMatrix:
-    """Returns the tensors of an integer weight."""
-    codes, scale = weight._buffers["codes"], weight._buffers["scale"]
+def stored_matrix(weight: Packed, part: str = "codes") -> StoredMatrix:
+    """Returns the tensors of an integer weight, or of a part of its codes."""
+    codes, scale = weight._buffers[part], weight._buffers["scale"]
     assert codes is not None and scale is not None
-    return StoredMatrix(codes, scale, weight._buffers.get("zero_point"), weight.format.bits, weight.shape[1])
+    format_ = weight.format
+    bits = format_.rest_bits if part == "codes_rest" else format_.prefix_bits or format_.bits
+    return StoredMatrix(codes, scale, weight._buffers.get("zero_point"), bits, weight.shape[1])
 
 
 def has_kernel(format_: Format) -> bool:
+    """Returns True where the kernels read the whole weight as one matrix."""
     # Scales of other types are read by their codecs alone.
     return format_.kind == "int" and format_.scale_type == "fp16"
+
+
+def has_kernels(format_: Format) -> bool:
+    """Returns True where the kernels read the weight, as one matrix or as several."""
+    return has_kernel(format_) or format_.kind == "double_rounding"
 
 
 def _fits(x: Tensor, weight: Packed, bias: Tensor | None) -> bool:
@@ -175,6 +216,14 @@ def _multiply(kernels: CpuKernels, x: Tensor, matrix: Matrix, bias: Tensor | Non
         return kernels.multiply_one(x.contiguous(), matrix, None if bias is None else bias.contiguous())
     added = None if bias is None else bias.to(torch.float32).contiguous()
     return kernels.multiply_one(x.to(torch.float32).contiguous(), matrix, added).to(x.dtype)
+
+
+def _sum_products(kernels: CpuKernels, x: Tensor, planes: Sequence[Plane], bias: Tensor | None) -> Tensor:
+    rows = x.to(torch.float32).reshape(-1, x.shape[-1]).contiguous()
+    added = None if bias is None else bias.to(torch.float32).contiguous()
+    products = [Product(rows, plane.matrix, None if i else added) for i, plane in enumerate(planes)]
+    y = add_planes(kernels.multiply(products), planes)
+    return y.view(*x.shape[:-1], y.shape[1]).to(x.dtype)
 
 
 def _selected_path() -> str:
