@@ -28,6 +28,7 @@ from allocator.store import Store
 from allocator.transformed import transform_again_
 from allocator.verification import REFERENCE, make_evaluation, score_cached
 from runtime.packed_model import check_packed_place, load_packed, packed_bytes, save_packed_
+from runtime.read_widths import set_width_
 from runtime.transforms.prefix_tokens import PREFIX_FILE, save_prefix
 from sensitivity.calibration import read_sequences
 from sensitivity.profile import SensitivityProfile
@@ -171,13 +172,19 @@ def apply(
     return Applied(directory=out, file_bytes=file_bytes, predicted_bytes=predicted_bytes)
 
 
-def load(directory: str | Path) -> tuple[Any, Any]:
+def load(directory: str | Path, *, width: int | None = None) -> tuple[Any, Any]:
     """Returns a packed model and its tokenizer.
 
+    Args:
+        directory: Where it lies.
+        width: Bits at which its nested weights are read, until ``set_width_`` says otherwise; None for all.
+
     Raises:
-        ValueError: If the directory holds no packed model, or its file is incomplete.
+        ValueError: If the directory holds no packed model, its file is incomplete, or no weight has such a width.
     """
     model, tokenizer, _ = load_packed(Path(directory))
+    if width is not None:
+        set_width_(model, width)
     return model, tokenizer
 
 

@@ -49,6 +49,10 @@ class DraftCount:
         """Share of the drafted tokens that were kept; 0 where none was drafted."""
         return self.accepted / max(1, self.drafted)
 
+    def describe(self) -> str:
+        """Returns one line for people."""
+        return f"{self.accepted} of {self.drafted} tokens kept, in {self.passes} passes at the full width"
+
 
 @torch.inference_mode()
 def continue_with_drafts(
@@ -81,10 +85,14 @@ def continue_with_drafts(
         chosen = passes.choose([found[-1], *drafts], wanted=len(drafts) + 1)
         agreed = next((i for i, draft in enumerate(drafts) if draft != chosen[i]), len(drafts))
         passes.forget(len(drafts) - agreed)
-        found += chosen[: agreed + 1]
+        found += _cut_behind_end(chosen[: agreed + 1], ends)
         verified, drafted, accepted = verified + 1, drafted + len(drafts), accepted + agreed
     tokens = torch.cat([input_ids, torch.tensor([found])], dim=1)
     return tokens, DraftCount(passes=verified, drafted=drafted, accepted=accepted)
+
+
+def _cut_behind_end(tokens: list[int], ends: Collection[int]) -> list[int]:
+    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
 def _draft(passes: "_CompiledPasses | _ModulePasses", last: int, count: int, ends: Collection[int]) -> list[int]:

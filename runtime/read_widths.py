@@ -6,7 +6,7 @@ fewer bits fewer of its bytes are read, so a decode step is faster and its resul
 Papers: Chen et al. 2025 (Double-Rounding, arXiv:2502.01199); Park et al. 2024 (Any-Precision LLM, arXiv:2402.10517).
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -29,7 +29,7 @@ def set_width_(model: nn.Module, width: int | None, *, layers: Collection[int] |
         ValueError: If none of these weights is nested, one has no width so low, or a layer is not there.
     """
     chosen = list_nested(model, layers=layers)
-    lowest = max(weight.format.widths[0] for weight in chosen.values())
+    lowest = _lowest(chosen)
     if width is not None and width < lowest:
         msg = (
             f"the width must be at least the lowest of every nested weight: got width={width}, the lowest is {lowest}. "
@@ -60,6 +60,15 @@ def read_at_width(model: nn.Module, width: int) -> Iterator[None]:
             weight.width = earlier
 
 
+def find_lowest_width(model: nn.Module) -> int:
+    """Returns the least bits at which all nested weights of a model can be read.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    return _lowest(list_nested(model))
+
+
 def list_nested(model: nn.Module, *, layers: Collection[int] | None = None) -> dict[str, PackedWeight]:
     """Returns the packed weights that can be read at several widths, by module name.
 
@@ -75,9 +84,7 @@ def list_nested(model: nn.Module, *, layers: Collection[int] | None = None) -> d
         known = find_layers(model, otherwise="Set the width of the whole model.")
         absent = [index for index in layers if not 0 <= index < len(known.layers)]
         if absent:
-            msg = (
-                f"layers must be of the model: got layer {absent[0]}, it has 0 to {len(known.layers) - 1}. Name others."
-            )
+            msg = f"layers must be 0 to {len(known.layers) - 1} of the model: got layer {absent[0]}. Name others."
             raise ValueError(msg)
         nested = {name: module for name, module in nested.items() if known.index_of(name) in layers}
     if not nested:
@@ -91,3 +98,7 @@ def list_nested(model: nn.Module, *, layers: Collection[int] | None = None) -> d
 
 def _is_nested(module: nn.Module) -> bool:
     return isinstance(module, PackedWeight) and len(module.format.widths) > 1
+
+
+def _lowest(weights: Mapping[str, PackedWeight]) -> int:
+    return max(weight.format.widths[0] for weight in weights.values())

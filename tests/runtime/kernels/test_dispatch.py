@@ -38,7 +38,10 @@ def reference(linear: QuantizedLinear, x: Tensor) -> Tensor:
     return y
 
 
-WITH_KERNELS = [name for name, f in FORMATS.items() if f.kind == "int" and f.scale_type == "fp16" and f.fits(384)]
+WITH_KERNELS = [
+    *(name for name, f in FORMATS.items() if f.kind == "int" and f.scale_type == "fp16" and f.fits(384)),
+    *(name for name, f in FORMATS.items() if f.kind == "double_rounding"),
+]
 
 
 @pytest.mark.parametrize("format_name", WITH_KERNELS)
