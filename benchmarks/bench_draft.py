@@ -203,8 +203,8 @@ def _describe(options: argparse.Namespace) -> list[str]:
         "",
         f"Made by `python benchmarks/bench_draft.py`. Machine: {describe_machine(('torch', 'transformers'))}, one "
         f"thread. SmolLM2-135M, all weights in the stated format; {options.prompts} prompts of {PROMPT_TOKENS} tokens "
-        f"of held-out text, {NEW_TOKENS} new tokens each, the fastest of {options.rounds} runs of each prompt, all ways "
-        f"in turns, tokens behind the first. KL on {KL_SEQUENCES} held-out sequences, nats per token.",
+        f"of held-out text, {NEW_TOKENS} new tokens each, the fastest of {options.rounds} runs of each prompt, all "
+        f"ways in turns, tokens behind the first. KL on {KL_SEQUENCES} held-out sequences, nats per token.",
     ]
 
 

@@ -78,7 +78,9 @@ def _encode_rows(weight: Tensor, format_: Format) -> dict[str, Tensor]:
     half = 1 << (below - 1)
     scale = _find_scale(grouped, format_)
     step = scale.to(torch.float32).unsqueeze(-1) * 2.0**-below
-    codes = torch.round(grouped / step).to(torch.int32).flatten(1)
+    lowest, highest = _code_range(format_)
+    # An end of the range may lie in the middle between the last code and the next.
+    codes = torch.round(grouped / step).clamp_(lowest, highest).to(torch.int32).flatten(1)
     prefix = (codes + half) >> below
     rest = codes - (prefix << below)
     return {
@@ -90,15 +92,19 @@ def _encode_rows(weight: Tensor, format_: Format) -> dict[str, Tensor]:
 
 def _find_scale(grouped: Tensor, format_: Format) -> Tensor:
     """Returns the float16 of least magnitude with which all codes of a group [rows, groups, length] are in range."""
-    below = format_.rest_bits
-    lowest = -(1 << (format_.bits - 1)) - (1 << (below - 1))
-    highest = (1 << (format_.bits - 1)) - (1 << (below - 1)) - 1
+    lowest, highest = _code_range(format_)
     low, high = (limit.to(torch.float64) for limit in (-grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)))
     # Half a step beyond the last code rounds to it.
     upright = torch.maximum(high / (highest + 0.5), low / (0.5 - lowest))
     turned = torch.maximum(low / (highest + 0.5), high / (0.5 - lowest))
-    scale = round_scale_up(torch.minimum(upright, turned) * 2.0**below, format_)
+    scale = round_scale_up(torch.minimum(upright, turned) * 2.0**format_.rest_bits, format_)
     return torch.where(turned < upright, -scale, scale)
+
+
+def _code_range(format_: Format) -> tuple[int, int]:
+    """Returns the codes whose prefix and rest are both in range."""
+    half, half_rest = 1 << (format_.bits - 1), 1 << (format_.rest_bits - 1)
+    return -half - half_rest, half - half_rest - 1
 
 
 def _read_parts(

@@ -86,6 +86,19 @@ def test_scale_turns_to_the_side_that_reaches_further() -> None:
         assert abs(scale) == pytest.approx(16 / 119.5, rel=2.0**-10)
 
 
+@pytest.mark.parametrize(
+    ("name", "steps"), [("nested4_8_channel", (119.5, 136.5)), ("nested4_6_channel", (29.5, 34.5))]
+)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_ends_of_the_range_that_are_ties_do_not_run_over(name: str, steps: tuple[float, float], sign: float) -> None:
+    # The scale is exact, so both ends lie in the middle between the last code and one that is not there.
+    weight = sign * torch.tensor([[steps[0], -steps[1], 3.0]]) / 64
+    tensors, shape = encode(weight, name), (1, 3)
+    assert tensors["scale"].item() == sign * 2.0 ** FORMATS[name].rest_bits / 64
+    error = (decode_double_rounding(tensors, FORMATS[name], shape) - weight) * 64
+    assert error.abs().tolist() == [[0.5, 0.5, 0.0]]
+
+
 @given(
     values=st.lists(st.floats(-6e4, 6e4, width=32), min_size=1, max_size=67),
     name=st.sampled_from(["nested4_6_channel", "nested4_8_channel"]),
