@@ -159,8 +159,8 @@ def describe(ways: list[Way]) -> list[str]:
         "weight is below a part of the first's: a quantile of that ratio on calibration text, by layer (the medians: "
         f"{', '.join(f'{ratio:.2f}' for ratio in median.ratio)}). KL in nats per token to the unquantized model with "
         f"full routing, with half its 95 % interval, on {6 * SEQUENCES} held-out sequences of {SEQUENCE_TOKENS} "
-        f"tokens. *{FORMAT}*: all weights in this format, whose own error is in the first row; the times are that model's, a "
-        "token at a time, module by module.",
+        f"tokens. *{FORMAT}*: all weights in this format, whose own error is in the first row; the times are that "
+        "model's, a token at a time, module by module.",
         "",
         f"| way | visits skipped | KL, unquantized | KL, {FORMAT} | ms a token | over full routing |",
         "|---|---|---|---|---|---|",
