@@ -152,57 +152,69 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
     return kernels.dequantize(matrix, torch.where(rows < 0, rows + weight.shape[0], rows).contiguous())
 
 
-def find_planes(weight: Packed, device: torch.device) -> tuple[Plane, ...]:
-    """Returns what the kernels multiply with to read a weight at its width; nothing where they do not know it."""
-    if not has_kernels(weight.format):
-        return ()
-    matrix = find_matrix(weight, device)
-    if matrix is None or weight.width != weight.format.bits or not weight.format.prefix_bits:
-        return () if matrix is None else (Plane(matrix),)
-    rest = find_matrix(weight, device, "codes_rest")
-    return () if rest is None else (Plane(matrix), Plane(rest, 2.0**-weight.format.rest_bits))
-
-
-def find_matrix(weight: Packed, device: torch.device, part: str = "codes") -> Matrix | None:
+def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
     """Returns the kernels' view of an integer weight if it and ``device`` are the CPU, else None.
 
     The view is kept with the weight, and made anew when its tensors have moved.
-
-    Args:
-        weight: A weight that ``has_kernels``.
-        device: Where the products are wanted.
-        part: Name of the codes.
     """
-    codes, scale = weight._buffers[part], weight._buffers["scale"]
+    codes, scale = weight._buffers["codes"], weight._buffers["scale"]
     assert codes is not None and scale is not None
     if device.type != "cpu" or codes.device.type != "cpu":
         return None
-    views: dict[str, Matrix] = weight.__dict__.setdefault("_matrices", {})
-    kept = views.get(part)
+    kept: Matrix | None = weight.__dict__.get("_matrix")
     if kept is None or kept.codes != codes.data_ptr() or kept.scale != scale.data_ptr():
         if isinstance(codes, FakeTensor) or scale.dtype != torch.float16 or not codes.is_contiguous():
             return None
-        kept = views[part] = describe_matrix(stored_matrix(weight, part))
+        kept = describe_matrix(stored_matrix(weight))
+        weight.__dict__["_matrix"] = kept
     return kept
 
 
-def stored_matrix(weight: Packed, part: str = "codes") -> StoredMatrix:
-    """Returns the tensors of an integer weight, or of a part of its codes."""
-    codes, scale = weight._buffers[part], weight._buffers["scale"]
+def stored_matrix(weight: Packed) -> StoredMatrix:
+    """Returns the tensors of an integer weight."""
+    codes, scale = weight._buffers["codes"], weight._buffers["scale"]
     assert codes is not None and scale is not None
-    format_ = weight.format
-    bits = format_.rest_bits if part == "codes_rest" else format_.prefix_bits or format_.bits
-    return StoredMatrix(codes, scale, weight._buffers.get("zero_point"), bits, weight.shape[1])
+    return StoredMatrix(codes, scale, weight._buffers.get("zero_point"), weight.format.bits, weight.shape[1])
 
 
 def has_kernel(format_: Format) -> bool:
-    """Returns True where the kernels read the whole weight as one matrix."""
     # Scales of other types are read by their codecs alone.
     return format_.kind == "int" and format_.scale_type == "fp16"
 
 
+def find_planes(weight: Packed, device: torch.device) -> tuple[Plane, ...]:
+    """Returns what the kernels multiply with to read a weight at its width; nothing where they do not know it."""
+    if has_kernel(weight.format):
+        matrix = find_matrix(weight, device)
+        return () if matrix is None else (Plane(matrix),)
+    if not has_kernels(weight.format):
+        return ()
+    format_ = weight.format
+    parts = [("codes", format_.prefix_bits, 1.0), ("codes_rest", format_.rest_bits, 2.0**-format_.rest_bits)]
+    read = parts if weight.width == format_.bits else parts[:1]
+    matrices = [_find_part(weight, device, name, bits) for name, bits, _ in read]
+    found = zip(matrices, read, strict=True)
+    planes = tuple(Plane(matrix, factor) for matrix, (_, _, factor) in found if matrix is not None)
+    return planes if len(planes) == len(read) else ()
+
+
+def _find_part(weight: Packed, device: torch.device, name: str, bits: int) -> Matrix | None:
+    """Returns the kernels' view of a part of a weight, which is kept as that of ``find_matrix`` is."""
+    codes, scale = weight._buffers[name], weight._buffers["scale"]
+    assert codes is not None and scale is not None
+    if device.type != "cpu" or codes.device.type != "cpu":
+        return None
+    views: dict[str, Matrix] = weight.__dict__.setdefault("_parts", {})
+    kept = views.get(name)
+    if kept is None or kept.codes != codes.data_ptr() or kept.scale != scale.data_ptr():
+        if isinstance(codes, FakeTensor) or not codes.is_contiguous():
+            return None
+        kept = views[name] = describe_matrix(StoredMatrix(codes, scale, None, bits, weight.shape[1]))
+    return kept
+
+
 def has_kernels(format_: Format) -> bool:
-    """Returns True where the kernels read the weight, as one matrix or as several."""
+    """Returns True where the kernels read a weight, in one part or in several."""
     return has_kernel(format_) or format_.kind == "double_rounding"
 
 
