@@ -154,12 +154,21 @@ def _width_rows(nested: Any, plain: dict[str, Any], tokens: Tensor, before: list
 
 def _pass_rows(nested: Any) -> list[str]:
     rows = ["| tokens of a pass | " + " | ".join(map(str, PASS_TOKENS)) + " |", "|---|" + "---|" * len(PASS_TOKENS)]
+    times: dict[int, list[float]] = {}
     for title, width in (("low width", 4), ("full width", 8)):
         with read_at_width(nested, width), torch.inference_mode():
-            times = _time_passes(nested)
-        rows.append(f"| {title}, ms | " + " | ".join(f"{1e3 * seconds:.2f}" for seconds in times) + " |")
-        rows.append(f"| {title}, over one token | " + " | ".join(f"{s / times[0]:.2f}" for s in times) + " |")
+            times[width] = _time_passes(nested)
+        rows.append(_row(f"{title}, ms", [f"{1e3 * seconds:.2f}" for seconds in times[width]]))
+        rows.append(_row(f"{title}, over one token", [f"{s / times[width][0]:.2f}" for s in times[width]]))
+    low, full = times[4][0], times[8]
+    # A verification of n tokens follows n - 1 drafts and gives n tokens at best.
+    best = [n * full[0] / ((n - 1) * low + seconds) for n, seconds in zip(PASS_TOKENS, full, strict=True)]
+    rows.append(_row("speed over full width if every draft were kept", [f"{ratio:.2f}" for ratio in best]))
     return rows
+
+
+def _row(title: str, cells: list[str]) -> str:
+    return f"| {title} | {' | '.join(cells)} |"
 
 
 def _time_passes(model: Any) -> list[float]:
@@ -204,7 +213,8 @@ def _describe(options: argparse.Namespace) -> list[str]:
         f"Made by `python benchmarks/bench_draft.py`. Machine: {describe_machine(('torch', 'transformers'))}, one "
         f"thread. SmolLM2-135M, all weights in the stated format; {options.prompts} prompts of {PROMPT_TOKENS} tokens "
         f"of held-out text, {NEW_TOKENS} new tokens each, the fastest of {options.rounds} runs of each prompt, all "
-        f"ways in turns, tokens behind the first. KL on {KL_SEQUENCES} held-out sequences, nats per token.",
+        f"ways in turns, tokens behind the first. *K drafted*: K tokens at the low width, then one pass at the full "
+        f"width over K + 1 tokens, in parts of four. KL on {KL_SEQUENCES} held-out sequences, nats per token.",
     ]
 
 
