@@ -103,7 +103,7 @@ def _describe_layer(layer: Any) -> LayerTensors:
 def _describe_linear(module: nn.Module, name: str) -> LinearTensors:
     if not isinstance(module, QuantizedLinear) or not has_kernels(module.weight.format):
         stored = module.weight.format.name if isinstance(module, QuantizedLinear) else type(module).__name__
-        msg = f"every weight must be in an integer format of the CPU kernels: got '{stored}' in {name}."
+        msg = f"every weight must be in a format of the CPU kernels: got '{stored}' in {name}."
         raise NotCompiled(msg)
     planes = find_planes(module.weight, _CPU)
     if not planes or not torch_floats(module.bias):

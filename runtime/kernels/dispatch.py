@@ -1,16 +1,16 @@
 """Which path computes a product with a packed weight.
 
 The Triton kernels on CUDA devices (and on the CPU where Triton's interpreter is asked for), the compiled CPU kernels
-for integer formats on the CPU; the reference everywhere else: other devices, float64, formats the kernels do not know,
-and wherever a gradient is wanted. ``kernel_path`` and the environment variable
-BITPLAN_KERNELS name a path instead: ``reference``, or an instruction set of ``runtime.kernels.cpu.LEVELS``.
+for integers and 16-bit floating point on the CPU; the reference everywhere else: other devices, float64, formats the
+kernels do not know, and wherever a gradient is wanted. ``kernel_path`` and the environment variable BITPLAN_KERNELS
+name a path instead: ``reference``, or an instruction set of ``runtime.kernels.cpu.LEVELS``.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,26 +26,25 @@ from runtime.kernels.cpu import (
     Product,
     StoredMatrix,
     add_planes,
+    describe_floats,
     describe_matrix,
     load_kernels,
 )
+from runtime.kernels.parted_weights import PARTED, Packed, find_parts
 from runtime.kernels.reference import dequantize_stored, linear_reference
 
 AUTOMATIC, REFERENCE = "auto", "reference"
 PATHS = (AUTOMATIC, REFERENCE, *LEVELS)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LOOKUP = "_lookup"
 _path: ContextVar[str] = ContextVar("kernel_path")
 
 
-class Packed(Protocol):
-    """What is read of a packed weight."""
+class _Lookup(NamedTuple):
+    """The execution layout of a weight, and the tensors that it was made from."""
 
-    format: Format
-    width: int
-    shape: tuple[int, int]
-    _buffers: dict[str, Tensor | None]
-
-    def __call__(self, rows: Tensor | None = None) -> Tensor: ...
+    memory: Tensor
+    source: tuple[tuple[int, int], ...]
 
 
 @contextmanager
@@ -92,7 +91,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     if not has_kernels(weight.format) or x.dtype not in _KERNEL_DTYPES:
         return linear_reference(x, weight(), bias)
     if torch.compiler.is_compiling():
-        if not has_kernel(weight.format):
+        if not _is_integer(weight.format):
             return linear_reference(x, weight(), bias)
         stored = stored_matrix(weight)
         y: Tensor = torch.ops.bitplan.packed_linear(x, *stored[:3], stored.bits, stored.columns)
@@ -138,7 +137,7 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
         weight: The packed weight.
         rows: [n] int64, or None.
     """
-    if not has_kernel(weight.format) or torch.compiler.is_compiling():
+    if not _is_integer(weight.format) or torch.compiler.is_compiling():
         return None
     matrix = find_matrix(weight, torch.device("cpu") if rows is None else rows.device)
     kernels = None if matrix is None else selected_kernels()
@@ -153,21 +152,78 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
 
 
 def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
-    """Returns the kernels' view of an integer weight if it and ``device`` are the CPU, else None.
+    """Returns the kernels' view of a weight that ``has_kernel`` if it and ``device`` are the CPU, else None.
 
     The view is kept with the weight, and made anew when its tensors have moved.
     """
+    if weight.format.kind == "float":
+        return _find_floats(weight, device)
     codes, scale = weight._buffers["codes"], weight._buffers["scale"]
     assert codes is not None and scale is not None
     if device.type != "cpu" or codes.device.type != "cpu":
         return None
     kept: Matrix | None = weight.__dict__.get("_matrix")
+    lookup: _Lookup | None = weight.__dict__.get(_LOOKUP)
+    if lookup is not None and lookup.source != _identify(weight):
+        # Other numbers were loaded.
+        lookup = kept = weight.__dict__[_LOOKUP] = None
     if kept is None or kept.codes != codes.data_ptr() or kept.scale != scale.data_ptr():
         if isinstance(codes, FakeTensor) or scale.dtype != torch.float16 or not codes.is_contiguous():
             return None
-        kept = describe_matrix(stored_matrix(weight))
+        kept = describe_matrix(stored_matrix(weight), None if lookup is None else lookup.memory)
         weight.__dict__["_matrix"] = kept
     return kept
+
+
+def _find_floats(weight: Packed, device: torch.device) -> Matrix | None:
+    values = weight._buffers["values"]
+    assert values is not None
+    if device.type != "cpu" or values.device.type != "cpu":
+        return None
+    kept: Matrix | None = weight.__dict__.get("_matrix")
+    if kept is None or kept.codes != values.data_ptr():
+        if isinstance(values, FakeTensor) or not values.is_contiguous():
+            return None
+        kept = weight.__dict__["_matrix"] = describe_floats(values)
+    return kept
+
+
+def lookup_bytes(weight: Packed) -> int:
+    """Returns the bytes of a weight's execution layout; 0 where the kernels in use read it as it is stored.
+
+    Args:
+        weight: The packed weight.
+    """
+    kernels = selected_kernels() if has_kernel(weight.format) else None
+    matrix = None if kernels is None else find_matrix(weight, torch.device("cpu"))
+    return 0 if kernels is None or matrix is None else kernels.lookup_bytes(matrix)
+
+
+def use_lookup_(weight: Packed, memory: Tensor) -> None:
+    """Lets products of few tokens read a weight in its execution layout, until other numbers are loaded into it.
+
+    Args:
+        weight: The packed weight, on the CPU.
+        memory: ``lookup_bytes(weight)`` bytes, uint8, all zero, aligned to 64; they are filled.
+    """
+    kernels, matrix = selected_kernels(), find_matrix(weight, torch.device("cpu"))
+    assert kernels is not None and matrix is not None
+    kernels.pack_lookup_(matrix, memory)
+    weight.__dict__[_LOOKUP] = _Lookup(memory, _identify(weight))
+    del weight.__dict__["_matrix"]
+
+
+def release_elsewhere_(weight: Packed) -> None:
+    """Frees the execution layout of a weight that has left the CPU."""
+    if any(tensor is not None and tensor.device.type != "cpu" for tensor in weight._buffers.values()):
+        for name in (_LOOKUP, "_matrix"):
+            weight.__dict__.pop(name, None)
+
+
+def _identify(weight: Packed) -> tuple[tuple[int, int], ...]:
+    """Where the tensors of a weight are, and how often each was written to."""
+    tensors = (tensor for tensor in weight._buffers.values() if tensor is not None)
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 def stored_matrix(weight: Packed) -> StoredMatrix:
@@ -178,6 +234,11 @@ def stored_matrix(weight: Packed) -> StoredMatrix:
 
 
 def has_kernel(format_: Format) -> bool:
+    """Returns True where the CPU kernels know a format: integers, and 16-bit floating point."""
+    return format_.kind == "float" or _is_integer(format_)
+
+
+def _is_integer(format_: Format) -> bool:
     # Scales of other types are read by their codecs alone.
     return format_.kind == "int" and format_.scale_type == "fp16"
 
@@ -187,35 +248,12 @@ def find_planes(weight: Packed, device: torch.device) -> tuple[Plane, ...]:
     if has_kernel(weight.format):
         matrix = find_matrix(weight, device)
         return () if matrix is None else (Plane(matrix),)
-    if not has_kernels(weight.format):
-        return ()
-    format_ = weight.format
-    parts = [("codes", format_.prefix_bits, 1.0), ("codes_rest", format_.rest_bits, 2.0**-format_.rest_bits)]
-    read = parts if weight.width == format_.bits else parts[:1]
-    matrices = [_find_part(weight, device, name, bits) for name, bits, _ in read]
-    found = zip(matrices, read, strict=True)
-    planes = tuple(Plane(matrix, factor) for matrix, (_, _, factor) in found if matrix is not None)
-    return planes if len(planes) == len(read) else ()
-
-
-def _find_part(weight: Packed, device: torch.device, name: str, bits: int) -> Matrix | None:
-    """Returns the kernels' view of a part of a weight, which is kept as that of ``find_matrix`` is."""
-    codes, scale = weight._buffers[name], weight._buffers["scale"]
-    assert codes is not None and scale is not None
-    if device.type != "cpu" or codes.device.type != "cpu":
-        return None
-    views: dict[str, Matrix] = weight.__dict__.setdefault("_parts", {})
-    kept = views.get(name)
-    if kept is None or kept.codes != codes.data_ptr() or kept.scale != scale.data_ptr():
-        if isinstance(codes, FakeTensor) or not codes.is_contiguous():
-            return None
-        kept = views[name] = describe_matrix(StoredMatrix(codes, scale, None, bits, weight.shape[1]))
-    return kept
+    return find_parts(weight, device) if weight.format.kind == PARTED else ()
 
 
 def has_kernels(format_: Format) -> bool:
     """Returns True where the kernels read a weight, in one part or in several."""
-    return has_kernel(format_) or format_.kind == "double_rounding"
+    return has_kernel(format_) or format_.kind == PARTED
 
 
 def _fits(x: Tensor, weight: Packed, bias: Tensor | None) -> bool:
