@@ -21,7 +21,8 @@ from runtime.storage import Format
 class PackedWeight(nn.Module):
     """One matrix [out_features, in_features] in its stored format.
 
-    Its buffers are ``format_.stored_tensors(shape)``, empty and on the meta device until they are filled.
+    Its buffers are ``format_.stored_tensors(shape)``, empty and on the meta device until they are filled. It is read at
+    ``width`` bits, one of ``format_.widths``: the full one, until ``runtime.read_widths`` says otherwise.
 
     Args:
         format_: The format.
@@ -34,6 +35,7 @@ class PackedWeight(nn.Module):
     def __init__(self, format_: Format, shape: tuple[int, int]) -> None:
         super().__init__()
         self.format = format_
+        self.width = format_.bits
         self.shape = shape
         for tensor in format_.stored_tensors(shape):
             empty = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta")
@@ -67,7 +69,10 @@ class PackedWeight(nn.Module):
         dense = dispatch.dequantize(self, rows)
         if dense is not None:
             return dense
-        return CODECS[self.format.kind].decode(self.tensors, self.format, self.shape, rows)
+        codec = CODECS[self.format.kind]
+        if codec.at_width is not None:
+            return codec.at_width(self.tensors, self.format, self.shape, self.width, rows)
+        return codec.decode(self.tensors, self.format, self.shape, rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
         # A model may be cast to another type; what is stored keeps its own and only moves.

@@ -83,14 +83,19 @@ def _list_tensors(model: nn.Module, lookups: Container[int]) -> Iterator[tuple[P
     """
     weights = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedWeight)]
     weights.sort(key=lambda named: ".layers." not in named[0])
-    for is_code in (True, False):
+    for place in range(3):
         for _, weight in weights:
             codes = weight._buffers.get("codes")
-            if not is_code and codes is not None and codes.data_ptr() in lookups:
+            if place and codes is not None and codes.data_ptr() in lookups:
                 continue
             for name, tensor in weight._buffers.items():
-                if tensor is not None and tensor.device.type == "cpu" and (name == "codes") == is_code:
+                if tensor is not None and tensor.device.type == "cpu" and _place_of(name) == place:
                     yield weight, name, tensor
+
+
+def _place_of(name: str) -> int:
+    # Codes that are read at the full width alone do not lie between those that are always read.
+    return 0 if name == "codes" else 1 if name.startswith("codes") else 2
 
 
 def _list_products(model: nn.Module) -> Iterator[tuple[PackedWeight, Tensor]]:

@@ -79,6 +79,20 @@ class Product(NamedTuple):
     bias: Tensor | None = None
 
 
+class Plane(NamedTuple):
+    """A part of a weight; the weight is the sum of its parts, each times its factor, that of the first being one."""
+
+    matrix: Matrix
+    factor: float = 1.0
+
+
+def add_planes(products: Sequence[Tensor], planes: Sequence[Plane]) -> Tensor:
+    """Returns the product with a weight, made of those with its parts in place of the first."""
+    for product, plane in zip(products[1:], planes[1:], strict=True):
+        products[0].add_(product, alpha=plane.factor)
+    return products[0]
+
+
 def describe_matrix(stored: StoredMatrix, lookup: Tensor | None = None) -> Matrix:
     """Returns the library's view of a weight; valid while its tensors are.
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +22,15 @@ from runtime.kernels.cpu import (
     LEVELS,
     CpuKernels,
     Matrix,
+    Plane,
     Product,
     StoredMatrix,
+    add_planes,
     describe_floats,
     describe_matrix,
     load_kernels,
 )
+from runtime.kernels.parted_weights import PARTED, Packed, find_parts
 from runtime.kernels.reference import dequantize_stored, linear_reference
 
 AUTOMATIC, REFERENCE = "auto", "reference"
@@ -35,16 +38,6 @@ PATHS = (AUTOMATIC, REFERENCE, *LEVELS)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOOKUP = "_lookup"
 _path: ContextVar[str] = ContextVar("kernel_path")
-
-
-class Packed(Protocol):
-    """What is read of a packed weight."""
-
-    format: Format
-    shape: tuple[int, int]
-    _buffers: dict[str, Tensor | None]
-
-    def __call__(self, rows: Tensor | None = None) -> Tensor: ...
 
 
 class _Lookup(NamedTuple):
@@ -95,7 +88,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         product = packed_linear(x, weight, bias)
         if product is not None:
             return product
-    if not has_kernel(weight.format) or x.dtype not in _KERNEL_DTYPES:
+    if not has_kernels(weight.format) or x.dtype not in _KERNEL_DTYPES:
         return linear_reference(x, weight(), bias)
     if torch.compiler.is_compiling():
         if weight.format.kind != "int":
@@ -103,11 +96,13 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         stored = stored_matrix(weight)
         y: Tensor = torch.ops.bitplan.packed_linear(x, *stored[:3], stored.bits, stored.columns)
         return y if bias is None else y + bias
-    matrix = None if x.requires_grad and torch.is_grad_enabled() else find_matrix(weight, x.device)
-    kernels = None if matrix is None else selected_kernels()
-    if matrix is None or kernels is None or not _fits(x, weight, bias):
+    planes = () if x.requires_grad and torch.is_grad_enabled() else find_planes(weight, x.device)
+    kernels = selected_kernels() if planes else None
+    if kernels is None or not _fits(x, weight, bias):
         return linear_reference(x, weight(), bias)
-    return _multiply(kernels, x, matrix, bias)
+    if len(planes) == 1:
+        return _multiply(kernels, x, planes[0].matrix, bias)
+    return _sum_products(kernels, x, planes, bias)
 
 
 def linear_many(xs: Sequence[Tensor], weights: Sequence[Packed]) -> list[Tensor]:
@@ -118,18 +113,20 @@ def linear_many(xs: Sequence[Tensor], weights: Sequence[Packed]) -> list[Tensor]
         weights: As many packed weights [rows, columns].
     """
     kernels = selected_kernels()
-    found = [find_matrix(w, x.device) if has_kernel(w.format) else None for x, w in zip(xs, weights, strict=True)]
+    found = [find_planes(weight, x.device) for x, weight in zip(xs, weights, strict=True)]
     if kernels is None or any(x.dtype not in _KERNEL_DTYPES for x in xs):
-        found = [None] * len(xs)
-    products = [
-        Product(x.to(torch.float32).contiguous(), matrix)
-        for x, matrix in zip(xs, found, strict=True)
-        if matrix is not None
-    ]
+        found = [()] * len(xs)
+    products = []
+    for x, planes in zip(xs, found, strict=True):
+        # The parts of a weight read the same rounded activations.
+        read = x.to(torch.float32).contiguous() if planes else x
+        products += [Product(read, plane.matrix) for plane in planes]
     computed = iter(kernels.multiply(products) if kernels is not None and products else ())
     return [
-        linear_reference(x, weight(), None) if matrix is None else next(computed).to(x.dtype)
-        for x, weight, matrix in zip(xs, weights, found, strict=True)
+        add_planes([next(computed) for _ in planes], planes).to(x.dtype)
+        if planes
+        else linear_reference(x, weight(), None)
+        for x, weight, planes in zip(xs, weights, found, strict=True)
     ]
 
 
@@ -249,6 +246,19 @@ def _has_codes(format_: Format) -> bool:
     return format_.kind in ("int", "binary") and format_.scale_type == "fp16"
 
 
+def find_planes(weight: Packed, device: torch.device) -> tuple[Plane, ...]:
+    """Returns what the kernels multiply with to read a weight at its width; nothing where they do not know it."""
+    if has_kernel(weight.format):
+        matrix = find_matrix(weight, device)
+        return () if matrix is None else (Plane(matrix),)
+    return find_parts(weight, device) if weight.format.kind == PARTED else ()
+
+
+def has_kernels(format_: Format) -> bool:
+    """Returns True where the kernels read a weight, in one part or in several."""
+    return has_kernel(format_) or format_.kind == PARTED
+
+
 def _fits(x: Tensor, weight: Packed, bias: Tensor | None) -> bool:
     # What does not fit is the reference's to refuse, as torch does.
     return x.shape[-1] == weight.shape[1] and (bias is None or bias.dtype == x.dtype)
@@ -259,6 +269,14 @@ def _multiply(kernels: CpuKernels, x: Tensor, matrix: Matrix, bias: Tensor | Non
         return kernels.multiply_one(x.contiguous(), matrix, None if bias is None else bias.contiguous())
     added = None if bias is None else bias.to(torch.float32).contiguous()
     return kernels.multiply_one(x.to(torch.float32).contiguous(), matrix, added).to(x.dtype)
+
+
+def _sum_products(kernels: CpuKernels, x: Tensor, planes: Sequence[Plane], bias: Tensor | None) -> Tensor:
+    rows = x.to(torch.float32).reshape(-1, x.shape[-1]).contiguous()
+    added = None if bias is None else bias.to(torch.float32).contiguous()
+    products = [Product(rows, plane.matrix, None if i else added) for i, plane in enumerate(planes)]
+    y = add_planes(kernels.multiply(products), planes)
+    return y.view(*x.shape[:-1], y.shape[1]).to(x.dtype)
 
 
 def _selected_path() -> str:
