@@ -17,8 +17,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from runtime.decoder_cache import DecoderCache, torch_floats
 from runtime.kernels.decoder_step import CompiledDecoder, DecoderTensors, LayerTensors, LinearTensors
-from runtime.kernels.dispatch import find_planes, has_kernels, selected_kernels, uses_triton
+from runtime.kernels.dispatch import selected_kernels, uses_triton
 from runtime.kernels.plane_step import PlaneDecoder
+from runtime.kernels.weight_views import find_planes
 from runtime.packed import PackedWeight, QuantizedLinear
 
 # Their modules have the same names and the same order; Qwen 3 has norms of queries and keys besides.
@@ -40,9 +41,8 @@ def compile_decoder(model: Any) -> CompiledDecoder | PlaneDecoder:
     Raises:
         NotCompiled: If the model has another shape, or holds tensors that the kernels do not read.
     """
+    check_shape(model)
     config = model.config
-    _check_config(config)
-    _check_modules(model)
     layers = model.model.layers
     attention = layers[0].self_attn
     tensors = DecoderTensors(
@@ -56,6 +56,16 @@ def compile_decoder(model: Any) -> CompiledDecoder | PlaneDecoder:
         attention_scale=attention.scaling,
     )
     return CompiledDecoder(tensors) if tensors.has_single_planes else PlaneDecoder(tensors)
+
+
+def check_shape(model: Any) -> None:
+    """Checks what the compiled decoder asks of a model but its tensors.
+
+    Raises:
+        NotCompiled: If the model has another shape, or hooks.
+    """
+    _check_config(model.config)
+    _check_modules(model)
 
 
 def _check_config(config: Any) -> None:
@@ -101,13 +111,18 @@ def _describe_layer(layer: Any) -> LayerTensors:
 
 
 def _describe_linear(module: nn.Module, name: str) -> LinearTensors:
-    if not isinstance(module, QuantizedLinear) or not has_kernels(module.weight.format):
-        stored = module.weight.format.name if isinstance(module, QuantizedLinear) else type(module).__name__
-        msg = f"every weight must be in a format of the CPU kernels: got '{stored}' in {name}."
+    if not isinstance(module, QuantizedLinear):
+        msg = f"every weight must be packed: got '{type(module).__name__}' in {name}."
         raise NotCompiled(msg)
     planes = find_planes(module.weight, _CPU)
-    if not planes or not torch_floats(module.bias):
-        msg = f"packed weights and their biases must lie on the CPU, in float32: got others in {name}."
+    if not planes:
+        msg = (
+            "every weight must be on the CPU, in a format that the kernels read: got "
+            f"'{module.weight.format.name}' in {name}."
+        )
+        raise NotCompiled(msg)
+    if not torch_floats(module.bias):
+        msg = f"biases must lie on the CPU, in float32: got another in {name}."
         raise NotCompiled(msg)
     return LinearTensors(planes=planes, bias=module.bias)
 

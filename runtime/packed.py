@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from runtime.codecs import CODECS, StoredTensors
 from runtime.codecs.integer import pack_quantized
 from runtime.kernels import dispatch
+from runtime.kernels.weight_views import release_elsewhere_
 from runtime.quantization import QuantizedWeight
 from runtime.storage import Format
 
@@ -82,7 +83,7 @@ class PackedWeight(nn.Module):
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
-        dispatch.release_elsewhere_(self)
+        release_elsewhere_(self)
         return self
 
     def extra_repr(self) -> str:

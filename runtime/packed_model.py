@@ -22,7 +22,7 @@ from runtime.checkpoint import (
     read_metadata,
     save_checkpoint,
 )
-from runtime.compiled_decoder import install_compiled_decoder_
+from runtime.compiled_decoder import NotCompiled, check_shape, install_compiled_decoder_
 from runtime.file_bytes import weight_bytes
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.formats import find_format
@@ -162,8 +162,13 @@ def prepare_generation_(model: Any) -> None:
     Args:
         model: With its weights.
     """
-    if install_compiled_decoder_(model) is None:
-        gather_weights_(model)
+    try:
+        check_shape(model)
+    except NotCompiled:
+        return
+    # First: some formats are read in an execution layout alone.
+    gather_weights_(model)
+    install_compiled_decoder_(model)
 
 
 def _build_empty(directory: Path) -> Any:

@@ -49,6 +49,12 @@ def find_span(format_: Format) -> tuple[int, int] | None:
     return None if span is None or span[1] - span[0] >= MOST_LEVELS else span
 
 
+def group_count(format_: Format, columns: int) -> int:
+    """Returns how many steps a row has in a format with levels."""
+    parts = GGML_LAYOUTS[format_.element].parts if format_.kind == "ggml" else 1
+    return parts * format_.group_count(columns)
+
+
 def read_levels(tensors: StoredTensors, format_: Format, shape: Shape) -> WeightLevels:
     """Returns the levels of a stored weight [rows, columns].
 

@@ -1,22 +1,19 @@
 """Which path computes a product with a packed weight.
 
 The Triton kernels on CUDA devices (and on the CPU where Triton's interpreter is asked for), the compiled CPU kernels
-for integers, one bit and 16-bit floating point on the CPU; the reference everywhere else: other devices, float64,
-formats the kernels do not know, and wherever a gradient is wanted. ``kernel_path`` and the environment variable
-BITPLAN_KERNELS name a path instead: ``reference``, or an instruction set of ``runtime.kernels.cpu.LEVELS``.
+on the CPU for what ``weight_views`` has a view of; the reference everywhere else: other devices, float64, formats that
+the kernels do not know, and wherever a gradient is wanted. ``kernel_path`` and the environment variable BITPLAN_KERNELS
+name a path instead: ``reference``, or an instruction set of ``runtime.kernels.cpu.LEVELS``.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from runtime.formats import Format
 from runtime.kernels import triton as triton_kernels
 from runtime.kernels.cpu import (
     LEVELS,
@@ -26,25 +23,17 @@ from runtime.kernels.cpu import (
     Product,
     StoredMatrix,
     add_planes,
-    describe_floats,
     describe_matrix,
     load_kernels,
 )
-from runtime.kernels.parted_weights import PARTED, Packed, find_parts
+from runtime.kernels.parted_weights import Packed
 from runtime.kernels.reference import dequantize_stored, linear_reference
+from runtime.kernels.weight_views import find_matrix, find_planes, has_codes, stored_matrix
 
 AUTOMATIC, REFERENCE = "auto", "reference"
 PATHS = (AUTOMATIC, REFERENCE, *LEVELS)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LOOKUP = "_lookup"
 _path: ContextVar[str] = ContextVar("kernel_path")
-
-
-class _Lookup(NamedTuple):
-    """The execution layout of a weight, and the tensors that it was made from."""
-
-    memory: Tensor
-    source: tuple[tuple[int, int], ...]
 
 
 @contextmanager
@@ -88,10 +77,10 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         product = packed_linear(x, weight, bias)
         if product is not None:
             return product
-    if not has_kernels(weight.format) or x.dtype not in _KERNEL_DTYPES:
+    if x.dtype not in _KERNEL_DTYPES:
         return linear_reference(x, weight(), bias)
     if torch.compiler.is_compiling():
-        if weight.format.kind != "int":
+        if weight.format.kind != "int" or not has_codes(weight.format):
             return linear_reference(x, weight(), bias)
         stored = stored_matrix(weight)
         y: Tensor = torch.ops.bitplan.packed_linear(x, *stored[:3], stored.bits, stored.columns)
@@ -137,7 +126,7 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
         weight: The packed weight.
         rows: [n] int64, or None.
     """
-    if not _has_codes(weight.format) or torch.compiler.is_compiling():
+    if not has_codes(weight.format) or torch.compiler.is_compiling():
         return None
     matrix = find_matrix(weight, torch.device("cpu") if rows is None else rows.device)
     kernels = None if matrix is None else selected_kernels()
@@ -149,114 +138,6 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
     if rows.numel() and not -weight.shape[0] <= int(rows.min()) <= int(rows.max()) < weight.shape[0]:
         return None
     return kernels.dequantize(matrix, torch.where(rows < 0, rows + weight.shape[0], rows).contiguous())
-
-
-def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
-    """Returns the kernels' view of a weight that ``has_kernel`` if it and ``device`` are the CPU, else None.
-
-    The view is kept with the weight, and made anew when its tensors have moved.
-    """
-    if weight.format.kind == "float":
-        return _find_floats(weight, device)
-    stored = stored_matrix(weight)
-    codes, scale = stored.codes, stored.scale
-    if device.type != "cpu" or codes.device.type != "cpu":
-        return None
-    kept: Matrix | None = weight.__dict__.get("_matrix")
-    lookup: _Lookup | None = weight.__dict__.get(_LOOKUP)
-    if lookup is not None and lookup.source != _identify(weight):
-        # Other numbers were loaded.
-        lookup = kept = weight.__dict__[_LOOKUP] = None
-    if kept is None or kept.codes != codes.data_ptr() or kept.scale != scale.data_ptr():
-        if isinstance(codes, FakeTensor) or scale.dtype != torch.float16 or not codes.is_contiguous():
-            return None
-        kept = describe_matrix(stored, None if lookup is None else lookup.memory)
-        weight.__dict__["_matrix"] = kept
-    return kept
-
-
-def _find_floats(weight: Packed, device: torch.device) -> Matrix | None:
-    values = weight._buffers["values"]
-    assert values is not None
-    if device.type != "cpu" or values.device.type != "cpu":
-        return None
-    kept: Matrix | None = weight.__dict__.get("_matrix")
-    if kept is None or kept.codes != values.data_ptr():
-        if isinstance(values, FakeTensor) or not values.is_contiguous():
-            return None
-        kept = weight.__dict__["_matrix"] = describe_floats(values)
-    return kept
-
-
-def lookup_bytes(weight: Packed) -> int:
-    """Returns the bytes of a weight's execution layout; 0 where the kernels in use read it as it is stored.
-
-    Args:
-        weight: The packed weight.
-    """
-    kernels = selected_kernels() if has_kernel(weight.format) else None
-    matrix = None if kernels is None else find_matrix(weight, torch.device("cpu"))
-    return 0 if kernels is None or matrix is None else kernels.lookup_bytes(matrix)
-
-
-def use_lookup_(weight: Packed, memory: Tensor) -> None:
-    """Lets products of few tokens read a weight in its execution layout, until other numbers are loaded into it.
-
-    Args:
-        weight: The packed weight, on the CPU.
-        memory: ``lookup_bytes(weight)`` bytes, uint8, all zero, aligned to 64; they are filled.
-    """
-    kernels, matrix = selected_kernels(), find_matrix(weight, torch.device("cpu"))
-    assert kernels is not None and matrix is not None
-    kernels.pack_lookup_(matrix, memory)
-    weight.__dict__[_LOOKUP] = _Lookup(memory, _identify(weight))
-    del weight.__dict__["_matrix"]
-
-
-def release_elsewhere_(weight: Packed) -> None:
-    """Frees the execution layout of a weight that has left the CPU."""
-    if any(tensor is not None and tensor.device.type != "cpu" for tensor in weight._buffers.values()):
-        for name in (_LOOKUP, "_matrix"):
-            weight.__dict__.pop(name, None)
-
-
-def _identify(weight: Packed) -> tuple[tuple[int, int], ...]:
-    """Where the tensors of a weight are, and how often each was written to."""
-    tensors = (tensor for tensor in weight._buffers.values() if tensor is not None)
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-
-
-def stored_matrix(weight: Packed) -> StoredMatrix:
-    """Returns the tensors of a weight of integers or of one bit."""
-    tensors, format_ = weight._buffers, weight.format
-    two_values = format_.kind == "binary"
-    scale, zero_point = ("high", "low") if two_values and not format_.symmetric else ("scale", "zero_point")
-    codes, scales = tensors["codes"], tensors[scale]
-    assert codes is not None and scales is not None
-    return StoredMatrix(codes, scales, tensors.get(zero_point), format_.bits, weight.shape[1], two_values)
-
-
-def has_kernel(format_: Format) -> bool:
-    """Returns True where the CPU kernels know a format: integers, one bit, and 16-bit floating point."""
-    return format_.kind == "float" or _has_codes(format_)
-
-
-def _has_codes(format_: Format) -> bool:
-    # Scales of other types are read by their codecs alone.
-    return format_.kind in ("int", "binary") and format_.scale_type == "fp16"
-
-
-def find_planes(weight: Packed, device: torch.device) -> tuple[Plane, ...]:
-    """Returns what the kernels multiply with to read a weight at its width; nothing where they do not know it."""
-    if has_kernel(weight.format):
-        matrix = find_matrix(weight, device)
-        return () if matrix is None else (Plane(matrix),)
-    return find_parts(weight, device) if weight.format.kind == PARTED else ()
-
-
-def has_kernels(format_: Format) -> bool:
-    """Returns True where the kernels read a weight, in one part or in several."""
-    return has_kernel(format_) or format_.kind == PARTED
 
 
 def _fits(x: Tensor, weight: Packed, bias: Tensor | None) -> bool:

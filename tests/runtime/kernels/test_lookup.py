@@ -14,7 +14,8 @@ from torch import Tensor
 from runtime.apply import pack_weight
 from runtime.formats import find_format
 from runtime.kernels.cpu import Matrix, Product, StoredMatrix, describe_matrix, load_kernels
-from runtime.kernels.dispatch import find_matrix, kernel_path, lookup_bytes, use_lookup_
+from runtime.kernels.dispatch import kernel_path
+from runtime.kernels.weight_views import execution_bytes, find_matrix, use_execution_
 from runtime.packed import QuantizedLinear
 from runtime.packing import unpack_codes
 from tests.runtime.kernels.stored_weights import Case, bound_error, make_weight
@@ -203,7 +204,9 @@ def test_other_weights_have_no_layout(case: tuple[int, int]) -> None:
 def make_linear(seed: int = 0, format_name: str = "int2_g64") -> QuantizedLinear:
     weight = torch.randn(70, 384, generator=torch.Generator().manual_seed(seed)) + 0.2
     linear = QuantizedLinear(pack_weight(weight, find_format(format_name)))
-    use_lookup_(linear.weight, torch.zeros(lookup_bytes(linear.weight), dtype=torch.uint8))
+    assert KERNELS is not None
+    memory = torch.zeros(execution_bytes(linear.weight, KERNELS), dtype=torch.uint8)
+    use_execution_(linear.weight, KERNELS, memory)
     return linear
 
 
@@ -244,7 +247,7 @@ def test_copies_and_weights_that_moved_have_none() -> None:
     assert (copied(x) - expected).norm() <= 2e-4 * expected.norm()
     moved = make_linear().to("meta")
     assert moved(x.to("meta")).shape == (1, 70)
-    assert "_lookup" not in moved.weight.__dict__
+    assert "_execution" not in moved.weight.__dict__
 
 
 def test_more_tokens_than_a_lookup_serves_read_the_stored_layout() -> None:
