@@ -46,6 +46,7 @@ READING = (
     "than the rule.",
 )
 
+
 @dataclass(frozen=True, kw_only=True)
 class Way:
     """A way of routing."""
