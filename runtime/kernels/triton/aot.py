@@ -8,9 +8,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from runtime.kernels.triton.activation_rounding_kernel import round_rows_kernel
 from runtime.kernels.triton.dequantize_kernel import dequantize_kernel
 from runtime.kernels.triton.grouped_experts import Kind
 from runtime.kernels.triton.grouped_experts_kernel import grouped_experts_kernel
+from runtime.kernels.triton.integer_product_kernel import integer_product_kernel
 from runtime.kernels.triton.launch_table import Launch, LaunchKey
 from runtime.kernels.triton.row_scaling import needs_scaled_rows
 from runtime.kernels.triton.row_scaling_kernel import scale_rows_kernel
@@ -64,6 +66,18 @@ def compile_weight_only(
         target,
         {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.max_registers},
     )
+    return CompiledProduct(
+        code=read_code(kernel.asm["cubin"]),
+        shared_bytes=kernel.metadata.shared,
+        weights_per_step=64 * launch.warps * 64 * launch.tiles // (_THREADS_PER_WARP * launch.warps),
+    )
+
+
+def compile_integer_product(key: LaunchKey, launch: Launch, *, symmetric: bool = False) -> CompiledProduct:
+    """Returns the product with activations of 8 bits compiled for ``key.architecture``, as ``compile_weight_only``."""
+    target = GPUTarget("cuda", key.architecture, _THREADS_PER_WARP)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.max_registers}
+    kernel = _compile(integer_product_kernel, _integer_constants(key, launch, symmetric), "i8", target, options)
     return CompiledProduct(
         code=read_code(kernel.asm["cubin"]),
         shared_bytes=kernel.metadata.shared,
@@ -132,11 +146,22 @@ def compile_row_scaling(*, architecture: int, dtype: str) -> KernelCode:
 
 def compile_weight_only_amd(key: LaunchKey, launch: Launch, *, dtype: str, architecture: str) -> str:
     """Returns the assembly of the weight-only product for an AMD architecture such as ``gfx942``."""
+    constants = _weight_only_constants(key, launch, False)
+    return _compile_amd(weight_only_kernel, constants, dtype, launch, architecture)
+
+
+def compile_integer_product_amd(key: LaunchKey, launch: Launch, *, architecture: str) -> str:
+    """Returns the assembly of the product with activations of 8 bits for an AMD architecture."""
+    return _compile_amd(integer_product_kernel, _integer_constants(key, launch, False), "i8", launch, architecture)
+
+
+def _compile_amd(
+    function: Any, constants: dict[str, object], dtype: str, launch: Launch, architecture: str
+) -> str:
     target = GPUTarget("hip", architecture, _THREADS_PER_AMD_WARP)
     # Half as many warps of twice the threads: a thread's share of the words stays 16 bytes.
     options = {"num_warps": launch.warps * _THREADS_PER_WARP // _THREADS_PER_AMD_WARP, "num_stages": launch.stages}
-    kernel = _compile(weight_only_kernel, _weight_only_constants(key, launch, False), dtype, target, options)
-    return str(kernel.asm["amdgcn"])
+    return str(_compile(function, constants, dtype, target, options).asm["amdgcn"])
 
 
 def _weight_only_constants(key: LaunchKey, launch: Launch, symmetric: bool) -> dict[str, object]:
@@ -155,6 +180,11 @@ def _weight_only_constants(key: LaunchKey, launch: Launch, symmetric: bool) -> d
     }
 
 
+def _integer_constants(key: LaunchKey, launch: Launch, symmetric: bool) -> dict[str, object]:
+    named = _weight_only_constants(key, launch, symmetric)
+    return {name: value for name, value in named.items() if name not in ("HAS_EXPONENT", "UPCAST", "ELEMENT")}
+
+
 def _compile(
     function: Any,
     constants: dict[str, object],
@@ -167,6 +197,8 @@ def _compile(
     types = {
         "x_ptr": f"*{dtype}",
         "factor": "fp32",
+        "x_scale_ptr": "*fp32",
+        "given_ptr": "*fp32",
         "exponent_ptr": "*i32",
         "bias_ptr": f"*{dtype}",
         "out_ptr": f"*{out}",

@@ -41,6 +41,7 @@ class LaunchKey:
         out_features: Rows of the weight.
         in_features: Length of a row.
         group_size: Codes that share a scale; None for the whole row.
+        activation_bits: 16, or 8 for activations that are integers.
     """
 
     architecture: int
@@ -49,6 +50,7 @@ class LaunchKey:
     out_features: int
     in_features: int
     group_size: int | None
+    activation_bits: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)
