@@ -46,10 +46,11 @@ def integer_linear_reference(
         scale: [out_features, groups].
         zero_point: [out_features, groups], whole numbers.
     """
-    groups = (scale.shape[1], codes.shape[1] // scale.shape[1])
-    i = integers.to(torch.int64).unflatten(1, groups)
-    q = codes.to(torch.int64).unflatten(1, groups) - zero_point.to(torch.int64).unsqueeze(-1)
+    groups, length = scale.shape[1], codes.shape[1] // scale.shape[1]
+    i = integers.to(torch.int64).view(-1, groups, length)
+    q = codes.to(torch.int64).view(-1, groups, length) - zero_point.to(torch.int64).unsqueeze(-1)
     # [groups, rows, out_features]
     sums = i.transpose(0, 1) @ q.permute(1, 2, 0)
     scaled = sums.to(torch.float64) * scale.to(torch.float64).t().unsqueeze(1)
-    return scaled.sum(dim=0) * integer_scale.to(torch.float64).unsqueeze(1)
+    y: Tensor = scaled.sum(dim=0) * integer_scale.to(torch.float64).unsqueeze(1)
+    return y

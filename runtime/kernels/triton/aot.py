@@ -144,6 +144,13 @@ def compile_row_scaling(*, architecture: int, dtype: str) -> KernelCode:
     return read_code(_compile(scale_rows_kernel, constants, dtype, target, {"num_warps": 4}, out="fp16").asm["cubin"])
 
 
+def compile_row_rounding(*, architecture: int, dtype: str) -> KernelCode:
+    """Returns the rounding of rows in ``fp16``, ``bf16`` or ``fp32`` to 8 bits, compiled for a compute capability."""
+    constants: dict[str, object] = {"REACH": 127.5, "LIMIT": 128, "HAS_SCALE": False, "QUAD_STEP": 8, "BLOCK": 1024}
+    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
+    return read_code(_compile(round_rows_kernel, constants, dtype, target, {"num_warps": 4}, out="i8").asm["cubin"])
+
+
 def compile_weight_only_amd(key: LaunchKey, launch: Launch, *, dtype: str, architecture: str) -> str:
     """Returns the assembly of the weight-only product for an AMD architecture such as ``gfx942``."""
     constants = _weight_only_constants(key, launch, False)
@@ -155,9 +162,7 @@ def compile_integer_product_amd(key: LaunchKey, launch: Launch, *, architecture:
     return _compile_amd(integer_product_kernel, _integer_constants(key, launch, False), "i8", launch, architecture)
 
 
-def _compile_amd(
-    function: Any, constants: dict[str, object], dtype: str, launch: Launch, architecture: str
-) -> str:
+def _compile_amd(function: Any, constants: dict[str, object], dtype: str, launch: Launch, architecture: str) -> str:
     target = GPUTarget("hip", architecture, _THREADS_PER_AMD_WARP)
     # Half as many warps of twice the threads: a thread's share of the words stays 16 bytes.
     options = {"num_warps": launch.warps * _THREADS_PER_WARP // _THREADS_PER_AMD_WARP, "num_stages": launch.stages}

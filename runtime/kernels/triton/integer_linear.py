@@ -1,7 +1,7 @@
 """Products of integer activations with a packed weight by the Triton kernels: rounds the rows, launches the product.
 
-Two launches: one rounds every row of x to integers (``activation_rounding_kernel``), one multiplies them with the codes
-as they are (``integer_product_kernel``), any number of rows alike; a third adds the splits of k where there are several.
+Two launches: one rounds every row of x to integers (``activation_rounding_kernel``), one multiplies these with the
+codes as they are (``integer_product_kernel``), any number of rows alike; a third adds the splits of k if there are any.
 
 Runs on a CUDA device, or on the CPU if Triton was imported with TRITON_INTERPRET=1.
 """

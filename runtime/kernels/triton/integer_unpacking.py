@@ -13,6 +13,9 @@ k that QUAD_STEP names is the lowest, the others keep their order:
     k' = 32 s + 16 u + 4 q + 2 l + e,    k = QUAD_STEP e + (two of 32, 16, 8 that are left, by s and u) + 2 q + l.
 
 Codes of up to 7 bits are bytes as they are; of 8 bits, less 128. Rows are in tile order, as in ``fragment_unpacking``.
+
+``unknown_zero`` is zero, which the compiler cannot know. Were the bits around the codes known to it, it would take each
+byte from the words by itself, in up to six instructions a register; so the bytes of a register are a renaming.
 """
 
 import triton
@@ -56,24 +59,17 @@ def quad_bytes(
     """Returns the codes of two pairs, moved left by POSITION, as bytes [r, q, v, e, l] int8."""
     SLOTS: tl.constexpr = 16 // BITS
     TOGETHER: tl.constexpr = (SECOND - FIRST) * BITS == 8 and FIRST // SLOTS == SECOND // SLOTS and 16 % BITS == 0
-    if BITS == 8:
-        first = words[FIRST // SLOTS] >> (FIRST % SLOTS * BITS)
-        second = words[SECOND // SLOTS] >> (SECOND % SLOTS * BITS)
-        return tl.join(
-            tl.join(first.to(tl.int8) ^ -128, second.to(tl.int8) ^ -128),
-            tl.join((first >> 16).to(tl.int8) ^ -128, (second >> 16).to(tl.int8) ^ -128),
-        )
+    if TOGETHER:
+        FIELD: tl.constexpr = (((1 << BITS) - 1) << POSITION) * 0x1010101
+        quad = shift_right(words[FIRST // SLOTS], FIRST % SLOTS * BITS - POSITION) & FIELD | unknown_zero
     else:
-        if TOGETHER:
-            FIELD: tl.constexpr = (((1 << BITS) - 1) << POSITION) * 0x1010101
-            quad = shift_right(words[FIRST // SLOTS], FIRST % SLOTS * BITS - POSITION) & FIELD | unknown_zero
-        else:
-            first = code_at(words, FIRST, BITS, POSITION) | unknown_zero
-            quad = first | code_at(words, SECOND, BITS, 8 + POSITION)
-        return tl.join(
-            tl.join(quad.to(tl.int8), (quad >> 8).to(tl.int8)),
-            tl.join((quad >> 16).to(tl.int8), (quad >> 24).to(tl.int8)),
-        )
+        LESS: tl.constexpr = 0x80808080 if BITS == 8 else 0
+        first = code_at(words, FIRST, BITS, POSITION) ^ (unknown_zero | LESS)
+        quad = first ^ code_at(words, SECOND, BITS, 8 + POSITION)
+    return tl.join(
+        tl.join(quad.to(tl.int8), (quad >> 8).to(tl.int8)),
+        tl.join((quad >> 16).to(tl.int8), (quad >> 24).to(tl.int8)),
+    )
 
 
 @triton.jit

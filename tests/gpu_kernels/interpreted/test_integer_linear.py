@@ -1,4 +1,4 @@
-"""Products of integer activations in Triton's interpreter: integers equal, not near, and what is scaled within rounding."""
+"""Products of integer activations in Triton's interpreter: integers are equal, what is scaled is within rounding."""
 
 import itertools
 from dataclasses import replace
@@ -90,7 +90,7 @@ def test_integers_are_multiplied_exactly(case: Case) -> None:
     scale = torch.ldexp(torch.ones(case.rows), torch.arange(case.rows) % 7 - 3)
     bias = torch.randint(-9, 9, (case.out_features,), generator=generator).float() if case.bias else None
     expected = expect(integers, scale, weight)
-    # Multiples of the least scale, half of it for one bit of two opposite values, below 2**24 of them: float32 is exact.
+    # Below 2**24 of the least scale, or of its half for one bit of two opposite values: float32 is exact.
     least = float(weight.scale[weight.scale > 0].min()) / 2 if case.rows else 1.0
     assert not case.rows or float((expected / scale[:, None]).abs().max()) / least < 2**24
     y = triton_integer_linear(integers.float() * scale[:, None], weight, bias, scale, **INT8)
@@ -120,8 +120,8 @@ def test_product_is_within_rounding(case: Case) -> None:
     expected = expected if bias is None else expected + bias.double()
     y = triton_integer_linear(x, weight, bias, None, **INT8)
     assert y.dtype == case.dtype
-    # Each group's sum, its scale, the addition of groups and splits and the row's scale round once each; terms are up to
-    # 2**bits steps. The result is rounded to its type, the interpreter truncates to bfloat16.
+    # Each group's sum, its scale, the addition of groups and splits and the row's scale round once each; terms are up
+    # to 2**bits steps. The result is rounded to its type, the interpreter truncates to bfloat16.
     chain = case.in_features // 32 + 16
     terms = scale.double()[:, None] * (integers.double().abs() @ each.t()) * 2**case.bits
     rounding = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-24}[case.dtype]
@@ -168,7 +168,9 @@ def test_rows_are_rounded_as_their_format_says(dtype: torch.dtype, quad_step: in
 
 
 def test_given_scales_clip_and_ties_go_to_even() -> None:
-    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 1e9, -1e9, torch.inf], [127.4, 127.5, 126.5, -128.5, -127.5, 0, 0, 0]])
+    x = torch.tensor(
+        [[0.5, 1.5, 2.5, -0.5, -1.5, 1e9, -1e9, torch.inf], [127.4, 127.5, 126.5, -128.5, -127.5, 0, 0, 0]]
+    )
     found = round_rows(x, torch.ones(2), reach=127.5, limit=128, quad_step=8)
     assert in_order(found, 8, 8).tolist() == [[0, 2, 2, 0, -2, 127, -128, 127], [127, 127, 126, -128, -128, 0, 0, 0]]
 
