@@ -54,3 +54,20 @@ def integer_linear_reference(
     scaled = sums.to(torch.float64) * scale.to(torch.float64).t().unsqueeze(1)
     y: Tensor = scaled.sum(dim=0) * integer_scale.to(torch.float64).unsqueeze(1)
     return y
+
+
+def attention_reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Returns softmax(scaling q k') v, [batch, heads, queries, value_dim], in the type of its arguments.
+
+    Args:
+        query: [batch, heads, queries, key_dim].
+        key: [batch, key heads, tokens, key_dim]; as many query heads read each, in their order.
+        value: [batch, key heads, tokens, value_dim].
+        mask: [batch, 1, queries, tokens] bool, True where a query sees a token; None for all of them.
+        scaling: Factor of the scores.
+    """
+    shared = query.shape[1] // key.shape[1]
+    scores = scaling * query @ key.repeat_interleave(shared, dim=1).transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, dim=-1) @ value.repeat_interleave(shared, dim=1)

@@ -1,9 +1,9 @@
 """Device code: past keys or values from their packed rows to floats, as a cache holds them (``runtime.packed_states``).
 
-A row is a token of a head (head_dim codes), or a channel of a block of tokens. Its codes are a dense stream of bits, so
-32 of them are BITS words of 32 bits and begin at a word: a thread reads these words and takes each code out with a shift
-and a mask that are known when the kernel is compiled. A code becomes a float in the mantissa of 2**23; less 2**23 + z and
-times the scale it is the number that the reference gives, rounded to the type of the query.
+A row is a token of a head (head_dim codes), or a channel of a block of tokens. Its codes are a dense stream of bits,
+so 32 of them are BITS words of 32 bits and begin at a word: a thread reads these words and takes each code out with a
+shift and a mask that are known when the kernel is compiled. A code becomes a float in the mantissa of 2**23; less
+2**23 + z and times the scale it is the number that the reference gives, rounded to the type of the query.
 
 STATES describes the rows: (bits, group size or 0 for the whole row, symmetric, tokens of a block or 0), bits 16 for
 float16 or bfloat16 numbers as they are.
@@ -151,7 +151,15 @@ def load_states(
         token, chunk = (first + tl.arange(0, BLOCK))[:, None], tl.arange(0, DIM // 32)[None, :]
         row = (token.to(tl.int64) * heads + head) + chunk * 0
         return unpack_rows(
-            words_ptr, scale_ptr, zero_ptr, row, chunk + token * 0, (token < last) & (chunk >= 0), DIM // 32, STATES, DTYPE
+            words_ptr,
+            scale_ptr,
+            zero_ptr,
+            row,
+            chunk + token * 0,
+            (token < last) & (chunk >= 0),
+            DIM // 32,
+            STATES,
+            DTYPE,
         )
     else:
         token, dim = (first + 32 * tl.arange(0, BLOCK // 32))[None, :], tl.arange(0, DIM)[:, None]

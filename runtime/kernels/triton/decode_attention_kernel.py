@@ -1,14 +1,14 @@
 """Device code: attention of one query token over a cache that stays packed, the context cut into splits.
 
 A program takes the query heads that share one head of keys, and one range of past tokens. Of its scores
-t = scaling * q k^ it keeps the greatest m, the sum of weights l = sum 2^(t - m) and o = sum 2^(t - m) v^ (online softmax);
-a second kernel adds the splits in their order,
+t = scaling * q k^ it keeps the greatest m, the sum of weights l = sum 2^(t - m) and o = sum 2^(t - m) v^ (online
+softmax); a second kernel adds the splits in their order,
 
     y = sum_i 2^(m_i - m) o_i / sum_i 2^(m_i - m) l_i,    m = max m_i,
 
 so every run gives the same bits. The tokens that are not packed, the query's own among them, are a split of their own.
 
-Papers: Dao et al. 2022, FlashAttention, arXiv:2205.14135; the split context is that of Flash-Decoding (Dao et al. 2023).
+Papers: Dao et al. 2022, FlashAttention, arXiv:2205.14135; the splits are those of Flash-Decoding (Dao et al. 2023).
 """
 
 import triton
@@ -119,13 +119,11 @@ def attention_splits_kernel(
     shared, key_dim, value_dim = tl.arange(0, BLOCK_H), tl.arange(0, KEY_DIM), tl.arange(0, VALUE_DIM)
     shared_mask = shared < SHARED
     query_row = head * SHARED + shared
-    query = tl.load(
-        query_ptr + query_row[:, None] * KEY_DIM + key_dim[None, :], mask=shared_mask[:, None], other=0.0
-    )
+    query = tl.load(query_ptr + query_row[:, None] * KEY_DIM + key_dim[None, :], mask=shared_mask[:, None], other=0.0)
     scaling = scaling * _LOG2_E
     mask_row = mask_ptr + (head // key_heads) * mask_stride
     output, total = tl.zeros((BLOCK_H, VALUE_DIM), tl.float32), tl.zeros((BLOCK_H,), tl.float32)
-    greatest = tl.full((BLOCK_H,), _MASKED, tl.float32)
+    greatest = tl.zeros((BLOCK_H,), tl.float32) + _MASKED
     if split < splits - 1:
         last = tl.minimum(packed_tokens, (split + 1) * split_tokens)
         for first in tl.range(split * split_tokens, last, BLOCK, num_stages=STAGES):
@@ -151,7 +149,14 @@ def attention_splits_kernel(
             values = tl.load(value_tail_ptr + row * VALUE_DIM + value_dim[None, :], mask=mask, other=0.0)
             scores = multiply(query, tl.trans(keys), UPCAST) * scaling
             output, total, greatest = add_tokens(
-                (output, total, greatest), scores, token, tail_tokens, mask_row + packed_tokens, values, HAS_MASK, UPCAST
+                (output, total, greatest),
+                scores,
+                token,
+                tail_tokens,
+                mask_row + packed_tokens,
+                values,
+                HAS_MASK,
+                UPCAST,
             )
     place = (split * heads + head).to(tl.int64) * SHARED + shared
     tl.store(partial_ptr + place[:, None] * VALUE_DIM + value_dim[None, :], output, mask=shared_mask[:, None])
@@ -173,7 +178,8 @@ def sum_attention_kernel(partial_ptr, total_ptr, out_ptr, rows, splits, VALUE_DI
     """
     row = tl.program_id(0)
     dim = tl.arange(0, VALUE_DIM)
-    output, total, greatest = tl.zeros((VALUE_DIM,), tl.float32), 0.0, _MASKED
+    output, total = tl.zeros((VALUE_DIM,), tl.float32), tl.zeros((1,), tl.float32)
+    greatest = tl.zeros((1,), tl.float32) + _MASKED
     for split in tl.range(0, splits):
         place = (split * rows + row).to(tl.int64)
         other = tl.load(total_ptr + splits * rows + place)

@@ -27,6 +27,9 @@ _BYTES_AHEAD = 16384
 _MOST_STAGES = 6
 _LAUNCH_S = 2e-6
 _M_BUCKETS = (8, 16, 32, 64)
+_ATTENTION_PROGRAMS = 2
+_ATTENTION_TOKENS = 64
+_LEAST_ATTENTION_BLOCKS = 4
 MOST_ROWS = _M_BUCKETS[-1]
 
 
@@ -132,6 +135,40 @@ def find_launch(key: LaunchKey, device: Device) -> Launch:
     stages = min(_MOST_STAGES, max(3, 2 + _BYTES_AHEAD // step_bytes))
     splits = min(candidates, key=lambda s: _predict_s(key, device, block_m, warps, tiles, stages, s))
     return Launch(block_m=block_m, warps=warps, tiles=tiles, stages=stages, splits=splits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionLaunch:
+    """How the attention of one token is launched.
+
+    Args:
+        block_tokens: Past tokens that a program takes at once.
+        split_tokens: Past tokens of a program.
+        warps: Warps of a program.
+        stages: Steps that are loaded ahead.
+    """
+
+    block_tokens: int
+    split_tokens: int
+    warps: int
+    stages: int
+
+
+def find_attention_launch(device: Device, heads: int, tokens: int) -> AttentionLaunch:
+    """Returns the launch of attention over a packed cache: splits so many that every processor has its programs.
+
+    Args:
+        device: What the prior reckons with.
+        heads: Heads of keys, of all sequences.
+        tokens: Past tokens that are packed.
+    """
+    wanted = -(-_ATTENTION_PROGRAMS * device.processors // heads)
+    blocks = -(-tokens // _ATTENTION_TOKENS)
+    # A split of fewer blocks would be mostly its beginning and its end.
+    split_blocks = max(_LEAST_ATTENTION_BLOCKS, -(-blocks // wanted))
+    return AttentionLaunch(
+        block_tokens=_ATTENTION_TOKENS, split_tokens=split_blocks * _ATTENTION_TOKENS, warps=4, stages=2
+    )
 
 
 def load_launches(path: Path) -> dict[LaunchKey, Launch]:
