@@ -9,11 +9,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from runtime.kernels.triton.activation_rounding_kernel import round_rows_kernel
+from runtime.kernels.triton.decode_attention import States, find_precision
+from runtime.kernels.triton.decode_attention_kernel import attention_splits_kernel
 from runtime.kernels.triton.dequantize_kernel import dequantize_kernel
 from runtime.kernels.triton.grouped_experts import Kind
 from runtime.kernels.triton.grouped_experts_kernel import grouped_experts_kernel
 from runtime.kernels.triton.integer_product_kernel import integer_product_kernel
-from runtime.kernels.triton.launch_table import Launch, LaunchKey
+from runtime.kernels.triton.launch_table import AttentionLaunch, Launch, LaunchKey
 from runtime.kernels.triton.row_scaling import needs_scaled_rows
 from runtime.kernels.triton.row_scaling_kernel import scale_rows_kernel
 from runtime.kernels.triton.sass import KernelCode, read_code
@@ -22,6 +24,7 @@ from runtime.kernels.triton.weight_only_kernel import sum_splits_kernel, weight_
 _THREADS_PER_WARP = 32
 _THREADS_PER_AMD_WARP = 64
 # Pointers are at addresses, and rows at strides, that 16 divides: torch allocates so, and rows are padded to 64.
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -114,6 +117,58 @@ def compile_grouped_experts(
     )
 
 
+def compile_decode_attention(
+    keys: States, values: States, *, architecture: int, dtype: str, head_dim: int, shared: int, launch: AttentionLaunch
+) -> CompiledProduct:
+    """Returns the attention over a packed cache compiled for a compute capability; a weight is a number of a head.
+
+    Args:
+        keys, values: Descriptions of their rows (``cache_unpacking``).
+        architecture: Compute capability times ten.
+        dtype: Type of the query, ``fp16``, ``bf16`` or ``fp32``.
+        head_dim: Numbers of a head, of keys and of values.
+        shared: Query heads of a key head.
+        launch: Its launch.
+    """
+    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
+    constants = _attention_constants(keys, values, head_dim, shared, launch)
+    constants["PRECISION"] = find_precision(_DTYPES[dtype], amd=False)
+    options = {"num_warps": launch.warps, "maxnreg": launch.max_registers}
+    kernel = _compile(attention_splits_kernel, constants, dtype, target, options)
+    return CompiledProduct(
+        code=read_code(kernel.asm["cubin"]),
+        shared_bytes=kernel.metadata.shared,
+        weights_per_step=2 * launch.block_tokens * head_dim // (_THREADS_PER_WARP * launch.warps),
+    )
+
+
+def compile_decode_attention_amd(
+    keys: States, values: States, *, architecture: str, dtype: str, head_dim: int, shared: int, launch: AttentionLaunch
+) -> str:
+    """Returns the assembly of the attention over a packed cache for an AMD architecture."""
+    target = GPUTarget("hip", architecture, _THREADS_PER_AMD_WARP)
+    constants = _attention_constants(keys, values, head_dim, shared, launch)
+    return str(_compile(attention_splits_kernel, constants, dtype, target, {"num_warps": launch.warps}).asm["amdgcn"])
+
+
+def _attention_constants(
+    keys: States, values: States, head_dim: int, shared: int, launch: AttentionLaunch
+) -> dict[str, object]:
+    return {
+        "KEYS": keys,
+        "VALUES": values,
+        "KEY_DIM": head_dim,
+        "VALUE_DIM": head_dim,
+        "SHARED": shared,
+        "BLOCK_H": 16,
+        "BLOCK": launch.block_tokens,
+        "STAGES": launch.stages,
+        "HAS_MASK": False,
+        "PRECISION": "ieee",
+        "UPCAST": False,
+    }
+
+
 def compile_dequantization(
     bits: int, group_size: int | None, *, architecture: int, dtype: str, symmetric: bool
 ) -> KernelCode:
@@ -190,6 +245,10 @@ def _integer_constants(key: LaunchKey, launch: Launch, symmetric: bool) -> dict[
     return {name: value for name, value in named.items() if name not in ("HAS_EXPONENT", "UPCAST", "ELEMENT")}
 
 
+def _type_states(states: Any, dtype: str) -> str:
+    return f"*{dtype}" if states and states[0] == 16 else "*i32"
+
+
 def _compile(
     function: Any,
     constants: dict[str, object],
@@ -215,6 +274,18 @@ def _compile(
         "block_first_ptr": "*i64",
         "block_last_ptr": "*i64",
         "words_ptr": "*i32",
+        "query_ptr": f"*{dtype}",
+        "key_words_ptr": _type_states(constants.get("KEYS"), dtype),
+        "value_words_ptr": _type_states(constants.get("VALUES"), dtype),
+        "key_scale_ptr": "*fp16",
+        "value_scale_ptr": "*fp16",
+        "key_zero_ptr": "*u8",
+        "value_zero_ptr": "*u8",
+        "key_tail_ptr": f"*{dtype}",
+        "value_tail_ptr": f"*{dtype}",
+        "mask_ptr": "*u8",
+        "total_ptr": "*fp32",
+        "scaling": "fp32",
         "scale_ptr": "*i32",
         "zero_ptr": "*i32",
     }

@@ -3,7 +3,8 @@
 A row is a token of a head (head_dim codes), or a channel of a block of tokens. Its codes are a dense stream of bits,
 so 32 of them are BITS words of 32 bits and begin at a word: a thread reads these words and takes each code out with a
 shift and a mask that are known when the kernel is compiled. A code becomes a float in the mantissa of 2**23; less
-2**23 + z and times the scale it is the number that the reference gives, rounded to the type of the query.
+2**23 + z and times the scale it is the number that the reference gives, rounded to the type of the query. For float16
+the mantissa of 2**10 gives the same, as a scale is one too, and of 2, 4 and 8 bits two codes at once.
 
 STATES describes the rows: (bits, group size or 0 for the whole row, symmetric, tokens of a block or 0), bits 16 for
 float16 or bfloat16 numbers as they are.
@@ -37,47 +38,104 @@ def load_words(words_ptr, offset, mask, BITS: tl.constexpr):
     return words
 
 
+@triton.constexpr_function
+def find_steps(bits, dtype):
+    """Returns how far apart the codes of each of the five joins are: the first two codes, and so on.
+
+    Of 2, 4 and 8 bits the first are 16 bits apart, and float16 numbers are made of both at once.
+    """
+    apart = 16 // bits if dtype == tl.float16 and 16 % bits == 0 else 16
+    return (apart, *(step for step in (16, 8, 4, 2, 1) if step != apart))
+
+
+@triton.constexpr_function
+def find_order(steps):
+    """Returns the axes of the five joins, after two others, from the greatest step to the least."""
+    return (0, 1, *(2 + steps.index(step) for step in (16, 8, 4, 2, 1)))
+
+
 @triton.jit
-def code_float(words, scale, zero, INDEX: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def code_float(words, base_bits, scale, zero, INDEX: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Returns code INDEX of 32 as a number, [rows, chunks]."""
     WORD: tl.constexpr = INDEX * BITS // 32
     SHIFT: tl.constexpr = INDEX * BITS % 32
     field = words[WORD] >> SHIFT
     if SHIFT + BITS > 32:
         field |= words[WORD + 1] << (32 - SHIFT)
-    code = ((field & ((1 << BITS) - 1)) | 0x4B000000).to(tl.float32, bitcast=True)
+    code = ((field & ((1 << BITS) - 1)) | base_bits).to(tl.float32, bitcast=True)
     return ((code - zero) * scale).to(DTYPE)
 
 
 @triton.jit
-def join_2(words, scale, zero, INDEX: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Returns the codes INDEX + (0, 16) in a last axis."""
+def join_2(
+    words,
+    base_bits,
+    scale,
+    zero,
+    INDEX: tl.constexpr,
+    STEPS: tl.constexpr,
+    BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Returns two codes from INDEX on, STEPS[0] apart, in a last axis."""
+    if STEPS[0] == 16:
+        return tl.join(
+            code_float(words, base_bits, scale, zero, INDEX, BITS, DTYPE),
+            code_float(words, base_bits, scale, zero, INDEX + 16, BITS, DTYPE),
+        )
+    else:
+        FIELD: tl.constexpr = ((1 << BITS) - 1) * 0x10001
+        codes = ((words[INDEX * BITS // 32] >> (INDEX * BITS % 32)) & FIELD) | base_bits
+        first = (codes & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+        second = (codes >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+        return tl.join((first - zero) * scale, (second - zero) * scale)
+
+
+@triton.jit
+def join_4(
+    words, base_bits, scale, zero, INDEX: tl.constexpr, STEPS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Returns four codes from INDEX on, in two last axes."""
     return tl.join(
-        code_float(words, scale, zero, INDEX, BITS, DTYPE), code_float(words, scale, zero, INDEX + 16, BITS, DTYPE)
+        join_2(words, base_bits, scale, zero, INDEX, STEPS, BITS, DTYPE),
+        join_2(words, base_bits, scale, zero, INDEX + STEPS[1], STEPS, BITS, DTYPE),
     )
 
 
 @triton.jit
-def join_4(words, scale, zero, INDEX: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Returns the codes INDEX + (0, 8, 16, 24) in order in two last axes."""
-    return tl.join(join_2(words, scale, zero, INDEX, BITS, DTYPE), join_2(words, scale, zero, INDEX + 8, BITS, DTYPE))
+def join_8(
+    words, base_bits, scale, zero, INDEX: tl.constexpr, STEPS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Returns eight codes from INDEX on, in three last axes."""
+    return tl.join(
+        join_4(words, base_bits, scale, zero, INDEX, STEPS, BITS, DTYPE),
+        join_4(words, base_bits, scale, zero, INDEX + STEPS[2], STEPS, BITS, DTYPE),
+    )
 
 
 @triton.jit
-def join_8(words, scale, zero, INDEX: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Returns every fourth code from INDEX on, in order in three last axes."""
-    return tl.join(join_4(words, scale, zero, INDEX, BITS, DTYPE), join_4(words, scale, zero, INDEX + 4, BITS, DTYPE))
-
-
-@triton.jit
-def join_16(words, scale, zero, INDEX: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Returns every second code from INDEX on, in order in four last axes."""
-    return tl.join(join_8(words, scale, zero, INDEX, BITS, DTYPE), join_8(words, scale, zero, INDEX + 2, BITS, DTYPE))
+def join_16(
+    words, base_bits, scale, zero, INDEX: tl.constexpr, STEPS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Returns sixteen codes from INDEX on, in four last axes."""
+    return tl.join(
+        join_8(words, base_bits, scale, zero, INDEX, STEPS, BITS, DTYPE),
+        join_8(words, base_bits, scale, zero, INDEX + STEPS[3], STEPS, BITS, DTYPE),
+    )
 
 
 @triton.jit
 def unpack_rows(
-    words_ptr, scale_ptr, zero_ptr, row, chunk, mask, row_chunks, STATES: tl.constexpr, DTYPE: tl.constexpr
+    words_ptr,
+    scale_ptr,
+    zero_ptr,
+    unknown_zero,
+    row,
+    chunk,
+    mask,
+    row_chunks,
+    STATES: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Returns numbers of packed rows, [rows, 32 * chunks].
 
@@ -85,6 +143,7 @@ def unpack_rows(
         words_ptr: [all rows, row_chunks, BITS] int32.
         scale_ptr: [all rows, groups] float16.
         zero_ptr: [all rows, bytes of their zero points] uint8; not read when symmetric.
+        unknown_zero: A zero that the compiler cannot know.
         row: [rows, chunks] int64, which rows.
         chunk: [rows, chunks] int32, which 32 codes of them.
         mask: [rows, chunks], those that exist.
@@ -97,9 +156,12 @@ def unpack_rows(
         group, groups = chunk * 0, 1
     else:
         group, groups = chunk * 32 // STATES[1], row_chunks * 32 // STATES[1]
-    scale = tl.load(scale_ptr + row * groups + group, mask=mask, other=0.0).to(tl.float32)
+    # Scales of neighbouring rows may be neighbours. Did the compiler know, it would read them by other threads than the
+    # words, and send every code to them through shared memory.
+    groups += unknown_zero
+    scale = tl.load(scale_ptr + row * groups + group, mask=mask, other=0.0)
     if STATES[2]:
-        zero = tl.full(scale.shape, (1 << 23) + (1 << (BITS - 1)), tl.float32)
+        code = tl.full(scale.shape, 1 << (BITS - 1), tl.uint32)
     else:
         zero_bytes = (groups * BITS + 7) // 8
         byte = group * BITS // 8
@@ -108,12 +170,20 @@ def unpack_rows(
         if 8 % BITS != 0:
             stored |= tl.load(place + 1, mask=mask & (byte + 1 < zero_bytes), other=0).to(tl.uint32) << 8
         code = (stored >> (group * BITS % 8).to(tl.uint32)) & ((1 << BITS) - 1)
-        zero = (code | 0x4B000000).to(tl.float32, bitcast=True)
+    STEPS: tl.constexpr = find_steps(BITS, DTYPE)
+    # row >> 63 is zero, which the compiler cannot know: it must keep the exponent in a register of each thread, and the
+    # mask of a code and its exponent become one instruction instead of two.
+    if STEPS[0] == 16:
+        base_bits = (row >> 63).to(tl.uint32) | 0x4B000000
+        scale, zero = scale.to(tl.float32), (code | 0x4B000000).to(tl.float32, bitcast=True)
+    else:
+        base_bits = (row >> 63).to(tl.uint32) | 0x64006400
+        zero = (code | 0x6400).to(tl.uint16).to(tl.float16, bitcast=True)
     codes = tl.join(
-        join_16(words, scale, zero, 0, BITS, DTYPE),
-        join_16(words, scale, zero, 1, BITS, DTYPE),
+        join_16(words, base_bits, scale, zero, 0, STEPS, BITS, DTYPE),
+        join_16(words, base_bits, scale, zero, STEPS[4], STEPS, BITS, DTYPE),
     )
-    return tl.reshape(codes, (row.shape[0], 32 * row.shape[1]))
+    return tl.reshape(tl.permute(codes, find_order(STEPS)), (row.shape[0], 32 * row.shape[1]))
 
 
 @triton.jit
@@ -142,6 +212,7 @@ def load_states(
         DIM: Numbers of a head.
         BLOCK: A multiple of 32.
     """
+    unknown_zero = heads >> 31
     if STATES[0] == 16:
         token, dim = first + tl.arange(0, BLOCK), tl.arange(0, DIM)
         offset = (token.to(tl.int64)[:, None] * heads + head) * DIM + dim[None, :]
@@ -154,6 +225,7 @@ def load_states(
             words_ptr,
             scale_ptr,
             zero_ptr,
+            unknown_zero,
             row,
             chunk + token * 0,
             (token < last) & (chunk >= 0),
@@ -166,4 +238,6 @@ def load_states(
         row = ((token // STATES[3]).to(tl.int64) * heads + head) * DIM + dim
         chunk = token % STATES[3] // 32 + dim * 0
         mask = (token < last) & (dim >= 0)
-        return unpack_rows(words_ptr, scale_ptr, zero_ptr, row, chunk, mask, STATES[3] // 32, STATES, DTYPE)
+        return unpack_rows(
+            words_ptr, scale_ptr, zero_ptr, unknown_zero, row, chunk, mask, STATES[3] // 32, STATES, DTYPE
+        )

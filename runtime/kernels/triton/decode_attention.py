@@ -20,7 +20,7 @@ from runtime.packed_rows import PackedRows
 
 States = tuple[int, int, bool, int]
 _LEAST_HEADS = 16
-_MOST_DIM = 256
+_MOST_HEAD_BYTES = 512
 
 
 def fits_attention(rows: PackedRows, dtype: torch.dtype) -> bool:
@@ -31,7 +31,7 @@ def fits_attention(rows: PackedRows, dtype: torch.dtype) -> bool:
         dtype: The type of the query.
     """
     format_, dim = rows.format, rows.head_dim
-    if dtype not in PRODUCT_DTYPES or not 32 <= dim <= _MOST_DIM or dim & (dim - 1):
+    if dtype not in PRODUCT_DTYPES or dim < 32 or dim * dtype.itemsize > _MOST_HEAD_BYTES or dim & (dim - 1):
         return False
     if format_.kind == "float":
         return True
@@ -69,7 +69,9 @@ def decode_attention(
     batch, query_heads, _, key_dim = query.shape
     key_heads, value_dim = tail[0].shape[1], tail[1].shape[3]
     heads, shared = batch * key_heads, query_heads // key_heads
-    launch = launch or find_attention_launch(find_device(query.device), heads, packed_count)
+    launch = launch or find_attention_launch(
+        find_device(query.device), heads, packed_count, key_dim * query.element_size()
+    )
     splits = triton.cdiv(packed_count, launch.split_tokens) + 1
     partial = torch.empty((splits, heads, shared, value_dim), dtype=torch.float32, device=query.device)
     totals = torch.empty((2, splits, heads, shared), dtype=torch.float32, device=query.device)
@@ -100,13 +102,20 @@ def decode_attention(
         BLOCK=launch.block_tokens,
         STAGES=launch.stages,
         HAS_MASK=seen is not None,
+        PRECISION=find_precision(query.dtype, amd=torch.version.hip is not None),
         UPCAST=INTERPRETED,
         num_warps=launch.warps,
+        maxnreg=launch.max_registers,
     )
     sum_attention_kernel[(heads * shared,)](
         partial, totals, out, heads * shared, splits, VALUE_DIM=value_dim, num_warps=1
     )
     return out
+
+
+def find_precision(dtype: torch.dtype, *, amd: bool) -> str:
+    """Returns how numbers of a type are multiplied: as they are, but float32 by tensor cores where there is a way."""
+    return "tf32x3" if dtype == torch.float32 and not amd else "ieee"
 
 
 def describe_states(format_: Format, token_block: int) -> States:

@@ -22,16 +22,18 @@ _MASKED = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def multiply(a, b, UPCAST: tl.constexpr):
+def multiply(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """Returns a b in float32. The interpreter has no bfloat16 arithmetic: UPCAST multiplies in float32."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     else:
-        return tl.dot(a, b, input_precision="ieee")
+        return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
-def add_tokens(state, scores, token, last, mask_row, values, HAS_MASK: tl.constexpr, UPCAST: tl.constexpr):
+def add_tokens(
+    state, scores, token, last, mask_row, values, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
+):
     """Returns (o, l, m) after more tokens.
 
     Args:
@@ -41,7 +43,7 @@ def add_tokens(state, scores, token, last, mask_row, values, HAS_MASK: tl.conste
         last: Where the tokens end.
         mask_row: Pointer to the mask of token 0, read when HAS_MASK.
         values: [tokens, VALUE_DIM].
-        HAS_MASK, UPCAST: As in ``attention_splits_kernel``.
+        HAS_MASK, PRECISION, UPCAST: As in ``attention_splits_kernel``.
     """
     output, total, greatest = state
     exists = token < last
@@ -52,7 +54,7 @@ def add_tokens(state, scores, token, last, mask_row, values, HAS_MASK: tl.conste
     new = tl.maximum(greatest, tl.max(scores, axis=1))
     weights = tl.exp2(scores - new[:, None])
     shrink = tl.exp2(greatest - new)
-    output = output * shrink[:, None] + multiply(weights.to(values.dtype), values, UPCAST)
+    output = output * shrink[:, None] + multiply(weights.to(values.dtype), values, PRECISION, UPCAST)
     return output, total * shrink + tl.sum(weights, axis=1), new
 
 
@@ -86,6 +88,7 @@ def attention_splits_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Computes o, l and m of the query heads of one key head over one split; grid (heads, splits + 1).
@@ -111,6 +114,7 @@ def attention_splits_kernel(
         BLOCK: Tokens that are taken at once, a power of two from 32 on.
         STAGES: Steps that are loaded ahead.
         HAS_MASK: There is a mask.
+        PRECISION: How float32 is multiplied: ``tf32x3``, three products of tensor cores, loses what is below 2**-22.
         UPCAST: Multiply in float32 (interpreter).
     """
     # One program: the query heads of one key head, one split.
@@ -137,9 +141,9 @@ def attention_splits_kernel(
             keys = keys if KEYS[3] else tl.trans(keys)
             values = tl.trans(values) if VALUES[3] else values
             token = first + tl.arange(0, BLOCK)
-            scores = multiply(query, keys, UPCAST) * scaling
+            scores = multiply(query, keys, PRECISION, UPCAST) * scaling
             output, total, greatest = add_tokens(
-                (output, total, greatest), scores, token, last, mask_row, values, HAS_MASK, UPCAST
+                (output, total, greatest), scores, token, last, mask_row, values, HAS_MASK, PRECISION, UPCAST
             )
     else:
         for first in tl.range(0, tail_tokens, BLOCK):
@@ -147,7 +151,7 @@ def attention_splits_kernel(
             row, mask = (head.to(tl.int64) * tail_tokens + token)[:, None], (token < tail_tokens)[:, None]
             keys = tl.load(key_tail_ptr + row * KEY_DIM + key_dim[None, :], mask=mask, other=0.0)
             values = tl.load(value_tail_ptr + row * VALUE_DIM + value_dim[None, :], mask=mask, other=0.0)
-            scores = multiply(query, tl.trans(keys), UPCAST) * scaling
+            scores = multiply(query, tl.trans(keys), PRECISION, UPCAST) * scaling
             output, total, greatest = add_tokens(
                 (output, total, greatest),
                 scores,
@@ -156,6 +160,7 @@ def attention_splits_kernel(
                 mask_row + packed_tokens,
                 values,
                 HAS_MASK,
+                PRECISION,
                 UPCAST,
             )
     place = (split * heads + head).to(tl.int64) * SHARED + shared

@@ -146,29 +146,30 @@ class AttentionLaunch:
         split_tokens: Past tokens of a program.
         warps: Warps of a program.
         stages: Steps that are loaded ahead.
+        max_registers: Most registers of a thread.
     """
 
     block_tokens: int
     split_tokens: int
     warps: int
     stages: int
+    max_registers: int = _MOST_REGISTERS
 
 
-def find_attention_launch(device: Device, heads: int, tokens: int) -> AttentionLaunch:
+def find_attention_launch(device: Device, heads: int, tokens: int, head_bytes: int) -> AttentionLaunch:
     """Returns the launch of attention over a packed cache: splits so many that every processor has its programs.
 
     Args:
         device: What the prior reckons with.
         heads: Heads of keys, of all sequences.
         tokens: Past tokens that are packed.
+        head_bytes: Of a head's numbers in the type of the query: what a token takes in shared memory.
     """
     wanted = -(-_ATTENTION_PROGRAMS * device.processors // heads)
-    blocks = -(-tokens // _ATTENTION_TOKENS)
+    block = _ATTENTION_TOKENS if head_bytes <= 256 else _ATTENTION_TOKENS // 2
     # A split of fewer blocks would be mostly its beginning and its end.
-    split_blocks = max(_LEAST_ATTENTION_BLOCKS, -(-blocks // wanted))
-    return AttentionLaunch(
-        block_tokens=_ATTENTION_TOKENS, split_tokens=split_blocks * _ATTENTION_TOKENS, warps=4, stages=2
-    )
+    split_blocks = max(_LEAST_ATTENTION_BLOCKS, -(-tokens // (block * wanted)))
+    return AttentionLaunch(block_tokens=block, split_tokens=split_blocks * block, warps=4, stages=2)
 
 
 def load_launches(path: Path) -> dict[LaunchKey, Launch]:

@@ -106,7 +106,7 @@ def test_splits_are_added_in_their_order() -> None:
     past = find_packed_past(keys, values, key, value)
     assert past is not None
     whole = attend_packed(query, past, None, 0.2)
-    launch = find_attention_launch(DEVICES["a100"], 1, case.tokens)
+    launch = find_attention_launch(DEVICES["a100"], 1, case.tokens, 128)
     arguments = (query, past.keys, past.values, past.packed_count, past.tail, None, 0.2)
     launch = replace(launch, split_tokens=launch.block_tokens)
     first = decode_attention(*arguments, launch)
