@@ -1,9 +1,9 @@
-"""The reference of integer products against the dense product of what the integers stand for."""
+"""References against what they must be: the dense product of what integers stand for, and torch's attention."""
 
 import torch
 
 from runtime.activation_formats import ACTIVATION_FORMATS, ActivationRounding
-from runtime.kernels.reference import integer_linear_reference
+from runtime.kernels.reference import attention_reference, integer_linear_reference
 
 
 def test_integer_products_are_those_of_what_they_stand_for() -> None:
@@ -31,3 +31,17 @@ def test_row_scales_are_those_that_rendering_uses() -> None:
         # Whole numbers, but for the rounding of two float32 operations.
         assert float((steps - steps.round()).abs().max()) <= 128 * 2.0**-22
     assert ActivationRounding(format=ACTIVATION_FORMATS["int8_token"]).list_row_scales(x) is None
+
+
+def test_attention_is_torch_s_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 3, 16, dtype=torch.float64, generator=generator)
+    key = torch.randn(2, 2, 11, 16, dtype=torch.float64, generator=generator)
+    value = torch.randn(2, 2, 11, 8, dtype=torch.float64, generator=generator)
+    mask = torch.rand(2, 1, 3, 11, generator=generator) < 0.7
+    mask[..., 0] = True
+    for seen in (None, mask):
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, scale=0.3, enable_gqa=True
+        )
+        torch.testing.assert_close(attention_reference(query, key, value, seen, 0.3), expected)
