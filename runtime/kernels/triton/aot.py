@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from runtime.kernels.triton.activation_rounding_kernel import round_rows_kernel
-from runtime.kernels.triton.decode_attention import States, find_precision
+from runtime.kernels.triton.decode_attention import LEAST_HEADS, LEAST_HEADS_AMD, States, find_precision
 from runtime.kernels.triton.decode_attention_kernel import attention_splits_kernel
 from runtime.kernels.triton.dequantize_kernel import dequantize_kernel
 from runtime.kernels.triton.grouped_experts import Kind
@@ -131,7 +131,7 @@ def compile_decode_attention(
         launch: Its launch.
     """
     target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
-    constants = _attention_constants(keys, values, head_dim, shared, launch)
+    constants = _attention_constants(keys, values, head_dim, shared, launch, LEAST_HEADS)
     constants["PRECISION"] = find_precision(_DTYPES[dtype], amd=False)
     options = {"num_warps": launch.warps, "maxnreg": launch.max_registers}
     kernel = _compile(attention_splits_kernel, constants, dtype, target, options)
@@ -147,12 +147,12 @@ def compile_decode_attention_amd(
 ) -> str:
     """Returns the assembly of the attention over a packed cache for an AMD architecture."""
     target = GPUTarget("hip", architecture, _THREADS_PER_AMD_WARP)
-    constants = _attention_constants(keys, values, head_dim, shared, launch)
+    constants = _attention_constants(keys, values, head_dim, shared, launch, LEAST_HEADS_AMD)
     return str(_compile(attention_splits_kernel, constants, dtype, target, {"num_warps": launch.warps}).asm["amdgcn"])
 
 
 def _attention_constants(
-    keys: States, values: States, head_dim: int, shared: int, launch: AttentionLaunch
+    keys: States, values: States, head_dim: int, shared: int, launch: AttentionLaunch, least_heads: int
 ) -> dict[str, object]:
     return {
         "KEYS": keys,
@@ -160,7 +160,7 @@ def _attention_constants(
         "KEY_DIM": head_dim,
         "VALUE_DIM": head_dim,
         "SHARED": shared,
-        "BLOCK_H": 16,
+        "BLOCK_H": max(least_heads, triton.next_power_of_2(shared)),
         "BLOCK": launch.block_tokens,
         "STAGES": launch.stages,
         "HAS_MASK": False,

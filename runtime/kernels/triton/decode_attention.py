@@ -19,7 +19,8 @@ from runtime.kernels.triton.weight_only_linear import INTERPRETED, find_device
 from runtime.packed_rows import PackedRows
 
 States = tuple[int, int, bool, int]
-_LEAST_HEADS = 16
+# AMD's matrix instructions take 16 query heads, the others 8.
+LEAST_HEADS, LEAST_HEADS_AMD = 8, 16
 _MOST_HEAD_BYTES = 512
 
 
@@ -76,6 +77,7 @@ def decode_attention(
     partial = torch.empty((splits, heads, shared, value_dim), dtype=torch.float32, device=query.device)
     totals = torch.empty((2, splits, heads, shared), dtype=torch.float32, device=query.device)
     out = torch.empty((batch, query_heads, 1, value_dim), dtype=query.dtype, device=query.device)
+    amd = torch.version.hip is not None
     seen = None if mask is None else mask.contiguous().view(torch.uint8)
     attention_splits_kernel[(heads, splits)](
         query.contiguous(),
@@ -98,11 +100,11 @@ def decode_attention(
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
         SHARED=shared,
-        BLOCK_H=max(_LEAST_HEADS, triton.next_power_of_2(shared)),
+        BLOCK_H=max(LEAST_HEADS_AMD if amd else LEAST_HEADS, triton.next_power_of_2(shared)),
         BLOCK=launch.block_tokens,
         STAGES=launch.stages,
         HAS_MASK=seen is not None,
-        PRECISION=find_precision(query.dtype, amd=torch.version.hip is not None),
+        PRECISION=find_precision(query.dtype, amd=amd),
         UPCAST=INTERPRETED,
         num_warps=launch.warps,
         maxnreg=launch.max_registers,

@@ -7,6 +7,7 @@ softmax); a second kernel adds the splits in their order,
     y = sum_i 2^(m_i - m) o_i / sum_i 2^(m_i - m) l_i,    m = max m_i,
 
 so every run gives the same bits. The tokens that are not packed, the query's own among them, are a split of their own.
+Products are computed transposed, K q' and V' p': 16 tokens or numbers then share an instruction with 8 query heads.
 
 Papers: Dao et al. 2022, FlashAttention, arXiv:2205.14135; the splits are those of Flash-Decoding (Dao et al. 2023).
 """
@@ -37,25 +38,25 @@ def add_tokens(
     """Returns (o, l, m) after more tokens.
 
     Args:
-        state: o [heads, VALUE_DIM], l [heads], m [heads], float32; scores are in powers of two.
-        scores: [heads, tokens].
+        state: o [VALUE_DIM, heads], l [heads], m [heads], float32; scores are in powers of two.
+        scores: [tokens, heads].
         token: [tokens].
         last: Where the tokens end.
         mask_row: Pointer to the mask of token 0, read when HAS_MASK.
-        values: [tokens, VALUE_DIM].
+        values: [VALUE_DIM, tokens].
         HAS_MASK, PRECISION, UPCAST: As in ``attention_splits_kernel``.
     """
     output, total, greatest = state
     exists = token < last
     if HAS_MASK:
         seen = tl.load(mask_row + token, mask=exists, other=0) != 0
-        scores = tl.where(seen[None, :], scores, _MASKED)
-    scores = tl.where(exists[None, :], scores, -float("inf"))
-    new = tl.maximum(greatest, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - new[:, None])
+        scores = tl.where(seen[:, None], scores, _MASKED)
+    scores = tl.where(exists[:, None], scores, -float("inf"))
+    new = tl.maximum(greatest, tl.max(scores, axis=0))
+    weights = tl.exp2(scores - new[None, :])
     shrink = tl.exp2(greatest - new)
-    output = output * shrink[:, None] + multiply(weights.to(values.dtype), values, PRECISION, UPCAST)
-    return output, total * shrink + tl.sum(weights, axis=1), new
+    output = output * shrink[None, :] + multiply(values, weights.to(values.dtype), PRECISION, UPCAST)
+    return output, total * shrink + tl.sum(weights, axis=0), new
 
 
 @triton.jit
@@ -110,7 +111,7 @@ def attention_splits_kernel(
         KEYS, VALUES: Descriptions of their rows (``cache_unpacking``).
         KEY_DIM, VALUE_DIM: Numbers of a head, powers of two from 32 on.
         SHARED: Query heads of a key head.
-        BLOCK_H: A power of two, 16 or more, and not below SHARED.
+        BLOCK_H: A power of two, 8 or more, and not below SHARED.
         BLOCK: Tokens that are taken at once, a power of two from 32 on.
         STAGES: Steps that are loaded ahead.
         HAS_MASK: There is a mask.
@@ -123,10 +124,10 @@ def attention_splits_kernel(
     shared, key_dim, value_dim = tl.arange(0, BLOCK_H), tl.arange(0, KEY_DIM), tl.arange(0, VALUE_DIM)
     shared_mask = shared < SHARED
     query_row = head * SHARED + shared
-    query = tl.load(query_ptr + query_row[:, None] * KEY_DIM + key_dim[None, :], mask=shared_mask[:, None], other=0.0)
+    query = tl.load(query_ptr + query_row[None, :] * KEY_DIM + key_dim[:, None], mask=shared_mask[None, :], other=0.0)
     scaling = scaling * _LOG2_E
     mask_row = mask_ptr + (head // key_heads) * mask_stride
-    output, total = tl.zeros((BLOCK_H, VALUE_DIM), tl.float32), tl.zeros((BLOCK_H,), tl.float32)
+    output, total = tl.zeros((VALUE_DIM, BLOCK_H), tl.float32), tl.zeros((BLOCK_H,), tl.float32)
     greatest = tl.zeros((BLOCK_H,), tl.float32) + _MASKED
     if split < splits - 1:
         last = tl.minimum(packed_tokens, (split + 1) * split_tokens)
@@ -138,10 +139,10 @@ def attention_splits_kernel(
                 value_words_ptr, value_scale_ptr, value_zero_ptr, first, last, head, heads, VALUES, VALUE_DIM, BLOCK,
                 DTYPE,
             )  # fmt: skip
-            keys = keys if KEYS[3] else tl.trans(keys)
-            values = tl.trans(values) if VALUES[3] else values
+            keys = tl.trans(keys) if KEYS[3] else keys
+            values = values if VALUES[3] else tl.trans(values)
             token = first + tl.arange(0, BLOCK)
-            scores = multiply(query, keys, PRECISION, UPCAST) * scaling
+            scores = multiply(keys, query, PRECISION, UPCAST) * scaling
             output, total, greatest = add_tokens(
                 (output, total, greatest), scores, token, last, mask_row, values, HAS_MASK, PRECISION, UPCAST
             )
@@ -151,20 +152,20 @@ def attention_splits_kernel(
             row, mask = (head.to(tl.int64) * tail_tokens + token)[:, None], (token < tail_tokens)[:, None]
             keys = tl.load(key_tail_ptr + row * KEY_DIM + key_dim[None, :], mask=mask, other=0.0)
             values = tl.load(value_tail_ptr + row * VALUE_DIM + value_dim[None, :], mask=mask, other=0.0)
-            scores = multiply(query, tl.trans(keys), PRECISION, UPCAST) * scaling
+            scores = multiply(keys, query, PRECISION, UPCAST) * scaling
             output, total, greatest = add_tokens(
                 (output, total, greatest),
                 scores,
                 token,
                 tail_tokens,
                 mask_row + packed_tokens,
-                values,
+                tl.trans(values),
                 HAS_MASK,
                 PRECISION,
                 UPCAST,
             )
     place = (split * heads + head).to(tl.int64) * SHARED + shared
-    tl.store(partial_ptr + place[:, None] * VALUE_DIM + value_dim[None, :], output, mask=shared_mask[:, None])
+    tl.store(partial_ptr + place[None, :] * VALUE_DIM + value_dim[:, None], output, mask=shared_mask[None, :])
     tl.store(total_ptr + place, total, mask=shared_mask)
     tl.store(total_ptr + splits * heads * SHARED + place, greatest, mask=shared_mask)
 

@@ -27,9 +27,10 @@ _BYTES_AHEAD = 16384
 _MOST_STAGES = 6
 _LAUNCH_S = 2e-6
 _M_BUCKETS = (8, 16, 32, 64)
-_ATTENTION_PROGRAMS = 2
-_ATTENTION_TOKENS = 64
-_LEAST_ATTENTION_BLOCKS = 4
+_ATTENTION_PROGRAMS = 4
+_ATTENTION_TOKENS = 32
+_LEAST_ATTENTION_BLOCKS = 8
+_TWO_WARPS_HEAD_BYTES = 256
 MOST_ROWS = _M_BUCKETS[-1]
 
 
@@ -165,11 +166,14 @@ def find_attention_launch(device: Device, heads: int, tokens: int, head_bytes: i
         tokens: Past tokens that are packed.
         head_bytes: Of a head's numbers in the type of the query: what a token takes in shared memory.
     """
+    # Four warps with 64 tokens would make compute capability 9.0 keep keys and values twice in shared memory.
+    warps = 2 if head_bytes <= _TWO_WARPS_HEAD_BYTES else 4
     wanted = -(-_ATTENTION_PROGRAMS * device.processors // heads)
-    block = _ATTENTION_TOKENS if head_bytes <= 256 else _ATTENTION_TOKENS // 2
     # A split of fewer blocks would be mostly its beginning and its end.
-    split_blocks = max(_LEAST_ATTENTION_BLOCKS, -(-tokens // (block * wanted)))
-    return AttentionLaunch(block_tokens=block, split_tokens=split_blocks * block, warps=4, stages=2)
+    blocks = max(_LEAST_ATTENTION_BLOCKS, -(-tokens // (_ATTENTION_TOKENS * wanted)))
+    return AttentionLaunch(
+        block_tokens=_ATTENTION_TOKENS, split_tokens=blocks * _ATTENTION_TOKENS, warps=warps, stages=2
+    )
 
 
 def load_launches(path: Path) -> dict[LaunchKey, Launch]:

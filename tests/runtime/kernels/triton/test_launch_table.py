@@ -77,11 +77,9 @@ def test_attention_is_split_until_every_processor_has_its_programs() -> None:
         launch = find_attention_launch(H100, heads, tokens, 256)
         assert launch.split_tokens % launch.block_tokens == 0
         programs = heads * -(-tokens // launch.split_tokens)
-        # Twice as many as processors, rounded, where splits do not become too short.
-        assert programs <= max(2 * H100.processors, heads) + heads
-        assert programs >= H100.processors or launch.split_tokens == 4 * launch.block_tokens
-    # Heads of twice the bytes are taken half as many tokens at once: shared memory holds as much.
-    assert find_attention_launch(H100, 8, 8192, 512).block_tokens * 2 == launch.block_tokens
+        # Four times as many as processors, rounded, where splits do not become too short.
+        assert programs <= max(4 * H100.processors, heads) + heads
+        assert programs >= 2 * H100.processors or launch.split_tokens == 8 * launch.block_tokens
 
 
 def test_integer_activations_have_launches_of_their_own() -> None:
