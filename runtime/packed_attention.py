@@ -45,7 +45,9 @@ def find_packed_past(keys: PackedStates, values: PackedStates, key: Tensor, valu
         value: Its values, likewise.
     """
     wants_gradient = key.requires_grad and torch.is_grad_enabled()
-    if not dispatch.uses_triton(key.device) or wants_gradient or key.shape[2] != 1 or not keys.token_count:
+    if wants_gradient or torch.compiler.is_compiling() or key.shape[2] != 1 or not keys.token_count:
+        return None
+    if not dispatch.uses_triton(key.device):
         return None
     # Imported where it is needed: on other machines there may be no Triton.
     from runtime.kernels.triton.decode_attention import fits_attention
