@@ -82,7 +82,7 @@ $(VLLM)/installed: Makefile
 	@$(VLLM)/bin/python -m pip -qq uninstall -y torchvision torchaudio torchcodec
 	@touch $@
 
-engines: $(ENGINES)/installed $(VLLM)/installed ## tests in torchao, AutoRound, GPTQModel and vLLM (gigabytes, an hour)
+engines: $(ENGINES)/installed $(VLLM)/installed ## tests in torchao, AutoRound, GPTQModel and vLLM (gigabytes, a quarter of an hour)
 	@$(ENGINES)/bin/python $(ENGINE_TESTS) tests/runtime/exporters/test_torchao.py tests/runtime/exporters/test_auto_round.py \
 		tests/runtime/exporters/test_printed_commands.py tests/end_to_end/test_smollm2_quantizing_engines.py
 	@$(VLLM)/bin/python $(ENGINE_TESTS) tests/runtime/exporters/test_vllm.py tests/end_to_end/test_smollm2_vllm.py

@@ -6,9 +6,9 @@ Every method is timed in turns with all others, in one process on one thread, ea
 weight, so that weights come from memory. In the table of one token a call is several products, as in a decoder: what
 Python does around them, its memory no longer in the caches either, is not what is compared. The 10th percentile of
 many calls is: the machine may have other work.
-Weights lie in large pages, as those of whole models do, torch's and ggml's too (fbgemm's are packed where it likes),
-and so does the memory that the bandwidth is measured on. LIBRARY is a libllama.so that was compiled for this machine;
-without it ggml is that of the wheel xllamacpp, which knows AVX2.
+Weights lie in large pages, as those of whole models do, up to 3 bits in the layout for lookups; torch's and ggml's lie
+there too (fbgemm's are packed where it likes), and so does the memory that the bandwidth is measured on. LIBRARY is a
+libllama.so that was compiled for this machine; without it ggml is that of the wheel xllamacpp, which knows AVX2.
 """
 
 import argparse
@@ -61,12 +61,19 @@ NOTES = (
     "| loads without a mask, scales fetched ahead | 0.230 | 0.303 | 0.315 | 0.374 | | |",
     "| every line fetched 3 (4 to 6 bits), 4 (7) or 6 times (8) | 0.228 | 0.305 | 0.275 | 0.356 | 0.47 | 0.57 |",
     "",
-    "At 2 and 3 bits instructions are the limit, about 1.6 of 512 bits a cycle, 20 of them for 256 codes of 2 bits and "
-    "12 for 128 of 3; at 1.3 times the proportional time there is room for 17 and 11. Tried without a gain, ns for 64 "
-    "codes of 2 and 3 bits: two rows at a time, not four, 0.94 and 1.29 (from 0.91 and 1.23), three 0.92 and 1.26, six "
-    "0.95 and 1.30; all unpacked codes kept and the sums of high bytes shifted in place 0.90 and 1.23; 3 bits "
-    "spread by variable shifts of 16-bit words, which have units of their own, 1.36 (from 1.18). Activations of 14 "
-    "bits for every other code would by count save one instruction in ten at 2 bits and cost three times the error.",
+    "At 2 and 3 bits instructions were the limit, about 1.6 of 512 bits a cycle, 20 of them for 256 codes of 2 bits "
+    "and 12 for 128 of 3: 1.49 and 1.33 times the proportional time. Tried without a gain, ns for 64 codes of 2 and "
+    "3 bits: two rows at a time, not four, 0.94 and 1.29 (from 0.91 and 1.23), three 0.92 and 1.26, six 0.95 and "
+    "1.30; all unpacked codes kept and the sums of high bytes shifted in place 0.90 and 1.23; 3 bits spread by "
+    "variable shifts of 16-bit words, which have units of their own, 1.36 (from 1.18).",
+    "",
+    "What helped was not to unpack: sums of four activations out of tables (`avx512_lookup.cpp`), in a layout of "
+    "tiles of 16 rows, 11 instructions for 256 codes of 2 bits. Out of the caches 0.54 ns for 64 codes of 2 bits, "
+    "in the same run as 1.12 for unpacking, and 0.78 as 1.40 at 3 bits. From memory it is a question of fetching, "
+    "ms at 2 and 3 bits in one run: no fetches 0.211 and 0.283; every line once, 2, 4 or 8 KiB ahead, 0.339 and "
+    "0.473, 0.227 and 0.332, 0.185 and 0.261; twice 0.165 and 0.239; three times, as now, 0.156 and 0.227. Several "
+    "tokens, 2 bits: 2 tokens 0.27 where unpacking takes 0.41, 4 tokens 0.51 and 0.84; 3 bits 0.39 and 0.52, 0.73 "
+    "and 1.02.",
 )
 
 
@@ -99,7 +106,8 @@ def _decode_table(ggml: GgmlProducts) -> list[str]:
     x = torch.randn(1, SIZE, generator=torch.Generator().manual_seed(1))
     x[0, 100] *= 20
     weight = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(2)) / 64
-    methods = {f"int{bits}_g128": _products(weight, find_format(f"int{bits}_g128"), x) for bits in BITS}
+    formats = [*(f"int{bits}_g128" for bits in BITS), "bf16", "fp16"]
+    methods = {name: _products(weight, find_format(name), x) for name in formats}
     sizes = {name: find_format(name).storage_bytes((SIZE, SIZE)) for name in methods}
     errors = {name: _error(weight, find_format(name), x) for name in methods}
     for name in TYPES:
@@ -142,13 +150,14 @@ def _decode_table(ggml: GgmlProducts) -> list[str]:
 def _token_table() -> list[str]:
     weight = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(2)) / 64
     lines = ["Several tokens: time of torch float32 over that of the format.", ""]
-    lines += ["| tokens | torch float32, ms | int2 | int4 | int8 |", "|---|---|---|---|---|"]
+    formats = ("int2_g128", "int4_g128", "int8_g128", "bf16")
+    lines += [f"| tokens | torch float32, ms | {' | '.join(formats)} |", "|---|---|---|---|---|---|"]
     for tokens in (1, 4, 16, 64, 256):
         x = torch.randn(tokens, SIZE, generator=torch.Generator().manual_seed(tokens))
-        methods = {str(bits): _packed(weight, find_format(f"int{bits}_g128"), x) for bits in (2, 4, 8)}
+        methods = {name: _packed(weight, find_format(name), x) for name in formats}
         methods["dense"] = _copies(weight, lambda w, x=x: torch.nn.functional.linear(x, w))  # type: ignore[misc]
         times = time_in_turns(methods, rounds=4 if tokens < 64 else 1)
-        ratios = " | ".join(f"{times['dense'] / times[bits]:.2f}" for bits in ("2", "4", "8"))
+        ratios = " | ".join(f"{times['dense'] / times[name]:.2f}" for name in formats)
         lines.append(f"| {tokens} | {times['dense'] * 1e3:.2f} | {ratios} |")
     return lines
 
@@ -248,10 +257,11 @@ def _read_chunks(read: Callable[[Tensor], int]) -> list[Call]:
 
 
 def _error(weight: Tensor, format_: Format, x: Tensor) -> float:
-    packed = pack_weight(weight, format_)
+    linear = QuantizedLinear(pack_weight(weight, format_))
     with kernel_path("reference"):
-        expected = x.double() @ packed().double().T
-    return float((QuantizedLinear(packed)(x).double() - expected).norm() / expected.norm())
+        expected = x.double() @ linear.weight().double().T
+    gather_weights_(nn.ModuleList([linear]))
+    return float((linear(x).double() - expected).norm() / expected.norm())
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def _describe_layer(layer: Any) -> LayerTensors:
 def _describe_linear(module: nn.Module, name: str) -> LinearTensors:
     if not isinstance(module, QuantizedLinear) or not has_kernel(module.weight.format):
         stored = module.weight.format.name if isinstance(module, QuantizedLinear) else type(module).__name__
-        msg = f"every weight must be in an integer format of the CPU kernels: got '{stored}' in {name}."
+        msg = f"every weight must be in a format of the CPU kernels: got '{stored}' in {name}."
         raise NotCompiled(msg)
     matrix = find_matrix(module.weight, _CPU)
     if matrix is None or not torch_floats(module.bias):

@@ -78,6 +78,7 @@ class PackedWeight(nn.Module):
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
+        dispatch.release_elsewhere_(self)
         return self
 
     def extra_repr(self) -> str:

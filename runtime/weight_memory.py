@@ -10,13 +10,14 @@ small pages of private memory are slower than those of the mapped file.
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from runtime.packed import PackedWeight
+from runtime.kernels.dispatch import lookup_bytes, use_lookup_
+from runtime.packed import PackedExperts, PackedWeight, QuantizedLinear
 
 _LARGE_PAGE_BYTES = 2 << 20
 _ALIGNMENT_BYTES = 64
@@ -26,22 +27,30 @@ _SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def gather_weights_(model: nn.Module) -> bool:
     """Moves the packed weights of a model on the CPU; returns False where it leaves them.
 
-    They are left where there are no large pages or less than twice their bytes of free memory.
+    Weights that the kernels multiply faster in an execution layout get one there and stay where they are themselves:
+    in a mapped file that takes no memory, and what reads them as they are stored, long prompts and rows of a tied
+    embedding, finds them. All are left where there are no large pages or less than twice their bytes of free memory.
     """
-    tensors = list(_list_tensors(model))
-    size = sum(_room_bytes(tensor) for _, _, tensor in tensors)
+    lookups = {codes.data_ptr(): size for weight, codes in _list_products(model) if (size := lookup_bytes(weight))}
+    tensors = list(_list_tensors(model, lookups))
+    size = sum(_room_bytes(lookups.get(tensor.data_ptr(), tensor.nbytes)) for _, _, tensor in tensors)
     if not tensors or not has_large_pages() or 2 * size > _free_bytes():
         return False
     memory = reserve_large_pages(size)
+    products = {weight for weight, _ in _list_products(model)}
     moved: dict[int, Tensor] = {}
     offset = 0
     for weight, name, tensor in tensors:
+        address = tensor.data_ptr()
         # A tied table is there twice and moved once.
-        if tensor.data_ptr() not in moved:
-            place = memory[offset : offset + tensor.numel() * tensor.element_size()]
-            moved[tensor.data_ptr()] = place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-            offset += _room_bytes(tensor)
-        weight._buffers[name] = moved[tensor.data_ptr()]
+        if address not in moved:
+            place = memory[offset : offset + lookups.get(address, tensor.nbytes)]
+            offset += _room_bytes(place.nbytes)
+            moved[address] = place if address in lookups else place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        if address not in lookups:
+            weight._buffers[name] = moved[address]
+        elif weight in products:
+            use_lookup_(weight, moved[address])
     return True
 
 
@@ -65,19 +74,38 @@ def reserve_large_pages(size: int) -> Tensor:
     return whole[start : start + size]
 
 
-def _list_tensors(model: nn.Module) -> Iterator[tuple[PackedWeight, str, Tensor]]:
-    """Yields every tensor of the packed weights: codes by layer, tables last, then all that goes with the codes."""
+def _list_tensors(model: nn.Module, lookups: Container[int]) -> Iterator[tuple[PackedWeight, str, Tensor]]:
+    """Yields the tensors of the packed weights: codes by layer, tables last, then all that goes with the codes.
+
+    Args:
+        model: The model.
+        lookups: Addresses of codes whose weights get an execution layout; of those nothing but the codes is yielded.
+    """
     weights = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedWeight)]
     weights.sort(key=lambda named: ".layers." not in named[0])
     for is_code in (True, False):
         for _, weight in weights:
+            codes = weight._buffers.get("codes")
+            if not is_code and codes is not None and codes.data_ptr() in lookups:
+                continue
             for name, tensor in weight._buffers.items():
                 if tensor is not None and tensor.device.type == "cpu" and (name == "codes") == is_code:
                     yield weight, name, tensor
 
 
-def _room_bytes(tensor: Tensor) -> int:
-    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+def _list_products(model: nn.Module) -> Iterator[tuple[PackedWeight, Tensor]]:
+    """Yields the packed weights that activations are multiplied with, and their codes."""
+    for module in model.modules():
+        weights = list(module.children()) if isinstance(module, PackedExperts) else []
+        if isinstance(module, QuantizedLinear):
+            weights = [module.weight]
+        for weight in weights:
+            if isinstance(weight, PackedWeight) and (codes := weight._buffers.get("codes")) is not None:
+                yield weight, codes
+
+
+def _room_bytes(size: int) -> int:
+    return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 def _free_bytes() -> int:

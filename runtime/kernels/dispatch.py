@@ -1,16 +1,16 @@
 """Which path computes a product with a packed weight.
 
 The Triton kernels on CUDA devices (and on the CPU where Triton's interpreter is asked for), the compiled CPU kernels
-for integer formats on the CPU; the reference everywhere else: other devices, float64, formats the kernels do not know,
-and wherever a gradient is wanted. ``kernel_path`` and the environment variable
-BITPLAN_KERNELS name a path instead: ``reference``, or an instruction set of ``runtime.kernels.cpu.LEVELS``.
+for integers and 16-bit floating point on the CPU; the reference everywhere else: other devices, float64, formats the
+kernels do not know, and wherever a gradient is wanted. ``kernel_path`` and the environment variable BITPLAN_KERNELS
+name a path instead: ``reference``, or an instruction set of ``runtime.kernels.cpu.LEVELS``.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,12 +19,22 @@ from torch._subclasses.fake_tensor import FakeTensor
 from runtime.activation_formats import ActivationRounding
 from runtime.formats import Format
 from runtime.kernels import triton as triton_kernels
-from runtime.kernels.cpu import LEVELS, CpuKernels, Matrix, Product, StoredMatrix, describe_matrix, load_kernels
+from runtime.kernels.cpu import (
+    LEVELS,
+    CpuKernels,
+    Matrix,
+    Product,
+    StoredMatrix,
+    describe_floats,
+    describe_matrix,
+    load_kernels,
+)
 from runtime.kernels.reference import dequantize_stored, linear_reference
 
 AUTOMATIC, REFERENCE = "auto", "reference"
 PATHS = (AUTOMATIC, REFERENCE, *LEVELS)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LOOKUP = "_lookup"
 _path: ContextVar[str] = ContextVar("kernel_path")
 
 
@@ -36,6 +46,13 @@ class Packed(Protocol):
     _buffers: dict[str, Tensor | None]
 
     def __call__(self, rows: Tensor | None = None) -> Tensor: ...
+
+
+class _Lookup(NamedTuple):
+    """The execution layout of a weight, and the tensors that it was made from."""
+
+    memory: Tensor
+    source: tuple[tuple[int, int], ...]
 
 
 @contextmanager
@@ -93,6 +110,8 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, rounding: ActivationR
     if not has_kernel(weight.format) or x.dtype not in _KERNEL_DTYPES:
         return linear_reference(x, weight(), bias)
     if torch.compiler.is_compiling():
+        if not _is_integer(weight.format):
+            return linear_reference(x, weight(), bias)
         stored = stored_matrix(weight)
         y: Tensor = torch.ops.bitplan.packed_linear(x, *stored[:3], stored.bits, stored.columns)
         return y if bias is None else y + bias
@@ -141,7 +160,7 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
         weight: The packed weight.
         rows: [n] int64, or None.
     """
-    if not has_kernel(weight.format) or torch.compiler.is_compiling():
+    if not _is_integer(weight.format) or torch.compiler.is_compiling():
         return None
     matrix = find_matrix(weight, torch.device("cpu") if rows is None else rows.device)
     kernels = None if matrix is None else selected_kernels()
@@ -156,21 +175,78 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
 
 
 def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
-    """Returns the kernels' view of an integer weight if it and ``device`` are the CPU, else None.
+    """Returns the kernels' view of a weight that ``has_kernel`` if it and ``device`` are the CPU, else None.
 
     The view is kept with the weight, and made anew when its tensors have moved.
     """
+    if weight.format.kind == "float":
+        return _find_floats(weight, device)
     codes, scale = weight._buffers["codes"], weight._buffers["scale"]
     assert codes is not None and scale is not None
     if device.type != "cpu" or codes.device.type != "cpu":
         return None
     kept: Matrix | None = weight.__dict__.get("_matrix")
+    lookup: _Lookup | None = weight.__dict__.get(_LOOKUP)
+    if lookup is not None and lookup.source != _identify(weight):
+        # Other numbers were loaded.
+        lookup = kept = weight.__dict__[_LOOKUP] = None
     if kept is None or kept.codes != codes.data_ptr() or kept.scale != scale.data_ptr():
         if isinstance(codes, FakeTensor) or scale.dtype != torch.float16 or not codes.is_contiguous():
             return None
-        kept = describe_matrix(stored_matrix(weight))
+        kept = describe_matrix(stored_matrix(weight), None if lookup is None else lookup.memory)
         weight.__dict__["_matrix"] = kept
     return kept
+
+
+def _find_floats(weight: Packed, device: torch.device) -> Matrix | None:
+    values = weight._buffers["values"]
+    assert values is not None
+    if device.type != "cpu" or values.device.type != "cpu":
+        return None
+    kept: Matrix | None = weight.__dict__.get("_matrix")
+    if kept is None or kept.codes != values.data_ptr():
+        if isinstance(values, FakeTensor) or not values.is_contiguous():
+            return None
+        kept = weight.__dict__["_matrix"] = describe_floats(values)
+    return kept
+
+
+def lookup_bytes(weight: Packed) -> int:
+    """Returns the bytes of a weight's execution layout; 0 where the kernels in use read it as it is stored.
+
+    Args:
+        weight: The packed weight.
+    """
+    kernels = selected_kernels() if has_kernel(weight.format) else None
+    matrix = None if kernels is None else find_matrix(weight, torch.device("cpu"))
+    return 0 if kernels is None or matrix is None else kernels.lookup_bytes(matrix)
+
+
+def use_lookup_(weight: Packed, memory: Tensor) -> None:
+    """Lets products of few tokens read a weight in its execution layout, until other numbers are loaded into it.
+
+    Args:
+        weight: The packed weight, on the CPU.
+        memory: ``lookup_bytes(weight)`` bytes, uint8, all zero, aligned to 64; they are filled.
+    """
+    kernels, matrix = selected_kernels(), find_matrix(weight, torch.device("cpu"))
+    assert kernels is not None and matrix is not None
+    kernels.pack_lookup_(matrix, memory)
+    weight.__dict__[_LOOKUP] = _Lookup(memory, _identify(weight))
+    del weight.__dict__["_matrix"]
+
+
+def release_elsewhere_(weight: Packed) -> None:
+    """Frees the execution layout of a weight that has left the CPU."""
+    if any(tensor is not None and tensor.device.type != "cpu" for tensor in weight._buffers.values()):
+        for name in (_LOOKUP, "_matrix"):
+            weight.__dict__.pop(name, None)
+
+
+def _identify(weight: Packed) -> tuple[tuple[int, int], ...]:
+    """Where the tensors of a weight are, and how often each was written to."""
+    tensors = (tensor for tensor in weight._buffers.values() if tensor is not None)
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 def stored_matrix(weight: Packed) -> StoredMatrix:
@@ -181,6 +257,11 @@ def stored_matrix(weight: Packed) -> StoredMatrix:
 
 
 def has_kernel(format_: Format) -> bool:
+    """Returns True where the CPU kernels know a format: integers, and 16-bit floating point."""
+    return format_.kind == "float" or _is_integer(format_)
+
+
+def _is_integer(format_: Format) -> bool:
     # Scales of other types are read by their codecs alone.
     return format_.kind == "int" and format_.scale_type == "fp16"
 

@@ -1,6 +1,7 @@
 """Weights that were moved into large pages are the same weights."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from runtime import weight_memory
 from runtime.apply import apply_formats_
+from runtime.kernels.dispatch import find_matrix, lookup_bytes, selected_kernels
 from runtime.packed import PackedWeight
 from runtime.units import list_weights
 from runtime.weight_memory import gather_weights_, has_large_pages
@@ -32,6 +34,35 @@ def test_weights_and_logits_stay_the_same(build) -> None:  # type: ignore[no-unt
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert len({t.data_ptr() for t in after.values()}) == ties
     assert torch.equal(model(tokens).logits, logits)
+
+
+@needs_large_pages
+@pytest.mark.parametrize("build", [lambda: build_tiny_llama(tied=True), build_tiny_mixtral], ids=["tied", "experts"])
+def test_weights_in_an_execution_layout_stay_where_they_are(build) -> None:  # type: ignore[no-untyped-def]  # a lambda
+    model = build()
+    names = [name for name, weight in list_weights(model).items() if weight.kind != "router"]
+    apply_formats_(model, {name: ("int2_g32", "int3_g32", "int4_g32")[i % 3] for i, name in enumerate(names)})
+    tokens = torch.arange(3)[None]
+    logits = model(tokens).logits
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
+    weights = dict(find_products(model))
+    laid_out = {name for name, weight in weights.items() if lookup_bytes(weight)}
+    assert bool(laid_out) == (selected_kernels() is not None and selected_kernels().level == "avx512")
+    assert gather_weights_(model)
+    after = {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
+    for name, weight in weights.items():
+        matrix = find_matrix(weight, torch.device("cpu"))
+        assert matrix is not None
+        assert (matrix.lookup != 0) == (name in laid_out)
+        assert (before[f"{name}.codes"] == after[f"{name}.codes"]) == (name in laid_out)
+    # Activations of 15 bits in some layers: a few parts in ten thousand.
+    assert (model(tokens).logits - logits).norm() <= 2e-3 * logits.norm()
+
+
+def find_products(model: torch.nn.Module) -> Iterator[tuple[str, PackedWeight]]:
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight) and "embed" not in name:
+            yield name, module
 
 
 @needs_large_pages

@@ -1,5 +1,6 @@
 // The C interface that Python calls through ctypes.
 #include "decoder_step.h"
+#include "lookup.h"
 #include "portable.h"
 #include "product.h"
 
@@ -93,5 +94,23 @@ void bitplan_dequantize(const bitplan::Matrix* weight, const int64_t* indices, i
 #pragma omp parallel for num_threads(threads) if (count * weight->columns > (1 << 16))
   for (int64_t i = 0; i < count; ++i)
     bitplan::dequantize_row(*weight, indices ? indices[i] : i, out + i * weight->columns);
+}
+
+// Bytes of a weight in the layout of lookup.h, or 0 where no kernel at the level reads it.
+int64_t bitplan_lookup_bytes(const bitplan::Matrix* weight, int level) {
+  if (level < bitplan::kAvx512 || !bitplan::has_lookup(*weight)) return 0;
+  return bitplan::LookupLayout(*weight, nullptr).bytes(weight->zero_point != nullptr);
+}
+
+// Writes that layout into so many bytes, all zero.
+void bitplan_pack_lookup(const bitplan::Matrix* weight, uint8_t* memory, int threads) {
+#if defined(__x86_64__)
+  const bitplan::LookupLayout layout(*weight, memory);
+  // Rows of a tile share bytes: a thread has whole tiles.
+#pragma omp parallel for num_threads(threads)
+  for (int64_t tile = 0; tile < layout.tiles(); ++tile)
+    for (int64_t row = 16 * tile; row < 16 * tile + 16 && row < weight->rows; ++row)
+      bitplan::pack_lookup_row(*weight, layout, row);
+#endif
 }
 }

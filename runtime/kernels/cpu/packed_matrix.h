@@ -1,7 +1,7 @@
 // What every instruction set implements: y = x W' for W in the stored layout, activations as 16-bit integers.
 //
 // A row of W is a little-endian bit stream of codes; weight[n, k] = scale[n, g] * (code[n, k] - zero_point[n, g]) with
-// g = k / group_size. The kernels read that stream as it is: no second copy of a weight is ever made.
+// g = k / group_size. The kernels read that stream as it is; those of lookup.h have a layout of their own.
 //
 // Activations are rounded to 16 bits within blocks of a row: x[k] ~ step[b] * v[k], |v| <= kLargestActivation. A block
 // never spans two groups, so with exact integer sums
@@ -14,6 +14,9 @@ namespace bitplan {
 
 // Instruction sets, as Python counts them.
 enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// What the codes of a weight are: integers with scales, or 16-bit floating point numbers, which stand for themselves.
+enum Element : int32_t { kInteger = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 // 127 * 256 + 127: the largest v that splits into v = 256 * high + low with signed 8-bit parts.
 constexpr int kLargestActivation = 32639;
@@ -29,6 +32,8 @@ struct Matrix {
   const uint8_t* zero_point;  // [rows, ceil(groups * bits / 8)], or null for 2^(bits - 1)
   int64_t rows, columns;
   int32_t bits, group_size;
+  const uint8_t* lookup;  // the same weight in the layout of lookup.h, or null
+  Element element;        // of numbers in floating point: bits 16, group_size the columns, no scale
 
   int64_t row_bytes() const { return (columns * bits + 7) / 8; }
   int64_t groups() const { return columns / group_size; }
@@ -46,6 +51,7 @@ struct Activations {
   uint8_t* values;
   float* step;  // [tokens, block_stride]
   float* sum;   // [tokens, block_stride]: step * sum_k v[k]
+  float* middle;  // [tokens, block_stride]: step * what lookup tables leave out
 };
 
 // Where a range of rows goes: out[token * stride + row].
@@ -69,6 +75,9 @@ struct Kernels {
 
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx2Kernels;
+// Of 16-bit floating point.
+extern const Kernels kAvx512Floats;
+extern const Kernels kAvx2Floats;
 
 inline int block_of(const Matrix& w) { return w.groups() == 1 ? kRowBlock : w.group_size; }
 

@@ -40,9 +40,24 @@ float multiply_rows(const float* a, const float* b, int64_t count) {
   return total;
 }
 
+void widen_row(const Matrix& w, int64_t row, float* out) {
+  const auto* stored = reinterpret_cast<const uint16_t*>(w.codes) + row * w.columns;
+  for (int64_t k = 0; k < w.columns; ++k) {
+    const uint32_t word = static_cast<uint32_t>(stored[k]) << 16;
+    if (w.element == kFloat16)
+      out[k] = widen(stored[k]);
+    else
+      memcpy(out + k, &word, sizeof word);
+  }
+}
+
 }  // namespace
 
 void dequantize_row(const Matrix& w, int64_t row, float* out) {
+  if (w.element != kInteger) {
+    widen_row(w, row, out);
+    return;
+  }
   const int64_t groups = w.groups(), row_bytes = w.row_bytes(), zero_bytes = w.zero_point_bytes();
   const uint8_t* stream = w.codes + row * row_bytes;
   float scale = 0, zero = static_cast<float>(1 << (w.bits - 1));

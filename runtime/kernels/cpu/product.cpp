@@ -1,6 +1,7 @@
 // Plans products and divides their rows among threads.
 #include "product.h"
 
+#include "lookup.h"
 #include "portable.h"
 
 namespace bitplan {
@@ -9,25 +10,27 @@ namespace {
 // Below this many bytes of weights for each thread, waking it costs more than it helps.
 constexpr int64_t kLeastBytesPerThread = 48 << 10;
 
-const Kernels* kernels_of(int level) {
-#if defined(__x86_64__)
-  if (level == kAvx512) return &kAvx512Kernels;
-  if (level == kAvx2) return &kAvx2Kernels;
-#endif
-  return nullptr;
-}
-
 bool has_vector_layout(const Matrix& w) {
   if (w.groups() == 1) return true;
   return w.group_size == 16 || w.group_size == 32 || w.group_size == 64 || w.group_size == 128 || w.group_size == 256;
 }
 
+const Kernels* kernels_of(const Matrix& w, int level, bool decode) {
+#if defined(__x86_64__)
+  if (w.element != kInteger) return level == kAvx512 ? &kAvx512Floats : level == kAvx2 ? &kAvx2Floats : nullptr;
+  if (!has_vector_layout(w)) return nullptr;
+  if (level == kAvx512) return decode && w.lookup ? &kLookupKernels : &kAvx512Kernels;
+  if (level == kAvx2) return &kAvx2Kernels;
+#endif
+  return nullptr;
+}
+
 Task plan_task(const Product& product, int level) {
   const Matrix& w = *product.weight;
-  Task task = {product, has_vector_layout(w) ? kernels_of(level) : nullptr, {}, 0, true};
+  const bool decode = product.tokens <= kDecodeTokens;
+  Task task = {product, kernels_of(w, level, decode), {}, 0, true};
   task.activations.tokens = product.tokens;
   task.activations.columns = w.columns;
-  const bool decode = product.tokens <= kDecodeTokens;
   if (task.kernels) task.kernels->shape(w, task.activations, decode);
   task.cost = decode ? w.row_bytes() : w.columns * product.tokens / 8 + w.row_bytes();
   return task;
@@ -42,7 +45,7 @@ bool round_alike(const Task& a, const Task& b) {
 int64_t rounded_bytes(const Task& task) {
   const Activations& a = task.activations;
   if (!task.kernels || !task.rounds) return 0;
-  return divide_up(a.tokens * (a.value_stride + 2 * a.block_stride * int64_t(sizeof(float))), 64) * 64;
+  return divide_up(a.tokens * (a.value_stride + 3 * a.block_stride * int64_t(sizeof(float))), 64) * 64;
 }
 
 void multiply_rows(const Task& task, int64_t first_row, int64_t last_row, float* scratch) {
@@ -98,6 +101,7 @@ void place_activations(Task* tasks, int64_t count, uint8_t* memory) {
     a.values = memory;
     a.step = reinterpret_cast<float*>(memory + a.tokens * a.value_stride);
     a.sum = a.step + a.tokens * a.block_stride;
+    a.middle = a.sum + a.tokens * a.block_stride;
     memory += rounded_bytes(tasks[i]);
   }
 }

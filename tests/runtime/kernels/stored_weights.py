@@ -45,16 +45,17 @@ def make_weight(case: Case, seed: int = 0) -> tuple[StoredMatrix, Tensor]:
     return stored, dequantize_codes(codes, scale, zero_point, case.bits)
 
 
-def bound_error(case: Case, dense: Tensor, x: Tensor) -> Tensor:
+def bound_error(case: Case, dense: Tensor, x: Tensor, largest_activation: int = LARGEST_ACTIVATION) -> Tensor:
     """Returns a bound [tokens, rows] on what rounding may do to x W', in float64.
 
-    Half a step of every activation, the step being its block's largest magnitude / 32639; and of float32 sums over
-    the parts that the code and the zero point contribute, each at most scale * 2^bits * |x|, a few roundings each.
+    Half a step of every activation, the step being its block's largest magnitude over ``largest_activation``; and of
+    float32 sums over the parts that the code and the zero point contribute, each at most scale * 2^bits * |x|, a few
+    roundings each.
     """
     block = case.group_size or ROW_BLOCK
     magnitude = torch.nn.functional.pad(x.double().abs(), (0, -case.columns % block))
     step = magnitude.view(len(x), -1, block).amax(-1).repeat_interleave(block, 1)[:, : case.columns]
-    rounded = (step / LARGEST_ACTIVATION / 2) @ dense.double().abs().T
+    rounded = (step / largest_activation / 2) @ dense.double().abs().T
     largest = 1.1 * 2**case.bits * x.double().abs().sum(1, keepdim=True)
     return 1.001 * rounded + 2 * (case.columns / 16 + 32) * FLOAT_EPS * largest
 

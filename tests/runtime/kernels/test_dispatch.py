@@ -54,10 +54,23 @@ def test_kernels_and_reference_agree(format_name: str, bias: bool) -> None:
     assert not torch.equal(linear(draw(64, 384)), reference(linear, draw(64, 384)))
 
 
-@pytest.mark.parametrize("format_name", ["int4_g64_pow2", "int1_g64", "mxfp4", "q4_0", "bf16"])
+@pytest.mark.parametrize("format_name", ["int4_g64_pow2", "int1_g64", "mxfp4", "q4_0"])
 def test_formats_without_kernels_are_left_to_the_reference(format_name: str) -> None:
     linear, x = make_linear(format_name), draw(5, 384)
     assert torch.equal(linear(x), reference(linear, x))
+
+
+@pytest.mark.parametrize("format_name", ["bf16", "fp16"])
+def test_floating_point_weights_are_multiplied_as_they_are_stored(format_name: str) -> None:
+    linear, x = make_linear(format_name), draw(5, 384)
+    expected = x.double() @ linear.weight().double().T + linear.bias.double()
+    y = linear(x)
+    assert relative_error(y, expected) < 1e-6
+    assert not torch.equal(y, reference(linear, x))
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
+    assert relative_error(compiled(x), expected) < 1e-6
+    linear.weight.values.zero_()
+    assert torch.equal(linear(x), linear.bias.expand(5, -1))
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)])
