@@ -17,7 +17,8 @@ from machine import describe_machine
 from runtime.cache_formats import TokenBlockFormat, find_cache_formats
 from runtime.elements import ELEMENTS
 from runtime.formats import Format, find_format
-from runtime.kernels.triton.aot import compile_decode_attention, compile_integer_product, compile_weight_only
+from runtime.kernels.triton.aot import compile_integer_product, compile_weight_only
+from runtime.kernels.triton.aot_attention import compile_decode_attention
 from runtime.kernels.triton.decode_attention import describe_states
 from runtime.kernels.triton.devices import DEVICES, Device
 from runtime.kernels.triton.fragment_layout import pack_fragments

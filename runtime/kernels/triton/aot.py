@@ -9,22 +9,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from runtime.kernels.triton.activation_rounding_kernel import round_rows_kernel
-from runtime.kernels.triton.decode_attention import LEAST_HEADS, LEAST_HEADS_AMD, States, find_precision
-from runtime.kernels.triton.decode_attention_kernel import attention_splits_kernel
 from runtime.kernels.triton.dequantize_kernel import dequantize_kernel
 from runtime.kernels.triton.grouped_experts import Kind
 from runtime.kernels.triton.grouped_experts_kernel import grouped_experts_kernel
 from runtime.kernels.triton.integer_product_kernel import integer_product_kernel
-from runtime.kernels.triton.launch_table import AttentionLaunch, Launch, LaunchKey
+from runtime.kernels.triton.launch_table import Launch, LaunchKey
 from runtime.kernels.triton.row_scaling import needs_scaled_rows
 from runtime.kernels.triton.row_scaling_kernel import scale_rows_kernel
 from runtime.kernels.triton.sass import KernelCode, read_code
 from runtime.kernels.triton.weight_only_kernel import sum_splits_kernel, weight_only_kernel
 
-_THREADS_PER_WARP = 32
-_THREADS_PER_AMD_WARP = 64
+THREADS_PER_WARP = 32
+THREADS_PER_AMD_WARP = 64
 # Pointers are at addresses, and rows at strides, that 16 divides: torch allocates so, and rows are padded to 64.
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -60,9 +57,9 @@ def compile_weight_only(
         symmetric: No zero points.
         element: Mantissa bits of codes that are floats, -1 for integers.
     """
-    target = GPUTarget("cuda", key.architecture, _THREADS_PER_WARP)
+    target = GPUTarget("cuda", key.architecture, THREADS_PER_WARP)
     scaled = needs_scaled_rows(torch.bfloat16 if dtype == "bf16" else torch.float16, key.bits, element)
-    kernel = _compile(
+    kernel = compile_kernel(
         weight_only_kernel,
         {**_weight_only_constants(key, launch, symmetric), "HAS_EXPONENT": scaled, "ELEMENT": element},
         "fp16" if scaled else dtype,
@@ -72,19 +69,19 @@ def compile_weight_only(
     return CompiledProduct(
         code=read_code(kernel.asm["cubin"]),
         shared_bytes=kernel.metadata.shared,
-        weights_per_step=64 * launch.warps * 64 * launch.tiles // (_THREADS_PER_WARP * launch.warps),
+        weights_per_step=64 * launch.warps * 64 * launch.tiles // (THREADS_PER_WARP * launch.warps),
     )
 
 
 def compile_integer_product(key: LaunchKey, launch: Launch, *, symmetric: bool = False) -> CompiledProduct:
     """Returns the product with activations of 8 bits compiled for ``key.architecture``, as ``compile_weight_only``."""
-    target = GPUTarget("cuda", key.architecture, _THREADS_PER_WARP)
+    target = GPUTarget("cuda", key.architecture, THREADS_PER_WARP)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.max_registers}
-    kernel = _compile(integer_product_kernel, _integer_constants(key, launch, symmetric), "i8", target, options)
+    kernel = compile_kernel(integer_product_kernel, _integer_constants(key, launch, symmetric), "i8", target, options)
     return CompiledProduct(
         code=read_code(kernel.asm["cubin"]),
         shared_bytes=kernel.metadata.shared,
-        weights_per_step=64 * launch.warps * 64 * launch.tiles // (_THREADS_PER_WARP * launch.warps),
+        weights_per_step=64 * launch.warps * 64 * launch.tiles // (THREADS_PER_WARP * launch.warps),
     )
 
 
@@ -107,66 +104,14 @@ def compile_grouped_experts(
         "STAGES": 3,
         "UPCAST": False,
     }
-    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
+    target = GPUTarget("cuda", architecture, THREADS_PER_WARP)
     options = {"num_warps": 2, "num_stages": 3, "maxnreg": 255}
-    kernel = _compile(grouped_experts_kernel, constants, "fp16", target, options)
+    kernel = compile_kernel(grouped_experts_kernel, constants, "fp16", target, options)
     return CompiledProduct(
         code=read_code(kernel.asm["cubin"]),
         shared_bytes=kernel.metadata.shared,
-        weights_per_step=64 * 64 // _THREADS_PER_WARP * max(kind[3] for kind in kinds),
+        weights_per_step=64 * 64 // THREADS_PER_WARP * max(kind[3] for kind in kinds),
     )
-
-
-def compile_decode_attention(
-    keys: States, values: States, *, architecture: int, dtype: str, head_dim: int, shared: int, launch: AttentionLaunch
-) -> CompiledProduct:
-    """Returns the attention over a packed cache compiled for a compute capability; a weight is a number of a head.
-
-    Args:
-        keys, values: Descriptions of their rows (``cache_unpacking``).
-        architecture: Compute capability times ten.
-        dtype: Type of the query, ``fp16``, ``bf16`` or ``fp32``.
-        head_dim: Numbers of a head, of keys and of values.
-        shared: Query heads of a key head.
-        launch: Its launch.
-    """
-    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
-    constants = _attention_constants(keys, values, head_dim, shared, launch, LEAST_HEADS)
-    constants["PRECISION"] = find_precision(_DTYPES[dtype], amd=False)
-    options = {"num_warps": launch.warps, "maxnreg": launch.max_registers}
-    kernel = _compile(attention_splits_kernel, constants, dtype, target, options)
-    return CompiledProduct(
-        code=read_code(kernel.asm["cubin"]),
-        shared_bytes=kernel.metadata.shared,
-        weights_per_step=2 * launch.block_tokens * head_dim // (_THREADS_PER_WARP * launch.warps),
-    )
-
-
-def compile_decode_attention_amd(
-    keys: States, values: States, *, architecture: str, dtype: str, head_dim: int, shared: int, launch: AttentionLaunch
-) -> str:
-    """Returns the assembly of the attention over a packed cache for an AMD architecture."""
-    target = GPUTarget("hip", architecture, _THREADS_PER_AMD_WARP)
-    constants = _attention_constants(keys, values, head_dim, shared, launch, LEAST_HEADS_AMD)
-    return str(_compile(attention_splits_kernel, constants, dtype, target, {"num_warps": launch.warps}).asm["amdgcn"])
-
-
-def _attention_constants(
-    keys: States, values: States, head_dim: int, shared: int, launch: AttentionLaunch, least_heads: int
-) -> dict[str, object]:
-    return {
-        "KEYS": keys,
-        "VALUES": values,
-        "KEY_DIM": head_dim,
-        "VALUE_DIM": head_dim,
-        "SHARED": shared,
-        "BLOCK_H": max(least_heads, triton.next_power_of_2(shared)),
-        "BLOCK": launch.block_tokens,
-        "STAGES": launch.stages,
-        "HAS_MASK": False,
-        "PRECISION": "ieee",
-        "UPCAST": False,
-    }
 
 
 def compile_dequantization(
@@ -181,29 +126,37 @@ def compile_dequantization(
         "ELEMENT": -1,
         "WARPS": 2,
     }
-    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
-    return read_code(_compile(dequantize_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype).asm["cubin"])
+    target = GPUTarget("cuda", architecture, THREADS_PER_WARP)
+    return read_code(
+        compile_kernel(dequantize_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype).asm["cubin"]
+    )
 
 
 def compile_split_sum(splits: int, *, architecture: int, dtype: str) -> KernelCode:
     """Returns the sum of a split product, compiled for a compute capability."""
     constants: dict[str, object] = {"SPLITS": splits, "HAS_BIAS": True, "BLOCK": 1024}
-    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
-    return read_code(_compile(sum_splits_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype).asm["cubin"])
+    target = GPUTarget("cuda", architecture, THREADS_PER_WARP)
+    return read_code(
+        compile_kernel(sum_splits_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype).asm["cubin"]
+    )
 
 
 def compile_row_scaling(*, architecture: int, dtype: str) -> KernelCode:
     """Returns the scaling of rows in ``bf16`` or ``fp32``, compiled for a compute capability."""
     constants: dict[str, object] = {"PARTS": 2 if dtype == "fp32" else 1, "BLOCK": 1024}
-    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
-    return read_code(_compile(scale_rows_kernel, constants, dtype, target, {"num_warps": 4}, out="fp16").asm["cubin"])
+    target = GPUTarget("cuda", architecture, THREADS_PER_WARP)
+    return read_code(
+        compile_kernel(scale_rows_kernel, constants, dtype, target, {"num_warps": 4}, out="fp16").asm["cubin"]
+    )
 
 
 def compile_row_rounding(*, architecture: int, dtype: str) -> KernelCode:
     """Returns the rounding of rows in ``fp16``, ``bf16`` or ``fp32`` to 8 bits, compiled for a compute capability."""
     constants: dict[str, object] = {"REACH": 127.5, "LIMIT": 128, "HAS_SCALE": False, "QUAD_STEP": 8, "BLOCK": 1024}
-    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
-    return read_code(_compile(round_rows_kernel, constants, dtype, target, {"num_warps": 4}, out="i8").asm["cubin"])
+    target = GPUTarget("cuda", architecture, THREADS_PER_WARP)
+    return read_code(
+        compile_kernel(round_rows_kernel, constants, dtype, target, {"num_warps": 4}, out="i8").asm["cubin"]
+    )
 
 
 def compile_weight_only_amd(key: LaunchKey, launch: Launch, *, dtype: str, architecture: str) -> str:
@@ -218,10 +171,10 @@ def compile_integer_product_amd(key: LaunchKey, launch: Launch, *, architecture:
 
 
 def _compile_amd(function: Any, constants: dict[str, object], dtype: str, launch: Launch, architecture: str) -> str:
-    target = GPUTarget("hip", architecture, _THREADS_PER_AMD_WARP)
+    target = GPUTarget("hip", architecture, THREADS_PER_AMD_WARP)
     # Half as many warps of twice the threads: a thread's share of the words stays 16 bytes.
-    options = {"num_warps": launch.warps * _THREADS_PER_WARP // _THREADS_PER_AMD_WARP, "num_stages": launch.stages}
-    return str(_compile(function, constants, dtype, target, options).asm["amdgcn"])
+    options = {"num_warps": launch.warps * THREADS_PER_WARP // THREADS_PER_AMD_WARP, "num_stages": launch.stages}
+    return str(compile_kernel(function, constants, dtype, target, options).asm["amdgcn"])
 
 
 def _weight_only_constants(key: LaunchKey, launch: Launch, symmetric: bool) -> dict[str, object]:
@@ -249,7 +202,7 @@ def _type_states(states: Any, dtype: str) -> str:
     return f"*{dtype}" if states and states[0] == 16 else "*i32"
 
 
-def _compile(
+def compile_kernel(
     function: Any,
     constants: dict[str, object],
     dtype: str,
@@ -258,6 +211,16 @@ def _compile(
     *,
     out: str = "fp32",
 ) -> Any:
+    """Returns a kernel compiled by Triton.
+
+    Args:
+        function: The kernel.
+        constants: Its constants.
+        dtype: Type of what it reads that is no code, scale or index.
+        target: The GPU.
+        options: Those of Triton's launch.
+        out: Type of what it writes.
+    """
     types = {
         "x_ptr": f"*{dtype}",
         "factor": "fp32",

@@ -15,7 +15,12 @@ from pathlib import Path
 import pytest
 
 from runtime.cache_formats import TokenBlockFormat, find_cache_formats
-from runtime.kernels.triton.aot import CompiledProduct, compile_decode_attention, compile_decode_attention_amd
+from runtime.kernels.triton.aot import CompiledProduct
+from runtime.kernels.triton.aot_attention import (
+    compile_attention_sum,
+    compile_decode_attention,
+    compile_decode_attention_amd,
+)
 from runtime.kernels.triton.decode_attention import States, describe_states
 from runtime.kernels.triton.devices import DEVICES
 from runtime.kernels.triton.launch_table import AttentionLaunch, find_attention_launch
@@ -114,6 +119,13 @@ def test_attention_compiles_for_amd() -> None:
     assert re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text) == ["0", "0"]
     assert "v_mfma_f32_16x16x16_f16" in text
     assert "global_load_dwordx4" in text
+
+
+def test_sum_of_splits_compiles_without_spills() -> None:
+    code = compile_attention_sum(architecture=90, dtype="bf16", head_dim=128)
+    assert code.spill_bytes == 0
+    # Added in their order, without atomics: the result does not depend on which program was first.
+    assert not any(name.startswith(("RED", "ATOM")) for name in code.whole)
 
 
 def write_golden() -> None:

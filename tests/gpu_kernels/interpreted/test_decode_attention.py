@@ -51,6 +51,8 @@ CASES = [
     Case(keys="int8_g32", values="int8_g32", tokens=131, batch=2, heads=9, key_heads=3, masked=17),
     Case(keys="int4_t32", values="int4_g32", tokens=41, batch=2, masked=40),
     Case(keys="int4_g32", values="int2_g32", tokens=67, heads=20, dtype=torch.float16),
+    Case(keys="int2_t32", values="int8_t32", tokens=67, dtype=torch.float16),
+    Case(keys="int8_channel_sym", values="int5_g32", tokens=33, dtype=torch.float16),
     Case(keys="int4_t32", values="int4_g32", tokens=67, dtype=torch.bfloat16),
 ]
 
