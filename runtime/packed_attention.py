@@ -5,7 +5,7 @@ the packed ones, the cache gives the keys and values of this step alone and mark
 (``mark_past``); the attention (``cached_attention.attend``) finds the mark and calls the kernel.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ from runtime.packed_rows import PackedRows
 from runtime.packed_states import PackedStates
 
 _MARK = "bitplan_packed_past"
+
+
+@dataclass
+class Reading:
+    """Whether the attention has read what a cache left packed; it outlives the tensors."""
+
+    done: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,12 +34,14 @@ class PackedPast:
         tail: Keys and values [batch, heads, tokens, head_dim] from the first token on that is not packed in both, the
             token's own last.
         packed_count: The tokens before it.
+        reading: Whether the attention has read it.
     """
 
     keys: PackedRows
     values: PackedRows
     tail: tuple[Tensor, Tensor]
     packed_count: int
+    reading: Reading = field(default_factory=Reading)
 
 
 def find_packed_past(keys: PackedStates, values: PackedStates, key: Tensor, value: Tensor) -> PackedPast | None:
@@ -70,6 +79,20 @@ def mark_past(key: Tensor, past: PackedPast) -> Tensor:
     return marked
 
 
+def check_read(reading: Reading | None) -> None:
+    """Checks that the attention has read what the cache left packed at the step before.
+
+    Raises:
+        RuntimeError: If it has not: a model has changed the keys on their way, and lost what they were marked with.
+    """
+    if reading is not None and not reading.done:
+        msg = (
+            "the attention must read the keys that a packed cache gives, as they are: got a step whose past was not "
+            "read. Dequantize the cache of this model (BITPLAN_KERNELS=reference)."
+        )
+        raise RuntimeError(msg)
+
+
 def find_mark(key: Tensor) -> PackedPast | None:
     """Returns what keys were marked with."""
     return getattr(key, _MARK, None)
@@ -86,5 +109,6 @@ def attend_packed(query: Tensor, past: PackedPast, mask: Tensor | None, scaling:
     """
     from runtime.kernels.triton.decode_attention import decode_attention
 
+    past.reading.done = True
     seen = None if mask is None else mask.expand(query.shape[0], -1, -1, -1)[:, 0, 0]
     return decode_attention(query, past.keys, past.values, past.packed_count, past.tail, seen, scaling)

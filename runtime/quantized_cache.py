@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from runtime.cached_attention import INTERFACE, CacheFormats, find_formats_by_module
 from runtime.formats import Format
-from runtime.packed_attention import find_packed_past, mark_past
+from runtime.packed_attention import Reading, check_read, find_packed_past, mark_past
 from runtime.packed_states import make_packed_states
 
 
@@ -33,6 +33,8 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, keys: Format, values: Format, config: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._config = config
+        # Of the last step, where its attention was to read the past packed.
+        self._reading: Reading | None = None
         self._formats = (keys, values)
         self._past = (make_packed_states(keys), make_packed_states(values))
 
@@ -54,10 +56,15 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
         Returns:
             Those of all tokens; of this step alone where the attention reads the others packed.
+
+        Raises:
+            RuntimeError: If it was to read them so at the step before, and has not.
         """
         self.lazy_initialization(key_states, value_states)
         if self._config._attn_implementation == INTERFACE:
+            check_read(self._reading)
             past = find_packed_past(*self._past, key_states, value_states)
+            self._reading = None if past is None else past.reading
             if past is not None:
                 self._past[0].append(key_states)
                 self._past[1].append(value_states)
@@ -87,6 +94,7 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Forgets all tokens."""
         keys, values = self._formats
         self._past = (make_packed_states(keys), make_packed_states(values))
+        self._reading = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -166,6 +166,18 @@ def test_what_the_kernel_does_not_read_is_dequantized() -> None:
 
 
 @torch.no_grad()
+def test_an_attention_that_loses_the_past_is_seen() -> None:
+    model = build_tiny_llama(head_dim=32).requires_grad_(False)
+    read_packed_caches_(model)
+    cache = QuantizedCache(model, {unit.name: "int4_g32" for unit in find_cache_units(model)})
+    key = torch.randn(1, 2, 5, 32)
+    cache.update(key, key, 0)
+    cache.update(key[:, :, :1], key[:, :, :1], 0)
+    with pytest.raises(RuntimeError, match="past was not read"):
+        cache.update(key[:, :, :1], key[:, :, :1], 0)
+
+
+@torch.no_grad()
 def test_a_model_generates_the_same_text() -> None:
     model = build_tiny_llama(head_dim=32).requires_grad_(False)
     names = ("int8_t32", "int4_g32", "bf16", "int8_channel")
