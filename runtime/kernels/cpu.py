@@ -26,8 +26,8 @@ from runtime.kernels.build import CompilationFailed, compile_library, library_pa
 # Instruction sets, by the number the library knows them under.
 LEVELS = ("portable", "avx2", "avx512")
 _NULL = 0
-# What codes are, by the number the library knows it under; integers are 0.
-_FLOATS = {torch.bfloat16: 1, torch.float16: 2}
+# What codes are, by the number the library knows it under.
+_INTEGER, _FLOATS, _BINARY = 0, {torch.bfloat16: 1, torch.float16: 2}, 3
 
 
 class Matrix(ctypes.Structure):
@@ -57,13 +57,18 @@ class _Product(ctypes.Structure):
 
 
 class StoredMatrix(NamedTuple):
-    """A weight in its stored layout, as ``runtime.kernels.reference.dequantize_stored`` documents it."""
+    """A weight in its stored layout, as ``runtime.kernels.reference.dequantize_stored`` documents it.
+
+    Where ``two_values``, one bit chooses between two values of its group: ``scale`` holds the higher ones, and
+    ``zero_point`` the lower ones in float16, or None where these are minus the higher ones.
+    """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     bits: int
     columns: int
+    two_values: bool = False
 
 
 class Product(NamedTuple):
@@ -95,7 +100,8 @@ def describe_matrix(stored: StoredMatrix, lookup: Tensor | None = None) -> Matri
     zero_point = _NULL if stored.zero_point is None else stored.zero_point.data_ptr()
     addresses = stored.codes.data_ptr(), stored.scale.data_ptr(), zero_point
     place = _NULL if lookup is None else lookup.data_ptr()
-    matrix = Matrix(*addresses, rows, stored.columns, stored.bits, stored.columns // groups, place)
+    element = _BINARY if stored.two_values else _INTEGER
+    matrix = Matrix(*addresses, rows, stored.columns, stored.bits, stored.columns // groups, place, element)
     matrix.lookup_memory = lookup
     return matrix
 

@@ -1,9 +1,9 @@
 """Which path computes a product with a packed weight.
 
 The Triton kernels on CUDA devices (and on the CPU where Triton's interpreter is asked for), the compiled CPU kernels
-for integers and 16-bit floating point on the CPU; the reference everywhere else: other devices, float64, formats the
-kernels do not know, and wherever a gradient is wanted. ``kernel_path`` and the environment variable BITPLAN_KERNELS
-name a path instead: ``reference``, or an instruction set of ``runtime.kernels.cpu.LEVELS``.
+for integers, one bit and 16-bit floating point on the CPU; the reference everywhere else: other devices, float64,
+formats the kernels do not know, and wherever a gradient is wanted. ``kernel_path`` and the environment variable
+BITPLAN_KERNELS name a path instead: ``reference``, or an instruction set of ``runtime.kernels.cpu.LEVELS``.
 """
 
 import os
@@ -110,7 +110,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, rounding: ActivationR
     if not has_kernel(weight.format) or x.dtype not in _KERNEL_DTYPES:
         return linear_reference(x, weight(), bias)
     if torch.compiler.is_compiling():
-        if not _is_integer(weight.format):
+        if weight.format.kind != "int":
             return linear_reference(x, weight(), bias)
         stored = stored_matrix(weight)
         y: Tensor = torch.ops.bitplan.packed_linear(x, *stored[:3], stored.bits, stored.columns)
@@ -160,7 +160,7 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
         weight: The packed weight.
         rows: [n] int64, or None.
     """
-    if not _is_integer(weight.format) or torch.compiler.is_compiling():
+    if not _has_codes(weight.format) or torch.compiler.is_compiling():
         return None
     matrix = find_matrix(weight, torch.device("cpu") if rows is None else rows.device)
     kernels = None if matrix is None else selected_kernels()
@@ -181,8 +181,8 @@ def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
     """
     if weight.format.kind == "float":
         return _find_floats(weight, device)
-    codes, scale = weight._buffers["codes"], weight._buffers["scale"]
-    assert codes is not None and scale is not None
+    stored = stored_matrix(weight)
+    codes, scale = stored.codes, stored.scale
     if device.type != "cpu" or codes.device.type != "cpu":
         return None
     kept: Matrix | None = weight.__dict__.get("_matrix")
@@ -193,7 +193,7 @@ def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
     if kept is None or kept.codes != codes.data_ptr() or kept.scale != scale.data_ptr():
         if isinstance(codes, FakeTensor) or scale.dtype != torch.float16 or not codes.is_contiguous():
             return None
-        kept = describe_matrix(stored_matrix(weight), None if lookup is None else lookup.memory)
+        kept = describe_matrix(stored, None if lookup is None else lookup.memory)
         weight.__dict__["_matrix"] = kept
     return kept
 
@@ -250,20 +250,23 @@ def _identify(weight: Packed) -> tuple[tuple[int, int], ...]:
 
 
 def stored_matrix(weight: Packed) -> StoredMatrix:
-    """Returns the tensors of an integer weight."""
-    codes, scale = weight._buffers["codes"], weight._buffers["scale"]
-    assert codes is not None and scale is not None
-    return StoredMatrix(codes, scale, weight._buffers.get("zero_point"), weight.format.bits, weight.shape[1])
+    """Returns the tensors of a weight of integers or of one bit."""
+    tensors, format_ = weight._buffers, weight.format
+    two_values = format_.kind == "binary"
+    scale, zero_point = ("high", "low") if two_values and not format_.symmetric else ("scale", "zero_point")
+    codes, scales = tensors["codes"], tensors[scale]
+    assert codes is not None and scales is not None
+    return StoredMatrix(codes, scales, tensors.get(zero_point), format_.bits, weight.shape[1], two_values)
 
 
 def has_kernel(format_: Format) -> bool:
-    """Returns True where the CPU kernels know a format: integers, and 16-bit floating point."""
-    return format_.kind == "float" or _is_integer(format_)
+    """Returns True where the CPU kernels know a format: integers, one bit, and 16-bit floating point."""
+    return format_.kind == "float" or _has_codes(format_)
 
 
-def _is_integer(format_: Format) -> bool:
+def _has_codes(format_: Format) -> bool:
     # Scales of other types are read by their codecs alone.
-    return format_.kind == "int" and format_.scale_type == "fp16"
+    return format_.kind in ("int", "binary") and format_.scale_type == "fp16"
 
 
 def _fits(x: Tensor, weight: Packed, bias: Tensor | None) -> bool:

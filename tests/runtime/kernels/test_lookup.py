@@ -200,9 +200,9 @@ def test_other_weights_have_no_layout(case: tuple[int, int]) -> None:
     assert other.lookup_bytes(describe_matrix(stored)) == 0
 
 
-def make_linear(seed: int = 0) -> QuantizedLinear:
-    weight = torch.randn(70, 384, generator=torch.Generator().manual_seed(seed))
-    linear = QuantizedLinear(pack_weight(weight, find_format("int2_g64")))
+def make_linear(seed: int = 0, format_name: str = "int2_g64") -> QuantizedLinear:
+    weight = torch.randn(70, 384, generator=torch.Generator().manual_seed(seed)) + 0.2
+    linear = QuantizedLinear(pack_weight(weight, find_format(format_name)))
     use_lookup_(linear.weight, torch.zeros(lookup_bytes(linear.weight), dtype=torch.uint8))
     return linear
 
@@ -210,6 +210,16 @@ def make_linear(seed: int = 0) -> QuantizedLinear:
 def reads_layout(linear: QuantizedLinear) -> bool:
     matrix = find_matrix(linear.weight, torch.device("cpu"))
     return matrix is not None and matrix.lookup != 0
+
+
+@pytest.mark.parametrize("format_name", ["int1_g64", "int1_g32_sym", "int1_channel", "int2_g128", "int3_channel_sym"])
+def test_formats_of_few_bits_are_within_rounding_of_float64(format_name: str) -> None:
+    linear = make_linear(3, format_name)
+    assert reads_layout(linear)
+    for tokens in (1, 4):
+        x = draw_activations(tokens, 384)
+        expected = x.double() @ linear.weight().double().T
+        assert (linear(x) - expected).norm() <= 2e-4 * expected.norm()
 
 
 def test_a_layer_computes_by_its_layout_until_other_numbers_are_loaded() -> None:
