@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from runtime.activation_formats import ActivationRounding
 from runtime.codecs import CODECS, StoredTensors
 from runtime.codecs.integer import pack_quantized
 from runtime.kernels import dispatch
@@ -104,9 +105,14 @@ class QuantizedLinear(nn.Module):
         self.weight = weight
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns [..., out_features] for x [..., in_features]."""
-        return dispatch.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, rounding: ActivationRounding | None = None) -> Tensor:
+        """Returns [..., out_features] for x [..., in_features].
+
+        Args:
+            x: What the layer reads.
+            rounding: How it rounds it first (``simulated_activations`` passes it); None to leave it as it is.
+        """
+        return dispatch.linear(x, self.weight, self.bias, rounding)
 
 
 class QuantizedEmbedding(nn.Module):

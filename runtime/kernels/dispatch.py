@@ -14,6 +14,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from runtime.activation_formats import ActivationRounding
 from runtime.kernels import triton as triton_kernels
 from runtime.kernels.cpu import (
     LEVELS,
@@ -68,8 +69,19 @@ def uses_triton(device: torch.device) -> bool:
     return triton_kernels.serves(device.type) and _selected_path() == AUTOMATIC
 
 
-def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
-    """Returns x W' + bias, [..., rows] in the type of x, for x [..., columns]."""
+def linear(x: Tensor, weight: Packed, bias: Tensor | None, rounding: ActivationRounding | None = None) -> Tensor:
+    """Returns x W' + bias, [..., rows] in the type of x, for x [..., columns].
+
+    Args:
+        x: What is multiplied, before it is rounded.
+        weight: The packed weight [rows, columns].
+        bias: [rows], or None.
+        rounding: How x is rounded first. Where the Triton kernels multiply the integers themselves, their sums are
+            exact; elsewhere what they stand for is multiplied, rounded to the type of x.
+    """
+    if rounding is not None:
+        product = _multiply_integers(x, weight, bias, rounding)
+        return linear(rounding.render(x), weight, bias) if product is None else product
     if uses_triton(x.device):
         # Imported where it is needed: on other machines there may be no Triton.
         from runtime.kernels.triton.packed_product import packed_linear
@@ -92,6 +104,14 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     if len(planes) == 1:
         return _multiply(kernels, x, planes[0].matrix, bias)
     return _sum_products(kernels, x, planes, bias)
+
+
+def _multiply_integers(x: Tensor, weight: Packed, bias: Tensor | None, rounding: ActivationRounding) -> Tensor | None:
+    if not uses_triton(x.device):
+        return None
+    from runtime.kernels.triton.packed_product import packed_integer_linear
+
+    return packed_integer_linear(x, weight, bias, rounding)
 
 
 def linear_many(xs: Sequence[Tensor], weights: Sequence[Packed]) -> list[Tensor]:
