@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from allocator.prefixes import PrefixFound, find_prefix
     from allocator.pricing import Priced, price
     from allocator.store import Store
+    from runtime.read_widths import set_width_
     from sensitivity.measure_config import MeasureConfig
     from sensitivity.profile import SensitivityProfile, load_profile, save_profile
 
@@ -67,6 +68,7 @@ _HOME = {
     "report": "allocator.pipeline",
     "save_plan": "allocator.plan_files",
     "save_profile": "sensitivity.profile",
+    "set_width_": "runtime.read_widths",
 }
 __all__ = [
     "Applied",
@@ -103,6 +105,7 @@ __all__ = [
     "report",
     "save_plan",
     "save_profile",
+    "set_width_",
 ]
 
 

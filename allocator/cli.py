@@ -16,6 +16,7 @@ import click
 from allocator.budget import InfeasibleBudget, parse_bytes
 from allocator.cli_engines import ENGINE_COMMANDS
 from allocator.cli_further import FURTHER_COMMANDS
+from allocator.cli_generation import GENERATION_COMMANDS
 from allocator.cli_options import (
     budget_options,
     cache_options,
@@ -206,29 +207,6 @@ def apply(model: str, low_memory: bool, plan_path: Path, out: Path, prefix: Path
 
 
 @cli.command()
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, help="Text to continue.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@printed
-def generate(directory: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
-    """Continue a text with the packed model in DIRECTORY, behind its prefix if it has one."""
-    from allocator.generation import generate_text
-    from allocator.pipeline import load
-    from runtime.compiled_decoder import find_obstacle
-    from runtime.transforms.prefix_tokens import PREFIX_FILE, load_prefix
-
-    model, tokenizer = load(directory)
-    obstacle = find_obstacle(model)
-    if obstacle is not None:
-        click.echo(f"generating module by module, which is slower. {obstacle}", err=True)
-    path = directory / PREFIX_FILE
-    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    return generate_text(model, tokenizer, prompt, **sampling, prefix=load_prefix(path) if path.exists() else None)
-
-
-@cli.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-output"), show_default=True)
 @click.option("--memory", default="70MiB", show_default=True, help="Budget of the demonstration.")
 def demo(out: Path, memory: str) -> None:
@@ -238,7 +216,7 @@ def demo(out: Path, memory: str) -> None:
     with_progress(run_demo, out, parse(lambda: parse_bytes(memory)))
 
 
-for _command in (*REPORT_COMMANDS, *FURTHER_COMMANDS, *ENGINE_COMMANDS, *SERVICE_COMMANDS):
+for _command in (*GENERATION_COMMANDS, *REPORT_COMMANDS, *FURTHER_COMMANDS, *ENGINE_COMMANDS, *SERVICE_COMMANDS):
     cli.add_command(_command)
 
 

@@ -91,6 +91,13 @@ def prefix_text(document: dict[str, Any]) -> str:
     return "\n".join(lines + ([table(document["scores"])] if document["scores"] else []))
 
 
+def skipping_text(document: dict[str, Any]) -> str:
+    skipping = document["skipping"]
+    names = ("layers", "ratio", "magnitude")
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*(skipping[name] for name in names), strict=True)]
+    return f"{table(rows)}\n\n{table(document['scores'])}"
+
+
 def plan_text(made: "Plan") -> str:
     from collections import Counter
 

@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runtime.draft_generation import DraftCount, continue_with_drafts
 from runtime.greedy_generation import continue_greedily
 from runtime.packed_model import make_packed_cache
+from runtime.read_widths import find_lowest_width
 
 if TYPE_CHECKING:
     from runtime.transforms.prefix_tokens import Prefix
@@ -35,10 +37,7 @@ def generate_text(
     Raises:
         ValueError: If the prompt has no token.
     """
-    inputs = tokenizer(prompt, return_tensors="pt")
-    if inputs.input_ids.shape[1] == 0:
-        msg = f"a prompt must have at least one token: got {prompt!r}. Write a few words."
-        raise ValueError(msg)
+    inputs = _read_prompt(tokenizer, prompt)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": False, "past_key_values": make_packed_cache(model)}
     if temperature > 0:
@@ -63,3 +62,56 @@ def generate_text(
         )
     text: str = tokenizer.decode(tokens[0, hidden:], skip_special_tokens=True)
     return text
+
+
+def generate_by_drafts(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    draft_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    prefix: "Prefix | None" = None,
+) -> tuple[str, DraftCount]:
+    """Returns what ``generate_text`` does without sampling, and how many of the tokens were drafted.
+
+    Args:
+        model: A packed model with nested weights.
+        tokenizer: Its tokenizer.
+        prompt: Text to continue.
+        max_new_tokens: Most tokens of the continuation.
+        draft_tokens: Tokens drafted at a time, at the lowest width of the nested weights.
+        temperature: 0.
+        seed: Not used, as nothing is drawn.
+        prefix: Tokens before the prompt, with their keys and values.
+
+    Raises:
+        ValueError: If the prompt has no token, tokens are to be drawn, the model's cache is quantized, it has no nested
+            weights, or its generation config asks for more than the most likely token.
+    """
+    if temperature > 0:
+        msg = f"drafts must be judged by the most likely token: got temperature={temperature}. Use 0, or no drafts."
+        raise ValueError(msg)
+    if make_packed_cache(model) is not None:
+        msg = "drafts must be taken back from a plain cache: got a model with cache formats. Generate without drafts."
+        raise ValueError(msg)
+    inputs = _read_prompt(tokenizer, prompt)
+    tokens, count = continue_with_drafts(
+        model,
+        inputs.input_ids,
+        max_new_tokens=max_new_tokens,
+        draft_tokens=draft_tokens,
+        width=find_lowest_width(model),
+        past=None if prefix is None else prefix.make_cache(1),
+    )
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True)), count
+
+
+def _read_prompt(tokenizer: Any, prompt: str) -> Any:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs.input_ids.shape[1] == 0:
+        msg = f"a prompt must have at least one token: got {prompt!r}. Write a few words."
+        raise ValueError(msg)
+    return inputs

@@ -24,10 +24,13 @@ from allocator.prefixes import check_prefix
 from allocator.problems import build_cost_tables
 from allocator.progress import Progress, silent
 from allocator.renderings import needs_statistics, rendering_of_plan
+from allocator.skipping import open_skipping
 from allocator.store import Store
 from allocator.transformed import transform_again_
 from allocator.verification import REFERENCE, make_evaluation, score_cached
+from runtime.expert_skipping import ExpertSkipping, install_skipping_
 from runtime.packed_model import check_packed_place, load_packed, packed_bytes, save_packed_
+from runtime.read_widths import set_width_
 from runtime.transforms.prefix_tokens import PREFIX_FILE, save_prefix
 from sensitivity.calibration import read_sequences
 from sensitivity.profile import SensitivityProfile
@@ -171,13 +174,26 @@ def apply(
     return Applied(directory=out, file_bytes=file_bytes, predicted_bytes=predicted_bytes)
 
 
-def load(directory: str | Path) -> tuple[Any, Any]:
+def load(
+    directory: str | Path, *, width: int | None = None, skip_experts: ExpertSkipping | float | str | None = None
+) -> tuple[Any, Any]:
     """Returns a packed model and its tokenizer.
 
+    Args:
+        directory: Where it lies.
+        width: Bits at which its nested weights are read, until ``set_width_`` says otherwise; None for all.
+        skip_experts: Which experts its tokens skip: as found, its file, or one ratio for all layers; None for none.
+
     Raises:
-        ValueError: If the directory holds no packed model, or its file is incomplete.
+        ValueError: If the directory holds no packed model, its file is incomplete, no weight has such a
+            width, or experts are to be skipped that it does not have.
     """
     model, tokenizer, _ = load_packed(Path(directory))
+    if width is not None:
+        set_width_(model, width)
+    if skip_experts is not None:
+        found = skip_experts if isinstance(skip_experts, ExpertSkipping) else open_skipping(model, str(skip_experts))
+        install_skipping_(model, found)
     return model, tokenizer
 
 

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from runtime.apply import pack_weight
 from runtime.formats import Format, find_format
 from runtime.kernels.cpu import Product, load_kernels
-from runtime.kernels.dispatch import find_matrix, kernel_path, selected_kernels
+from runtime.kernels.dispatch import kernel_path, selected_kernels
+from runtime.kernels.weight_views import find_matrix
 from runtime.packed import PackedWeight, QuantizedLinear
 from runtime.weight_memory import gather_weights_, reserve_large_pages
 
@@ -43,7 +44,7 @@ READ_BYTES = 8 << 20
 ROUNDS = 12
 CALLS_A_TURN = 5
 PRODUCTS_A_CALL = 4
-BITS = (2, 3, 4, 5, 6, 7, 8)
+BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 PROPORTIONAL_BITS = (4, 5, 6, 7, 8)
 Call = Callable[[], object]
 _kept: list[nn.Module] = []

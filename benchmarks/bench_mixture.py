@@ -37,7 +37,7 @@ def main() -> None:
     kernels = selected_kernels()
     assert kernels is not None, "the CPU kernels must be there to be timed"
     with torch.no_grad():
-        text = "\n".join([*_describe(kernels.level), *_rows(_build_layers()), ""])
+        text = "\n".join([*_describe(kernels.level), *_rows(build_layers()), ""])
     (Path(__file__).parent / "mixture.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
@@ -58,7 +58,7 @@ def _describe(level: str) -> list[str]:
     ]
 
 
-def _build_layers() -> Layers:
+def build_layers() -> Layers:
     """Returns copies of one layer."""
     sizes = ((2 * FEED_FORWARD, HIDDEN), (HIDDEN, FEED_FORWARD))
     generator = torch.Generator().manual_seed(3)
@@ -86,7 +86,7 @@ def _build_layer(first: list[PackedWeight], last: list[PackedWeight]) -> Any:
 def _rows(layers: Layers) -> list[str]:
     x = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(4))
     calls: dict[str, list[Callable[[], object]]] = {
-        str(used): [partial(layer, x, *_routing(used)) for layer in layers] for used in USED
+        str(used): [partial(layer, x, *route_to(used)) for layer in layers] for used in USED
     }
     times = time_in_turns(calls, rounds=ROUNDS)
     alone = {bits: times[str([i])] for i, bits in enumerate(BITS)}
@@ -104,7 +104,7 @@ def _rows(layers: Layers) -> list[str]:
     return lines
 
 
-def _routing(used: list[int]) -> tuple[Tensor, Tensor]:
+def route_to(used: list[int]) -> tuple[Tensor, Tensor]:
     return torch.tensor([used]), torch.full((1, len(used)), 1 / len(used))
 
 
@@ -114,9 +114,9 @@ def _expert_bytes(bits: int) -> int:
 
 
 def _error(layer: Any, x: Tensor, used: list[int]) -> float:
-    y = layer(x, *_routing(used))
+    y = layer(x, *route_to(used))
     with kernel_path("reference"):
-        expected = layer(x, *_routing(used))
+        expected = layer(x, *route_to(used))
     return float((y - expected).norm() / expected.norm())
 
 

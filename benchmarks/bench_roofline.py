@@ -7,18 +7,22 @@ the rest is arithmetic with published bandwidths and clocks (``runtime/kernels/t
 """
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from machine import describe_machine
 
+from runtime.cache_formats import TokenBlockFormat, find_cache_formats
 from runtime.elements import ELEMENTS
 from runtime.formats import Format, find_format
-from runtime.kernels.triton.aot import compile_weight_only
+from runtime.kernels.triton.aot import compile_integer_product, compile_weight_only
+from runtime.kernels.triton.aot_attention import compile_decode_attention
+from runtime.kernels.triton.decode_attention import describe_states
 from runtime.kernels.triton.devices import DEVICES, Device
 from runtime.kernels.triton.fragment_layout import pack_fragments
-from runtime.kernels.triton.launch_table import Launch, LaunchKey, find_launch
+from runtime.kernels.triton.launch_table import Launch, LaunchKey, find_attention_launch, find_launch
 
 BITS = tuple(range(1, 9))
 GROUP_SIZE = 128
@@ -27,6 +31,8 @@ SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
 SMALL_SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536))
 LOGIC = ("LOP3", "SHF", "PRMT")
 WARP = 32
+CACHES = ("fp16", "int8_g32", "int6_g32", "int4_g32", "int4_channel", "int4_t32", "int3_g32", "int2_g32", "int2_t32")
+HEAD_DIM = 128
 OTHER_CODES = (
     ("int8_g128", "bf16"),
     ("mxfp4", "fp16"),
@@ -158,6 +164,63 @@ def list_other_codes(device: Device) -> list[str]:
     return lines
 
 
+def list_integer_products(device: Device, rows: int = 1) -> list[str]:
+    """Returns the table of products with activations of 8 bits, beside what a device can issue at its bandwidth."""
+    lines = [
+        "| bits | instructions | of them logic | budget | share of the bandwidth | bound by | registers |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for bits in BITS:
+        key = replace(make_key(device, bits, (4096, 4096), rows, GROUP_SIZE), activation_bits=8)
+        product = compile_integer_product(key, find_launch(key, device))
+        logic = product.code.count(*LOGIC) / product.weights_per_step
+        weights_per_s = device.read_bytes_per_s / (make_format(bits, GROUP_SIZE).storage_bytes((1, 4096)) / 4096)
+        budget = device.issues_per_s * WARP / weights_per_s
+        shares = {"bytes": 1.0, "instructions": budget / product.instructions_per_weight, "logic": budget / 2 / logic}
+        bound = min(shares, key=lambda name: shares[name])
+        lines.append(
+            f"| {bits} | {product.instructions_per_weight:.2f} | {logic:.2f} | {budget:.2f} | "
+            f"{100 * shares[bound]:.0f}% | {bound} | {product.code.registers} |"
+        )
+        print(device.name, "A8", lines[-1], flush=True)
+    return lines
+
+
+def list_attention(device: Device) -> list[str]:
+    """Returns the table of attention over packed caches, 128 numbers a head, four float16 query heads a key head."""
+    lines = [
+        "| keys and values | instructions | budget | share of the bandwidth | registers | shared KiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in CACHES:
+        [format_] = find_cache_formats([name])
+        block = format_.token_block if isinstance(format_, TokenBlockFormat) else 0
+        row = format_.row_format if isinstance(format_, TokenBlockFormat) else format_
+        states, length = describe_states(row, block), block or HEAD_DIM
+        product = compile_decode_attention(
+            states,
+            states,
+            architecture=device.architecture,
+            dtype="fp16",
+            head_dim=HEAD_DIM,
+            shared=4,
+            launch=find_attention_launch(device, 8, 8192, 2 * HEAD_DIM),
+        )
+        budget = device.issues_per_s * WARP / (device.read_bytes_per_s / (row.storage_bytes((1, length)) / length))
+        issued = product.instructions_per_weight
+        lines.append(
+            f"| {name} | {issued:.2f} | {budget:.2f} | {100 * min(1.0, budget / issued):.0f}% | "
+            f"{product.code.registers} | {product.shared_bytes / 1024:.0f} |"
+        )
+        print(device.name, lines[-1], flush=True)
+    return lines
+
+
+def tabulate(table: Callable[[Device], list[str]], names: Sequence[str]) -> list[str]:
+    """Returns a table for each of several devices, under its name."""
+    return [line for name in names for line in ("", f"{DEVICES[name].name}:", "", *table(DEVICES[name]))]
+
+
 def describe_devices() -> list[str]:
     """Returns the table of devices, with the source of each figure."""
     lines = ["| device | processors | clock, GHz | bandwidth, TB/s | source |", "|---|---|---|---|---|"]
@@ -202,6 +265,26 @@ def main() -> None:
         "in the mantissa and the exponent's last bit, put right by two multiply-adds 3.70.",
         "",
         *list_other_codes(DEVICES["h100"]),
+        "",
+        "## Activations of 8 bits, group 128, asymmetric, 1 row",
+        "",
+        "Four codes are unpacked into a register of an integer tensor core; sums of a group are integers, and become",
+        "floats once a group. Rows of activations are rounded by a launch before, which is not counted. The codes of 8",
+        "bits lie in two words and take three operations; written so that the compiler shuffles bytes instead,",
+        "compute capability 9.0 took 1.82 instructions and 8.0 took 5.07.",
+        "",
+        *tabulate(list_integer_products, options.devices),
+        "",
+        "H100 SXM, 16 rows:",
+        "",
+        *list_integer_products(DEVICES["h100"], 16),
+        "",
+        "## Attention of one token over a packed cache",
+        "",
+        "Instructions of the main loop for each number of a key or a value: unpacking, scaling, the way through shared",
+        "memory into the tensor core's order, both products, the softmax. 128 numbers a head, four query heads a key",
+        "head, float16. Tokens that are not packed yet and the sum of the splits are not counted.",
+        *tabulate(list_attention, ("a100", "h100")),
         "",
         "## Bytes of a product over the least possible, one row of activations",
         "",

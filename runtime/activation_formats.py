@@ -54,6 +54,11 @@ class ActivationFormat(Format):
         """The magnitude, in scales, that a scale is set by: half of the range of the codes, or the largest float."""
         return _E4M3_LARGEST if self.element else ((1 << self.bits) - 1) / 2
 
+    @property
+    def limit(self) -> int:
+        """Integers are from -limit to limit - 1."""
+        return 1 << (self.bits - 1)
+
 
 def _make_format(name: str, bits: int, element: str, scope: str, static: bool) -> ActivationFormat:
     return ActivationFormat(
@@ -75,6 +80,37 @@ ACTIVATION_FORMATS: dict[str, Format] = {
         if (format_ := _make_format(name, bits, element, scope, static))
     },
 }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ActivationRounding:
+    """How a layer rounds what it reads.
+
+    Args:
+        format: An activation format.
+        scale: Of a static format, [1] or [channels]; None for a dynamic one.
+    """
+
+    format: Format
+    scale: Tensor | None = None
+
+    def render(self, x: Tensor) -> Tensor:
+        """Returns activations [..., tokens, channels] as the layer reads them."""
+        return render_activations(x, self.format, self.scale)
+
+    def list_row_scales(self, x: Tensor) -> Tensor | None:
+        """Returns the scale of each row of activations, [rows] float32; None where it is that of the row alone.
+
+        Args:
+            x: [..., tokens, channels]; the format has a scale for a token or a tensor.
+        """
+        assert isinstance(self.format, ActivationFormat) and self.format.scope != "channel"
+        if self.format.scope == "token":
+            return None
+        rows = x.shape[:-1]
+        if self.scale is not None:
+            return torch.full((rows.numel(),), float(self.scale), dtype=torch.float32, device=x.device)
+        return _dynamic_scale(x.to(torch.float32), self.format).expand(*rows, 1).reshape(-1)
 
 
 def find_activation_formats(names: Iterable[str]) -> tuple[Format, ...]:
@@ -118,8 +154,12 @@ def round_to_scale(x: Tensor, format_: ActivationFormat, scale: Tensor) -> Tenso
     s = scale.clamp(min=_LEAST_SCALE)
     if format_.element:
         return (x / s).clamp_(-_E4M3_LARGEST, _E4M3_LARGEST).to(torch.float8_e4m3fn).to(torch.float32).mul_(s)
-    half = 1 << (format_.bits - 1)
-    return (x / s).round_().clamp_(-half, half - 1).mul_(s)
+    return round_to_integers(x, format_, s).mul_(s)
+
+
+def round_to_integers(x: Tensor, format_: ActivationFormat, scale: Tensor) -> Tensor:
+    """Returns the integers, in float32, of float32 activations in an integer format; the scale is not zero."""
+    return (x / scale).round_().clamp_(-format_.limit, format_.limit - 1)
 
 
 def spanning_scale(x: Tensor, format_: ActivationFormat, dims: tuple[int, ...]) -> Tensor:

@@ -30,11 +30,12 @@ from transformers.masking_utils import sdpa_mask
 
 from runtime.cache_formats import find_cache_formats
 from runtime.formats import Format
+from runtime.packed_attention import attend_packed, find_mark
 from runtime.past_states import render_past
 
 KEY_CACHE: Final = "key_cache"
 VALUE_CACHE: Final = "value_cache"
-_INTERFACE = "bitplan_cache"
+INTERFACE = "bitplan_cache"
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
@@ -156,6 +157,14 @@ def measure_attention_shapes(model: Any) -> tuple[AttentionShape, ...]:
     return tuple(seen)
 
 
+def read_packed_caches_(model: nn.Module) -> None:
+    """Lets a model's attention be ``attend``, which reads caches that stay packed, for good, where it was torch's."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == "sdpa":
+            config._attn_implementation = INTERFACE
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -188,6 +197,11 @@ def attend(
             "Leave the cache of this model unquantized (no cache formats)."
         )
         raise ValueError(msg)
+    past = find_mark(key)
+    if past is not None:
+        # The cache has left the past packed, for one token.
+        attended = attend_packed(query, past, attention_mask, scaling or query.shape[-1] ** -0.5)
+        return attended.transpose(1, 2).contiguous(), None
     observer: Callable[[nn.Module, Tensor, Tensor], None] | None = getattr(module, "attention_observer", None)
     if observer is not None:
         observer(module, key, value)
@@ -244,7 +258,7 @@ def _attention_through_interface(model: nn.Module) -> Iterator[None]:
     implementations = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():
-            config._attn_implementation = _INTERFACE
+            config._attn_implementation = INTERFACE
         yield
     finally:
         for key, config in configs.items():
@@ -252,5 +266,5 @@ def _attention_through_interface(model: nn.Module) -> Iterator[None]:
 
 
 # transformers looks attention up by name in tables of its own; what a module is to do is kept on the module.
-AttentionInterface.register(_INTERFACE, attend)
-AttentionMaskInterface.register(_INTERFACE, sdpa_mask)
+AttentionInterface.register(INTERFACE, attend)
+AttentionMaskInterface.register(INTERFACE, sdpa_mask)

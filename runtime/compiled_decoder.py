@@ -3,7 +3,8 @@
 ``install_compiled_decoder_`` gives a packed model a forward that takes the compiled pass (``kernels/decoder_step.py``)
 where a call continues one sequence with a cache, as ``generate`` does, and its own forward for all else: batches,
 padding, gradients, hooks, other devices and types, hidden states or attentions asked for. Both compute the same
-products with the same kernels; norms, rotation, softmax and gate differ by roundings of float32.
+products with the same kernels; norms, rotation, softmax and gate differ by roundings of float32. Where weights are read
+in two parts, the pass is that of ``kernels/plane_step.py``.
 """
 
 from typing import Any
@@ -16,8 +17,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from runtime.decoder_cache import DecoderCache, torch_floats
 from runtime.kernels.decoder_step import CompiledDecoder, DecoderTensors, LayerTensors, LinearTensors
-from runtime.kernels.dispatch import find_matrix, has_kernel, selected_kernels, uses_triton
-from runtime.packed import QuantizedLinear
+from runtime.kernels.dispatch import selected_kernels, uses_triton
+from runtime.kernels.plane_step import PlaneDecoder
+from runtime.kernels.weight_views import find_planes
+from runtime.packed import PackedWeight, QuantizedLinear
 
 # Their modules have the same names and the same order; Qwen 3 has norms of queries and keys besides.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -32,29 +35,37 @@ class NotCompiled(ValueError):
     """A model, or the way it is set up, that the compiled decoder does not know; the text says why."""
 
 
-def compile_decoder(model: Any) -> CompiledDecoder:
+def compile_decoder(model: Any) -> CompiledDecoder | PlaneDecoder:
     """Returns the compiled decoder of a packed model, which reads the model's own tensors.
 
     Raises:
         NotCompiled: If the model has another shape, or holds tensors that the kernels do not read.
     """
+    check_shape(model)
     config = model.config
-    _check_config(config)
-    _check_modules(model)
     layers = model.model.layers
     attention = layers[0].self_attn
-    return CompiledDecoder(
-        DecoderTensors(
-            layers=[_describe_layer(layer) for layer in layers],
-            last_norm=_norm_weight(model.model.norm, "the last norm"),
-            head=_describe_linear(model.lm_head, "lm_head"),
-            heads=config.num_attention_heads,
-            key_value_heads=config.num_key_value_heads,
-            head_dim=attention.head_dim,
-            epsilon=config.rms_norm_eps,
-            attention_scale=attention.scaling,
-        )
+    tensors = DecoderTensors(
+        layers=[_describe_layer(layer) for layer in layers],
+        last_norm=_norm_weight(model.model.norm, "the last norm"),
+        head=_describe_linear(model.lm_head, "lm_head"),
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        epsilon=config.rms_norm_eps,
+        attention_scale=attention.scaling,
     )
+    return CompiledDecoder(tensors) if tensors.has_single_planes else PlaneDecoder(tensors)
+
+
+def check_shape(model: Any) -> None:
+    """Checks what the compiled decoder asks of a model but its tensors.
+
+    Raises:
+        NotCompiled: If the model has another shape, or hooks.
+    """
+    _check_config(model.config)
+    _check_modules(model)
 
 
 def _check_config(config: Any) -> None:
@@ -100,15 +111,20 @@ def _describe_layer(layer: Any) -> LayerTensors:
 
 
 def _describe_linear(module: nn.Module, name: str) -> LinearTensors:
-    if not isinstance(module, QuantizedLinear) or not has_kernel(module.weight.format):
-        stored = module.weight.format.name if isinstance(module, QuantizedLinear) else type(module).__name__
-        msg = f"every weight must be in a format of the CPU kernels: got '{stored}' in {name}."
+    if not isinstance(module, QuantizedLinear):
+        msg = f"every weight must be packed: got '{type(module).__name__}' in {name}."
         raise NotCompiled(msg)
-    matrix = find_matrix(module.weight, _CPU)
-    if matrix is None or not torch_floats(module.bias):
-        msg = f"packed weights and their biases must lie on the CPU, in float32: got others in {name}."
+    planes = find_planes(module.weight, _CPU)
+    if not planes:
+        msg = (
+            "every weight must be on the CPU, in a format that the kernels read: got "
+            f"'{module.weight.format.name}' in {name}."
+        )
         raise NotCompiled(msg)
-    return LinearTensors(weight=matrix, bias=module.bias)
+    if not torch_floats(module.bias):
+        msg = f"biases must lie on the CPU, in float32: got another in {name}."
+        raise NotCompiled(msg)
+    return LinearTensors(planes=planes, bias=module.bias)
 
 
 def _norm_weight(norm: nn.Module, place: str) -> Tensor:
@@ -194,12 +210,12 @@ def find_obstacle(model: Any) -> str | None:
     return install_compiled_decoder_(model)
 
 
-def begin_sequence(model: Any) -> DecoderCache | None:
-    """Returns an empty cache for ``run_tokens``; None where the model's own forward must run."""
+def begin_sequence(model: Any, past: Any = None) -> DecoderCache | None:
+    """Returns a cache for ``run_tokens`` with what another holds; None where the model's own forward must run."""
     installed = isinstance(model, _DecodesCompiled)
     if not installed or model.training or not _has_kernels():
         return None
-    return _begin_cache(model, DynamicCache())
+    return _begin_cache(model, DynamicCache() if past is None else past)
 
 
 def _has_kernels() -> bool:
@@ -223,7 +239,24 @@ def _find_cache(
         ends = position_ids.reshape(-1)
         if len(ends) != tokens or int(ends[0]) != length or int(ends[-1]) != length + tokens - 1:
             return None
-    return past if isinstance(past, DecoderCache) else _begin_cache(model, past)
+    if not isinstance(past, DecoderCache):
+        return _begin_cache(model, past)
+    return past if past.is_current or _read_anew(model, past) else None
+
+
+def _read_anew(model: Any, cache: DecoderCache) -> bool:
+    """Lets a cache go on at the widths that weights are read at now; False where the model's own forward must run."""
+    try:
+        cache.decoder, cache.read = compile_decoder(model), _list_widths(model)
+    except NotCompiled:
+        return False
+    return True
+
+
+def _list_widths(model: nn.Module) -> list[tuple[PackedWeight, int]]:
+    """Returns the weights that can be read at several widths, and those that they are read at now."""
+    packed = (module for module in model.modules() if isinstance(module, PackedWeight))
+    return [(weight, weight.width) for weight in packed if len(weight.format.widths) > 1]
 
 
 def _begin_cache(model: Any, past: Any) -> DecoderCache | None:
@@ -231,7 +264,7 @@ def _begin_cache(model: Any, past: Any) -> DecoderCache | None:
     if type(past) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in past.layers):
         return None
     try:
-        cache = DecoderCache(compile_decoder(model))
+        cache = DecoderCache(compile_decoder(model), _list_widths(model))
     except NotCompiled:
         return None
     if past.get_seq_length():

@@ -3,6 +3,7 @@
 transformers sees an ordinary cache: a model that runs module by module may go on with it, and the other way round.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from runtime.kernels.decoder_step import CompiledDecoder
+from runtime.kernels.plane_step import PlaneDecoder
+from runtime.packed import PackedWeight
 
 _LEAST_CAPACITY = 256
 
@@ -98,11 +101,13 @@ class DecoderCache(Cache):
 
     Args:
         decoder: The decoder, as it was when the sequence began.
+        read: Weights that can be read at several widths, and the widths at which the decoder reads them.
     """
 
-    def __init__(self, decoder: CompiledDecoder) -> None:
+    def __init__(self, decoder: CompiledDecoder | PlaneDecoder, read: Sequence[tuple[PackedWeight, int]] = ()) -> None:
         self.decoder = decoder
-        self.states = decoder.make_states(_LEAST_CAPACITY)
+        self.read = read
+        self.states = decoder.tensors.make_states(_LEAST_CAPACITY)
         # Cosines and sines of the positions that there is room for; made when they are first wanted.
         self.rotation: tuple[Tensor, Tensor] | None = None
         self._own = [DecoderCacheLayer(self, i) for i in range(len(decoder.tensors.layers))]
@@ -113,12 +118,17 @@ class DecoderCache(Cache):
         """Tokens held."""
         return self._own[0].length
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the decoder reads weights at the widths that they are read at now."""
+        return all(weight.width == width for weight, width in self.read)
+
     def reserve(self, token_count: int) -> None:
         """Makes room for so many tokens in all."""
         capacity = self.states.shape[3]
         if token_count <= capacity:
             return
-        grown = self.decoder.make_states(max(token_count, 2 * capacity))
+        grown = self.decoder.tensors.make_states(max(token_count, 2 * capacity))
         grown[:, :, :, :capacity] = self.states
         self.states = grown
 

@@ -159,6 +159,17 @@ _FAMILIES: tuple[Iterable[Format], ...] = (
         for g in (64, 128, None)
     ),
     (
+        Format(
+            name=f"nested{prefix}_{bits}_{_group_name(g)}",
+            kind="double_rounding",
+            bits=bits,
+            group_size=g,
+            prefix_bits=prefix,
+        )
+        for prefix, bits in ((4, 6), (4, 8))
+        for g in (32, 64, 128, None)
+    ),
+    (
         Format(name=f"bitstack{blocks}_r{rank}", kind="residual_blocks", bits=blocks, rank=rank)
         for blocks in (1, 2, 3, 4)
         for rank in (4, 16)

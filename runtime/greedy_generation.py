@@ -30,13 +30,12 @@ def continue_greedily(model: Any, input_ids: Tensor, *, max_new_tokens: int) -> 
         input_ids: [1, tokens], at least one.
         max_new_tokens: Most tokens of the continuation.
     """
-    config = model.generation_config
-    if not set(config.to_diff_dict()) <= _HARMLESS:
+    if _find_demands(model):
         return None
     cache = begin_sequence(model)
     if cache is None:
         return None
-    ends = _list_ends(config.eos_token_id)
+    ends = list_ends(model.generation_config.eos_token_id)
     found: list[int] = []
     step = input_ids
     while len(found) < max_new_tokens and not (found and found[-1] in ends):
@@ -46,5 +45,25 @@ def continue_greedily(model: Any, input_ids: Tensor, *, max_new_tokens: int) -> 
     return torch.cat([input_ids, torch.tensor([found])], dim=1)
 
 
-def _list_ends(token: int | list[int] | None) -> Collection[int]:
+def check_plainly_greedy(model: Any) -> None:
+    """Checks that a model's generation config asks for nothing but the most likely token.
+
+    Raises:
+        ValueError: If it does.
+    """
+    demands = _find_demands(model)
+    if demands:
+        msg = (
+            f"drafts must be judged by the most likely token alone: got {', '.join(sorted(demands))} in the model's "
+            "generation config. Generate without drafts."
+        )
+        raise ValueError(msg)
+
+
+def _find_demands(model: Any) -> set[str]:
+    return set(model.generation_config.to_diff_dict()) - _HARMLESS
+
+
+def list_ends(token: int | list[int] | None) -> Collection[int]:
+    """Returns the tokens that end texts, as a generation config has them."""
     return () if token is None else [token] if isinstance(token, int) else token

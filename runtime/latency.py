@@ -22,7 +22,8 @@ from runtime.candidates import Candidates
 from runtime.costs import CostTable, visit_share
 from runtime.formats import Format
 from runtime.kernels.cpu import Product
-from runtime.kernels.dispatch import find_matrix, has_kernel, selected_kernels
+from runtime.kernels.dispatch import selected_kernels
+from runtime.kernels.weight_views import find_matrix
 from runtime.packed import PackedWeight, QuantizedEmbedding, QuantizedLinear
 from runtime.units import Unit, Weight
 from runtime.weight_memory import gather_weights_
@@ -121,10 +122,12 @@ def _list_calls(modules: list[nn.Module], columns: int, products_of_call: int) -
     """Returns calls of the CPU kernels, each over as many of the modules; None where they do not compute these."""
     kernels = selected_kernels()
     weights = [module.weight for module in modules]
-    if kernels is None or not all(isinstance(w, PackedWeight) and has_kernel(w.format) for w in weights):
+    if kernels is None:
         return None
     matrices = [find_matrix(weight, torch.device("cpu")) for weight in weights if isinstance(weight, PackedWeight)]
     products = [Product(torch.ones(1, columns), matrix) for matrix in matrices if matrix is not None]
+    if len(products) < len(modules):
+        return None
     starts = range(0, len(products) - products_of_call + 1, products_of_call)
     return [kernels.prepare(products[start : start + products_of_call])[1] for start in starts]
 

@@ -11,9 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from runtime.activation_formats import ActivationRounding
 from runtime.codecs import CODECS, StoredTensors
 from runtime.codecs.integer import pack_quantized
 from runtime.kernels import dispatch
+from runtime.kernels.weight_views import release_elsewhere_
 from runtime.quantization import QuantizedWeight
 from runtime.storage import Format
 
@@ -21,7 +23,8 @@ from runtime.storage import Format
 class PackedWeight(nn.Module):
     """One matrix [out_features, in_features] in its stored format.
 
-    Its buffers are ``format_.stored_tensors(shape)``, empty and on the meta device until they are filled.
+    Its buffers are ``format_.stored_tensors(shape)``, empty and on the meta device until they are filled. It is read at
+    ``width`` bits, one of ``format_.widths``: the full one, until ``runtime.read_widths`` says otherwise.
 
     Args:
         format_: The format.
@@ -34,6 +37,7 @@ class PackedWeight(nn.Module):
     def __init__(self, format_: Format, shape: tuple[int, int]) -> None:
         super().__init__()
         self.format = format_
+        self.width = format_.bits
         self.shape = shape
         for tensor in format_.stored_tensors(shape):
             empty = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta")
@@ -67,7 +71,10 @@ class PackedWeight(nn.Module):
         dense = dispatch.dequantize(self, rows)
         if dense is not None:
             return dense
-        return CODECS[self.format.kind].decode(self.tensors, self.format, self.shape, rows)
+        codec = CODECS[self.format.kind]
+        if codec.at_width is not None:
+            return codec.at_width(self.tensors, self.format, self.shape, self.width, rows)
+        return codec.decode(self.tensors, self.format, self.shape, rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
         # A model may be cast to another type; what is stored keeps its own and only moves.
@@ -77,7 +84,7 @@ class PackedWeight(nn.Module):
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
-        dispatch.release_elsewhere_(self)
+        release_elsewhere_(self)
         return self
 
     def extra_repr(self) -> str:
@@ -98,9 +105,14 @@ class QuantizedLinear(nn.Module):
         self.weight = weight
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns [..., out_features] for x [..., in_features]."""
-        return dispatch.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, rounding: ActivationRounding | None = None) -> Tensor:
+        """Returns [..., out_features] for x [..., in_features].
+
+        Args:
+            x: What the layer reads.
+            rounding: How it rounds it first (``simulated_activations`` passes it); None to leave it as it is.
+        """
+        return dispatch.linear(x, self.weight, self.bias, rounding)
 
 
 class QuantizedEmbedding(nn.Module):

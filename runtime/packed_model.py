@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from runtime.apply import FormatsByWeight, apply_formats_, install_empty_formats_
+from runtime.cached_attention import read_packed_caches_
 from runtime.checkpoint import (
     CHECKPOINT_FILE,
     fixed_bytes,
@@ -22,10 +23,11 @@ from runtime.checkpoint import (
     read_metadata,
     save_checkpoint,
 )
-from runtime.compiled_decoder import install_compiled_decoder_
+from runtime.compiled_decoder import NotCompiled, check_shape, install_compiled_decoder_
 from runtime.file_bytes import weight_bytes
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.formats import find_format
+from runtime.kernels.dispatch import uses_triton
 from runtime.loading import PACKED_CONFIG_KEY, ReferenceModel, call_transformers
 from runtime.quantized_cache import QuantizedCache
 from runtime.rendering import RenderingRule
@@ -162,8 +164,13 @@ def prepare_generation_(model: Any) -> None:
     Args:
         model: With its weights.
     """
-    if install_compiled_decoder_(model) is None:
-        gather_weights_(model)
+    try:
+        check_shape(model)
+    except NotCompiled:
+        return
+    # First: some formats are read in an execution layout alone.
+    gather_weights_(model)
+    install_compiled_decoder_(model)
 
 
 def _build_empty(directory: Path) -> Any:
@@ -180,7 +187,11 @@ def make_packed_cache(model: Any) -> QuantizedCache | None:
         model: As ``load_packed`` returns it.
     """
     formats = getattr(model.config, PACKED_CONFIG_KEY, {}).get(_CACHE_FORMATS)
-    return QuantizedCache(model, formats) if formats else None
+    if not formats:
+        return None
+    if uses_triton(model.device):
+        read_packed_caches_(model)
+    return QuantizedCache(model, formats)
 
 
 def _load_tensors_(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -13,6 +13,7 @@ from runtime.apply import pack_weight
 from runtime.cache_formats import TokenBlockFormat
 from runtime.formats import Format
 from runtime.packed import PackedWeight
+from runtime.packed_rows import PackedRows
 
 
 def make_packed_states(format_: Format) -> "PackedStates":
@@ -44,8 +45,17 @@ class PackedStates(ABC):
         """
 
     @abstractmethod
-    def read(self, dtype: torch.dtype) -> Tensor:
-        """Returns the states [batch, heads, tokens, head_dim] as they come back."""
+    def read(self, dtype: torch.dtype, first: int = 0) -> Tensor:
+        """Returns the states [batch, heads, tokens, head_dim] as they come back, from a token on.
+
+        Args:
+            dtype: Their type.
+            first: Not past the packed tokens, and where a block begins.
+        """
+
+    @abstractmethod
+    def packed_rows(self) -> PackedRows:
+        """Returns what is packed; at least one token has been kept."""
 
     @abstractmethod
     def select(self, sequences: Tensor) -> None:
@@ -84,10 +94,24 @@ class PackedTokens(PackedStates):
             new = buffer.view(tokens, batch, heads, *buffer.shape[1:])
             self._buffers[name] = torch.cat([self._buffers[name], new]) if name in self._buffers else new
 
-    def read(self, dtype: torch.dtype) -> Tensor:
-        tokens, batch, heads = next(iter(self._buffers.values())).shape[:3]
+    def packed_rows(self) -> PackedRows:
+        return PackedRows(
+            format=self._format,
+            buffers=dict(self._buffers),
+            head_dim=self._row_length,
+            token_block=0,
+            token_count=self.token_count,
+        )
+
+    def read(self, dtype: torch.dtype, first: int = 0) -> Tensor:
+        buffers = {name: buffer[first:] for name, buffer in self._buffers.items()}
+        tokens, batch, heads = next(iter(buffers.values())).shape[:3]
+        if not tokens:
+            return torch.empty(
+                (batch, heads, 0, self._row_length), dtype=dtype, device=next(iter(buffers.values())).device
+            )
         packed = PackedWeight(self._format, (tokens * batch * heads, self._row_length))
-        packed.load_state_dict({name: b.flatten(0, 2) for name, b in self._buffers.items()}, assign=True)
+        packed.load_state_dict({name: b.flatten(0, 2) for name, b in buffers.items()}, assign=True)
         rows: Tensor = packed()
         return rows.view(tokens, batch, heads, self._row_length).permute(1, 2, 0, 3).to(dtype)
 
@@ -140,13 +164,24 @@ class PackedTokenBlocks(PackedStates):
             self._blocks.append(blocks.transpose(2, 3).flatten(1, 2))
         self._recent = waiting[:, :, whole:].clone()
 
-    def read(self, dtype: torch.dtype) -> Tensor:
+    def packed_rows(self) -> PackedRows:
+        assert self._recent is not None
+        blocks = self._blocks.packed_rows()
+        return PackedRows(
+            format=blocks.format,
+            buffers=blocks.buffers,
+            head_dim=self._recent.shape[3],
+            token_block=self._length,
+            token_count=blocks.token_count * self._length,
+        )
+
+    def read(self, dtype: torch.dtype, first: int = 0) -> Tensor:
         assert self._recent is not None
         recent = self._recent.to(dtype)
-        if not self._blocks.token_count:
+        if self._blocks.token_count == first // self._length:
             return recent
         batch, heads, _, head_dim = recent.shape
-        blocks = self._blocks.read(dtype).reshape(batch, heads, head_dim, -1, self._length)
+        blocks = self._blocks.read(dtype, first // self._length).reshape(batch, heads, head_dim, -1, self._length)
         # [batch, heads, head_dim, blocks, block] -> [batch, heads, tokens, head_dim]
         return torch.cat([blocks.flatten(3, 4).transpose(2, 3), recent], dim=2)
 

@@ -34,7 +34,7 @@ Law = Callable[[Format, Shape, float, int], float]
 
 FULL_BITS = 16
 # Kinds whose codes are integers, or sums of binary planes, times a scale.
-_INTEGER_KINDS = ("int", "binary", "ternary", "nested", "planes", "column_mixture", "group_mixture")
+_INTEGER_KINDS = ("int", "binary", "ternary", "nested", "double_rounding", "planes", "column_mixture", "group_mixture")
 # Activations of DPRed, and what it takes together; codes that Bit-Tactical looks ahead of the one that is due.
 _DETECTED_GROUP = 16
 _MOST_PROMOTED = 2

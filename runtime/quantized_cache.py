@@ -2,7 +2,7 @@
 
 The tokens of the step at hand are read as they are; they are packed when the step adds them, and every later step
 reads them back dequantized (past-only quantization, WKVQuant: Yue et al. 2024, arXiv:2402.12065, section 4.1).
-This is the reference path: all of the past is dequantized at every step.
+All of the past is dequantized at every step, but where the attention reads it packed (``packed_attention``).
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from runtime.cached_attention import CacheFormats, find_formats_by_module
+from runtime.cached_attention import INTERFACE, CacheFormats, find_formats_by_module
 from runtime.formats import Format
+from runtime.packed_attention import Reading, check_read, find_packed_past, mark_past
 from runtime.packed_states import make_packed_states
 
 
@@ -24,12 +25,16 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     Args:
         keys: Format of the keys.
         values: Format of the values.
+        config: The configuration of the attention that reads the layer, which says how it attends.
     """
 
     is_croppable = True
 
-    def __init__(self, keys: Format, values: Format) -> None:
+    def __init__(self, keys: Format, values: Format, config: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._config = config
+        # Of the last step, where its attention was to read the past packed.
+        self._reading: Reading | None = None
         self._formats = (keys, values)
         self._past = (make_packed_states(keys), make_packed_states(values))
 
@@ -48,8 +53,22 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         Args:
             key_states: Keys of the tokens of this step, [batch, heads, tokens, head_dim].
             value_states: Their values, likewise.
+
+        Returns:
+            Those of all tokens; of this step alone where the attention reads the others packed.
+
+        Raises:
+            RuntimeError: If it was to read them so at the step before, and has not.
         """
         self.lazy_initialization(key_states, value_states)
+        if self._config._attn_implementation == INTERFACE:
+            check_read(self._reading)
+            past = find_packed_past(*self._past, key_states, value_states)
+            self._reading = None if past is None else past.reading
+            if past is not None:
+                self._past[0].append(key_states)
+                self._past[1].append(value_states)
+                return mark_past(key_states, past), value_states
         seen = []
         for half, states in zip(self._past, (key_states, value_states), strict=True):
             seen.append(torch.cat([half.read(states.dtype), states], dim=-2) if half.token_count else states)
@@ -75,6 +94,7 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Forgets all tokens."""
         keys, values = self._formats
         self._past = (make_packed_states(keys), make_packed_states(values))
+        self._reading = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -105,9 +125,10 @@ class QuantizedCache(Cache):
 
     def __init__(self, model: Any, formats_by_cache: Mapping[str, str]) -> None:
         found = find_formats_by_module(model, formats_by_cache)
-        by_layer: dict[int, CacheFormats] = {
-            int(model.get_submodule(name).layer_idx): formats for name, formats in found.items()
+        modules: dict[int, Any] = {
+            int(model.get_submodule(name).layer_idx): model.get_submodule(name) for name in found
         }
+        by_layer: dict[int, CacheFormats] = dict(zip(modules, found.values(), strict=True))
         layers: list[Any] = []
         for layer in range(len(DynamicCache(config=model.config).layers)):
             formats = by_layer.get(layer, CacheFormats())
@@ -117,7 +138,7 @@ class QuantizedCache(Cache):
                     f"{type(model).__name__}. Name them as well (bf16 leaves a cache unquantized)."
                 )
                 raise ValueError(msg)
-            layers.append(QuantizedCacheLayer(formats.keys, formats.values))
+            layers.append(QuantizedCacheLayer(formats.keys, formats.values, modules[layer].config))
         super().__init__(layers=layers)
 
     @property

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from runtime.activation_formats import ActivationFormat, find_activation_formats, render_activations
+from runtime.activation_formats import ActivationFormat, ActivationRounding, find_activation_formats
 from runtime.activation_names import ACTIVATION
-from runtime.formats import Format
+from runtime.packed import QuantizedLinear
 
 # Module name -> format name and, of a static format, its scale [1] or [in_features].
 ActivationScheme = Mapping[str, tuple[str, Sequence[float] | None]]
@@ -51,14 +51,14 @@ def install_activations_(model: nn.Module, scheme: ActivationScheme) -> list[Any
             f"'{unknown[0]}' in {type(model).__name__}. Use the plan that was made for this model."
         )
         raise ValueError(msg)
-    rounding = [(modules[name], *_resolve(name, modules[name], *entry)) for name, entry in scheme.items()]
-    return [module.register_forward_pre_hook(_make_hook(format_, scale)) for module, format_, scale in rounding]
+    rounding = [(modules[name], _resolve(name, modules[name], *entry)) for name, entry in scheme.items()]
+    return [module.register_forward_pre_hook(_make_hook(rounds)) for module, rounds in rounding]
 
 
-def _resolve(name: str, module: Any, format_name: str, scale: Sequence[float] | None) -> tuple[Format, Tensor | None]:
+def _resolve(name: str, module: Any, format_name: str, scale: Sequence[float] | None) -> ActivationRounding:
     [format_] = find_activation_formats([format_name])
     if not isinstance(format_, ActivationFormat) or not format_.static:
-        return format_, None
+        return ActivationRounding(format=format_)
     wanted = 1 if format_.scope == "tensor" else int(module.in_features)
     if scale is None or len(scale) != wanted:
         msg = (
@@ -67,11 +67,14 @@ def _resolve(name: str, module: Any, format_name: str, scale: Sequence[float] | 
             f"'{format_.name}'. Use the scales of the plan."
         )
         raise ValueError(msg)
-    return format_, Tensor(list(scale))
+    return ActivationRounding(format=format_, scale=Tensor(list(scale)))
 
 
-def _make_hook(format_: Format, scale: Tensor | None) -> Any:
-    def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (render_activations(arguments[0], format_, scale), *arguments[1:])
+def _make_hook(rounding: ActivationRounding) -> Any:
+    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if isinstance(module, QuantizedLinear):
+            # Its product may be one of integers.
+            return (*arguments, rounding)
+        return (rounding.render(arguments[0]), *arguments[1:])
 
     return hook

@@ -78,6 +78,7 @@ class Format:
         element: Type of the elements where codes are no plain integers, such as ``e2m1`` or ``q4_0``.
         mixture: The two formats of a family that mixes widths; ``bits`` is then the width of most codes.
         rank: Rank of the magnitudes in a family that stores these as a product of two matrices.
+        prefix_bits: Width of the part of a code that is a weight by itself, in the family that stores it apart.
     """
 
     name: str
@@ -89,6 +90,18 @@ class Format:
     element: str = ""
     mixture: Mixture | None = None
     rank: int = 0
+    prefix_bits: int = 0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths that the stored weight can be read at, the full one last."""
+        prefix = (self.prefix_bits,) if self.prefix_bits else ()
+        return NESTED_WIDTHS if self.kind == "nested" else (*prefix, self.bits)
+
+    @property
+    def rest_bits(self) -> int:
+        """Bits of a code behind the part that is a weight by itself."""
+        return self.bits - self.prefix_bits
 
     @property
     def unquantized(self) -> bool:
@@ -220,6 +233,14 @@ def _lay_out_nested(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
     return tuple(tensors)
 
 
+def _lay_out_double_rounding(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
+    return (
+        StoredTensor("codes", (shape[0], packed_row_bytes(shape[1], format_.prefix_bits)), "uint8"),
+        StoredTensor("codes_rest", (shape[0], packed_row_bytes(shape[1], format_.rest_bits)), "uint8"),
+        StoredTensor("scale", (shape[0], format_.group_count(shape[1])), "float16"),
+    )
+
+
 def _lay_out_residual_blocks(format_: Format, shape: Shape) -> tuple[StoredTensor, ...]:
     blocks, rank = format_.bits, min(format_.rank, *shape)
     return (
@@ -277,6 +298,7 @@ LAYOUTS: dict[str, Callable[[Format, Shape], tuple[StoredTensor, ...]]] = {
     "chosen_type": _lay_out_chosen_type,
     "planes": _lay_out_planes,
     "nested": _lay_out_nested,
+    "double_rounding": _lay_out_double_rounding,
     "residual_blocks": _lay_out_residual_blocks,
     "column_mixture": _lay_out_column_mixture,
     "group_mixture": _lay_out_group_mixture,

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from runtime.kernels.dispatch import lookup_bytes, use_lookup_
+from runtime.kernels.dispatch import selected_kernels
+from runtime.kernels.weight_views import execution_bytes, use_execution_
 from runtime.packed import PackedExperts, PackedWeight, QuantizedLinear
 
 _LARGE_PAGE_BYTES = 2 << 20
@@ -27,30 +28,33 @@ _SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def gather_weights_(model: nn.Module) -> bool:
     """Moves the packed weights of a model on the CPU; returns False where it leaves them.
 
-    Weights that the kernels multiply faster in an execution layout get one there and stay where they are themselves:
-    in a mapped file that takes no memory, and what reads them as they are stored, long prompts and rows of a tied
-    embedding, finds them. All are left where there are no large pages or less than twice their bytes of free memory.
+    Weights that the kernels multiply faster, or at all, in an execution layout get one there and stay where they are
+    themselves: in a mapped file that takes no memory, and what reads them as they are stored, long prompts and rows of
+    a tied embedding, finds them. All are left where there are no large pages or less than twice their bytes of free
+    memory.
     """
-    lookups = {codes.data_ptr(): size for weight, codes in _list_products(model) if (size := lookup_bytes(weight))}
-    tensors = list(_list_tensors(model, lookups))
-    size = sum(_room_bytes(lookups.get(tensor.data_ptr(), tensor.nbytes)) for _, _, tensor in tensors)
+    kernels = selected_kernels()
+    products = [] if kernels is None else list(_list_products(model))
+    sizes = {_anchor(w).data_ptr(): size for w in products if kernels and (size := execution_bytes(w, kernels))}
+    tensors = list(_list_tensors(model, sizes))
+    size = sum(_room_bytes(sizes.get(tensor.data_ptr(), tensor.nbytes)) for _, _, tensor in tensors)
     if not tensors or not has_large_pages() or 2 * size > _free_bytes():
         return False
     memory = reserve_large_pages(size)
-    products = {weight for weight, _ in _list_products(model)}
     moved: dict[int, Tensor] = {}
     offset = 0
     for weight, name, tensor in tensors:
         address = tensor.data_ptr()
         # A tied table is there twice and moved once.
         if address not in moved:
-            place = memory[offset : offset + lookups.get(address, tensor.nbytes)]
+            place = memory[offset : offset + sizes.get(address, tensor.nbytes)]
             offset += _room_bytes(place.nbytes)
-            moved[address] = place if address in lookups else place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        if address not in lookups:
+            moved[address] = place if address in sizes else place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        if address not in sizes:
             weight._buffers[name] = moved[address]
-        elif weight in products:
-            use_lookup_(weight, moved[address])
+    for weight in products:
+        if kernels is not None and _anchor(weight).data_ptr() in sizes:
+            use_execution_(weight, kernels, moved[_anchor(weight).data_ptr()])
     return True
 
 
@@ -74,34 +78,46 @@ def reserve_large_pages(size: int) -> Tensor:
     return whole[start : start + size]
 
 
-def _list_tensors(model: nn.Module, lookups: Container[int]) -> Iterator[tuple[PackedWeight, str, Tensor]]:
+def _list_tensors(model: nn.Module, laid_out: Container[int]) -> Iterator[tuple[PackedWeight, str, Tensor]]:
     """Yields the tensors of the packed weights: codes by layer, tables last, then all that goes with the codes.
 
     Args:
         model: The model.
-        lookups: Addresses of codes whose weights get an execution layout; of those nothing but the codes is yielded.
+        laid_out: Addresses of the first tensors of weights that get an execution layout; of those no others are
+            yielded.
     """
     weights = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedWeight)]
     weights.sort(key=lambda named: ".layers." not in named[0])
-    for is_code in (True, False):
+    for place in range(3):
         for _, weight in weights:
-            codes = weight._buffers.get("codes")
-            if not is_code and codes is not None and codes.data_ptr() in lookups:
+            if _anchor(weight).data_ptr() in laid_out:
+                if place == 0:
+                    yield weight, next(iter(weight._buffers)), _anchor(weight)
                 continue
             for name, tensor in weight._buffers.items():
-                if tensor is not None and tensor.device.type == "cpu" and (name == "codes") == is_code:
+                if tensor is not None and tensor.device.type == "cpu" and _place_of(name) == place:
                     yield weight, name, tensor
 
 
-def _list_products(model: nn.Module) -> Iterator[tuple[PackedWeight, Tensor]]:
-    """Yields the packed weights that activations are multiplied with, and their codes."""
+def _anchor(weight: PackedWeight) -> Tensor:
+    """The first tensor of a weight, by whose address it is known, tied or not."""
+    tensor = next(iter(weight._buffers.values()))
+    assert tensor is not None
+    return tensor
+
+
+def _place_of(name: str) -> int:
+    # Codes that are read at the full width alone do not lie between those that are always read.
+    return 0 if name == "codes" else 1 if name.startswith("codes") else 2
+
+
+def _list_products(model: nn.Module) -> Iterator[PackedWeight]:
+    """Yields the packed weights that activations are multiplied with."""
     for module in model.modules():
         weights = list(module.children()) if isinstance(module, PackedExperts) else []
         if isinstance(module, QuantizedLinear):
             weights = [module.weight]
-        for weight in weights:
-            if isinstance(weight, PackedWeight) and (codes := weight._buffers.get("codes")) is not None:
-                yield weight, codes
+        yield from (weight for weight in weights if isinstance(weight, PackedWeight))
 
 
 def _room_bytes(size: int) -> int:

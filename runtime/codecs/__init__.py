@@ -8,6 +8,7 @@ from runtime.codecs.binary import BINARY
 from runtime.codecs.chosen_type import CHOSEN_TYPE
 from runtime.codecs.codec import Codec, StoredTensors
 from runtime.codecs.column_mixture import COLUMN_MIXTURE
+from runtime.codecs.double_rounding import DOUBLE_ROUNDING
 from runtime.codecs.ggml import GGML
 from runtime.codecs.group_mixture import GROUP_MIXTURE
 from runtime.codecs.integer import INTEGER
@@ -30,6 +31,7 @@ CODECS: dict[str, Codec] = {
     "chosen_type": CHOSEN_TYPE,
     "planes": PLANES,
     "nested": NESTED,
+    "double_rounding": DOUBLE_ROUNDING,
     "residual_blocks": RESIDUAL_BLOCKS,
     "column_mixture": COLUMN_MIXTURE,
     "group_mixture": GROUP_MIXTURE,

@@ -42,6 +42,7 @@ class Codec:
             codes stay; None where weights cannot be rounded one by one.
         wide: (tensors, format, (out_features, in_features)) -> which weights [out_features, in_features] have the wide
             codes of a mixture; None for families of one width.
+        at_width: ``decode`` with one of ``format.widths`` before the rows; None for families that are read at one.
     """
 
     encode: Callable[[Tensor, Format, Tensor | None], dict[str, Tensor]]
@@ -50,6 +51,7 @@ class Codec:
     reads_importance: bool = True
     grid: Callable[[StoredTensors, Format, tuple[int, int]], ColumnGrid] | None = None
     wide: Callable[[StoredTensors, Format, tuple[int, int]], Tensor] | None = None
+    at_width: Callable[[StoredTensors, Format, tuple[int, int], int, Tensor | None], Tensor] | None = None
 
 
 def pick(tensor: Tensor, rows: Tensor | None) -> Tensor:

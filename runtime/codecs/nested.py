@@ -43,7 +43,7 @@ def decode_nested(
     tensors: StoredTensors, format_: Format, shape: tuple[int, int], rows: Tensor | None = None
 ) -> Tensor:
     """Returns the values at the full width."""
-    return read_at_width(tensors, shape, _FULL_WIDTH, rows)
+    return read_at_width(tensors, format_, shape, _FULL_WIDTH, rows)
 
 
 def nested_codes(tensors: StoredTensors, format_: Format, shape: tuple[int, int], rows: Tensor | None = None) -> Tensor:
@@ -51,11 +51,14 @@ def nested_codes(tensors: StoredTensors, format_: Format, shape: tuple[int, int]
     return _read_codes(tensors, shape, _FULL_WIDTH, rows)
 
 
-def read_at_width(tensors: StoredTensors, shape: tuple[int, int], width: int, rows: Tensor | None = None) -> Tensor:
+def read_at_width(
+    tensors: StoredTensors, format_: Format, shape: tuple[int, int], width: int, rows: Tensor | None = None
+) -> Tensor:
     """Returns the float32 weight at a width; ``codes_b`` and ``scale_b`` of higher widths are not looked at.
 
     Args:
         tensors: The stored tensors by name, at least those up to the width.
+        format_: The format.
         shape: (out_features, in_features).
         width: One of ``NESTED_WIDTHS``.
         rows: Row indices [n], or None for all rows.
@@ -106,4 +109,4 @@ def _read_codes(tensors: StoredTensors, shape: tuple[int, int], width: int, rows
     return codes
 
 
-NESTED = Codec(encode=encode_nested, decode=decode_nested, codes=nested_codes)
+NESTED = Codec(encode=encode_nested, decode=decode_nested, codes=nested_codes, at_width=read_at_width)

@@ -64,7 +64,7 @@ def decode_scaled(
     tensors: StoredTensors, format_: Format, shape: tuple[int, int], rows: Tensor | None = None
 ) -> Tensor:
     """Returns the element of each code times its scale."""
-    scale = _read_scales(tensors, format_, rows)
+    scale = read_scales(tensors, format_, rows)
     codes = scaled_codes(tensors, format_, shape, rows)
     values = codebook_of(format_.element).values_of(codes).view(*scale.shape, -1)
     return values.mul_(scale.unsqueeze(-1)).view(codes.shape)
@@ -77,7 +77,7 @@ def scaled_codes(tensors: StoredTensors, format_: Format, shape: tuple[int, int]
 
 def scaled_grid(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> ColumnGrid:
     """Returns the elements times the scales of each column's groups."""
-    scales, codebook = _read_scales(tensors, format_, None).T.contiguous(), codebook_of(format_.element)
+    scales, codebook = read_scales(tensors, format_).T.contiguous(), codebook_of(format_.element)
     length = shape[1] // len(scales)
 
     def round_column(j: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,8 @@ def read_scale_parts(tensors: StoredTensors, format_: Format) -> tuple[Tensor, f
     return scale, float(tensors["scale_unit"]) if format_.scale_type == "e4m3" else 1.0
 
 
-def _read_scales(tensors: StoredTensors, format_: Format, rows: Tensor | None) -> Tensor:
+def read_scales(tensors: StoredTensors, format_: Format, rows: Tensor | None = None) -> Tensor:
+    """Returns the scales [n, groups] in float32, with all that they are multiplied by."""
     scale = _SCALE_TYPES[format_.scale_type].read(pick(tensors["scale"], rows))
     return scale * tensors["scale_unit"] if format_.scale_type == "e4m3" else scale
 

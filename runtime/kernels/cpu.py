@@ -26,8 +26,8 @@ from runtime.kernels.build import CompilationFailed, compile_library, library_pa
 # Instruction sets, by the number the library knows them under.
 LEVELS = ("portable", "avx2", "avx512")
 _NULL = 0
-# What codes are, by the number the library knows it under; integers are 0.
-_FLOATS = {torch.bfloat16: 1, torch.float16: 2}
+# What codes are, by the number the library knows it under.
+_INTEGER, _FLOATS, _BINARY, _LEVELS = 0, {torch.bfloat16: 1, torch.float16: 2}, 3, 4
 
 
 class Matrix(ctypes.Structure):
@@ -57,13 +57,18 @@ class _Product(ctypes.Structure):
 
 
 class StoredMatrix(NamedTuple):
-    """A weight in its stored layout, as ``runtime.kernels.reference.dequantize_stored`` documents it."""
+    """A weight in its stored layout, as ``runtime.kernels.reference.dequantize_stored`` documents it.
+
+    Where ``two_values``, one bit chooses between two values of its group: ``scale`` holds the higher ones, and
+    ``zero_point`` the lower ones in float16, or None where these are minus the higher ones.
+    """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     bits: int
     columns: int
+    two_values: bool = False
 
 
 class Product(NamedTuple):
@@ -72,6 +77,20 @@ class Product(NamedTuple):
     x: Tensor
     weight: Matrix
     bias: Tensor | None = None
+
+
+class Plane(NamedTuple):
+    """A part of a weight; the weight is the sum of its parts, each times its factor, that of the first being one."""
+
+    matrix: Matrix
+    factor: float = 1.0
+
+
+def add_planes(products: Sequence[Tensor], planes: Sequence[Plane]) -> Tensor:
+    """Returns the product with a weight, made of those with its parts in place of the first."""
+    for product, plane in zip(products[1:], planes[1:], strict=True):
+        products[0].add_(product, alpha=plane.factor)
+    return products[0]
 
 
 def describe_matrix(stored: StoredMatrix, lookup: Tensor | None = None) -> Matrix:
@@ -95,7 +114,8 @@ def describe_matrix(stored: StoredMatrix, lookup: Tensor | None = None) -> Matri
     zero_point = _NULL if stored.zero_point is None else stored.zero_point.data_ptr()
     addresses = stored.codes.data_ptr(), stored.scale.data_ptr(), zero_point
     place = _NULL if lookup is None else lookup.data_ptr()
-    matrix = Matrix(*addresses, rows, stored.columns, stored.bits, stored.columns // groups, place)
+    element = _BINARY if stored.two_values else _INTEGER
+    matrix = Matrix(*addresses, rows, stored.columns, stored.bits, stored.columns // groups, place, element)
     matrix.lookup_memory = lookup
     return matrix
 
@@ -104,6 +124,28 @@ def describe_floats(values: Tensor) -> Matrix:
     """Returns the library's view of a weight [rows, columns] in bfloat16 or float16; valid while the tensor is."""
     rows, columns = values.shape
     return Matrix(values.data_ptr(), _NULL, _NULL, rows, columns, 16, columns, _NULL, _FLOATS[values.dtype])
+
+
+class Levels(NamedTuple):
+    """A weight as levels: weight = step * code - shift.
+
+    codes [rows, ceil(columns * bits / 8)] uint8, as ``pack_codes`` packs them; step and shift [rows, groups] float32.
+    """
+
+    codes: Tensor
+    step: Tensor
+    shift: Tensor
+    bits: int
+    columns: int
+
+
+def describe_levels(levels: Levels) -> Matrix:
+    """Returns the library's view of a weight as levels, all of it contiguous on the CPU; the view keeps the tensors."""
+    rows, groups = levels.step.shape
+    addresses = levels.codes.data_ptr(), levels.step.data_ptr(), levels.shift.data_ptr()
+    matrix = Matrix(*addresses, rows, levels.columns, levels.bits, levels.columns // groups, _NULL, _LEVELS)
+    matrix.levels = levels
+    return matrix
 
 
 class CpuKernels:

@@ -1,8 +1,8 @@
 """Which path computes a product with a packed weight.
 
 The Triton kernels on CUDA devices (and on the CPU where Triton's interpreter is asked for), the compiled CPU kernels
-for integers and 16-bit floating point on the CPU; the reference everywhere else: other devices, float64, formats the
-kernels do not know, and wherever a gradient is wanted. ``kernel_path`` and the environment variable BITPLAN_KERNELS
+on the CPU for what ``weight_views`` has a view of; the reference everywhere else: other devices, float64, formats that
+the kernels do not know, and wherever a gradient is wanted. ``kernel_path`` and the environment variable BITPLAN_KERNELS
 name a path instead: ``reference``, or an instruction set of ``runtime.kernels.cpu.LEVELS``.
 """
 
@@ -10,48 +10,31 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from runtime.formats import Format
+from runtime.activation_formats import ActivationRounding
 from runtime.kernels import triton as triton_kernels
 from runtime.kernels.cpu import (
     LEVELS,
     CpuKernels,
     Matrix,
+    Plane,
     Product,
     StoredMatrix,
-    describe_floats,
+    add_planes,
     describe_matrix,
     load_kernels,
 )
+from runtime.kernels.parted_weights import Packed
 from runtime.kernels.reference import dequantize_stored, linear_reference
+from runtime.kernels.weight_views import find_matrix, find_planes, has_codes, stored_matrix
 
 AUTOMATIC, REFERENCE = "auto", "reference"
 PATHS = (AUTOMATIC, REFERENCE, *LEVELS)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LOOKUP = "_lookup"
 _path: ContextVar[str] = ContextVar("kernel_path")
-
-
-class Packed(Protocol):
-    """What is read of a packed weight."""
-
-    format: Format
-    shape: tuple[int, int]
-    _buffers: dict[str, Tensor | None]
-
-    def __call__(self, rows: Tensor | None = None) -> Tensor: ...
-
-
-class _Lookup(NamedTuple):
-    """The execution layout of a weight, and the tensors that it was made from."""
-
-    memory: Tensor
-    source: tuple[tuple[int, int], ...]
 
 
 @contextmanager
@@ -86,8 +69,19 @@ def uses_triton(device: torch.device) -> bool:
     return triton_kernels.serves(device.type) and _selected_path() == AUTOMATIC
 
 
-def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
-    """Returns x W' + bias, [..., rows] in the type of x, for x [..., columns]."""
+def linear(x: Tensor, weight: Packed, bias: Tensor | None, rounding: ActivationRounding | None = None) -> Tensor:
+    """Returns x W' + bias, [..., rows] in the type of x, for x [..., columns].
+
+    Args:
+        x: What is multiplied, before it is rounded.
+        weight: The packed weight [rows, columns].
+        bias: [rows], or None.
+        rounding: How x is rounded first. Where the Triton kernels multiply the integers themselves, their sums are
+            exact; elsewhere what they stand for is multiplied, rounded to the type of x.
+    """
+    if rounding is not None:
+        product = _multiply_integers(x, weight, bias, rounding)
+        return linear(rounding.render(x), weight, bias) if product is None else product
     if uses_triton(x.device):
         # Imported where it is needed: on other machines there may be no Triton.
         from runtime.kernels.triton.packed_product import packed_linear
@@ -95,19 +89,29 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         product = packed_linear(x, weight, bias)
         if product is not None:
             return product
-    if not has_kernel(weight.format) or x.dtype not in _KERNEL_DTYPES:
+    if x.dtype not in _KERNEL_DTYPES:
         return linear_reference(x, weight(), bias)
     if torch.compiler.is_compiling():
-        if not _is_integer(weight.format):
+        if weight.format.kind != "int" or not has_codes(weight.format):
             return linear_reference(x, weight(), bias)
         stored = stored_matrix(weight)
         y: Tensor = torch.ops.bitplan.packed_linear(x, *stored[:3], stored.bits, stored.columns)
         return y if bias is None else y + bias
-    matrix = None if x.requires_grad and torch.is_grad_enabled() else find_matrix(weight, x.device)
-    kernels = None if matrix is None else selected_kernels()
-    if matrix is None or kernels is None or not _fits(x, weight, bias):
+    planes = () if x.requires_grad and torch.is_grad_enabled() else find_planes(weight, x.device)
+    kernels = selected_kernels() if planes else None
+    if kernels is None or not _fits(x, weight, bias):
         return linear_reference(x, weight(), bias)
-    return _multiply(kernels, x, matrix, bias)
+    if len(planes) == 1:
+        return _multiply(kernels, x, planes[0].matrix, bias)
+    return _sum_products(kernels, x, planes, bias)
+
+
+def _multiply_integers(x: Tensor, weight: Packed, bias: Tensor | None, rounding: ActivationRounding) -> Tensor | None:
+    if not uses_triton(x.device):
+        return None
+    from runtime.kernels.triton.packed_product import packed_integer_linear
+
+    return packed_integer_linear(x, weight, bias, rounding)
 
 
 def linear_many(xs: Sequence[Tensor], weights: Sequence[Packed]) -> list[Tensor]:
@@ -118,18 +122,20 @@ def linear_many(xs: Sequence[Tensor], weights: Sequence[Packed]) -> list[Tensor]
         weights: As many packed weights [rows, columns].
     """
     kernels = selected_kernels()
-    found = [find_matrix(w, x.device) if has_kernel(w.format) else None for x, w in zip(xs, weights, strict=True)]
+    found = [find_planes(weight, x.device) for x, weight in zip(xs, weights, strict=True)]
     if kernels is None or any(x.dtype not in _KERNEL_DTYPES for x in xs):
-        found = [None] * len(xs)
-    products = [
-        Product(x.to(torch.float32).contiguous(), matrix)
-        for x, matrix in zip(xs, found, strict=True)
-        if matrix is not None
-    ]
+        found = [()] * len(xs)
+    products = []
+    for x, planes in zip(xs, found, strict=True):
+        # The parts of a weight read the same rounded activations.
+        read = x.to(torch.float32).contiguous() if planes else x
+        products += [Product(read, plane.matrix) for plane in planes]
     computed = iter(kernels.multiply(products) if kernels is not None and products else ())
     return [
-        linear_reference(x, weight(), None) if matrix is None else next(computed).to(x.dtype)
-        for x, weight, matrix in zip(xs, weights, found, strict=True)
+        add_planes([next(computed) for _ in planes], planes).to(x.dtype)
+        if planes
+        else linear_reference(x, weight(), None)
+        for x, weight, planes in zip(xs, weights, found, strict=True)
     ]
 
 
@@ -140,7 +146,7 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
         weight: The packed weight.
         rows: [n] int64, or None.
     """
-    if not _is_integer(weight.format) or torch.compiler.is_compiling():
+    if not has_codes(weight.format) or torch.compiler.is_compiling():
         return None
     matrix = find_matrix(weight, torch.device("cpu") if rows is None else rows.device)
     kernels = None if matrix is None else selected_kernels()
@@ -154,98 +160,6 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
     return kernels.dequantize(matrix, torch.where(rows < 0, rows + weight.shape[0], rows).contiguous())
 
 
-def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
-    """Returns the kernels' view of a weight that ``has_kernel`` if it and ``device`` are the CPU, else None.
-
-    The view is kept with the weight, and made anew when its tensors have moved.
-    """
-    if weight.format.kind == "float":
-        return _find_floats(weight, device)
-    codes, scale = weight._buffers["codes"], weight._buffers["scale"]
-    assert codes is not None and scale is not None
-    if device.type != "cpu" or codes.device.type != "cpu":
-        return None
-    kept: Matrix | None = weight.__dict__.get("_matrix")
-    lookup: _Lookup | None = weight.__dict__.get(_LOOKUP)
-    if lookup is not None and lookup.source != _identify(weight):
-        # Other numbers were loaded.
-        lookup = kept = weight.__dict__[_LOOKUP] = None
-    if kept is None or kept.codes != codes.data_ptr() or kept.scale != scale.data_ptr():
-        if isinstance(codes, FakeTensor) or scale.dtype != torch.float16 or not codes.is_contiguous():
-            return None
-        kept = describe_matrix(stored_matrix(weight), None if lookup is None else lookup.memory)
-        weight.__dict__["_matrix"] = kept
-    return kept
-
-
-def _find_floats(weight: Packed, device: torch.device) -> Matrix | None:
-    values = weight._buffers["values"]
-    assert values is not None
-    if device.type != "cpu" or values.device.type != "cpu":
-        return None
-    kept: Matrix | None = weight.__dict__.get("_matrix")
-    if kept is None or kept.codes != values.data_ptr():
-        if isinstance(values, FakeTensor) or not values.is_contiguous():
-            return None
-        kept = weight.__dict__["_matrix"] = describe_floats(values)
-    return kept
-
-
-def lookup_bytes(weight: Packed) -> int:
-    """Returns the bytes of a weight's execution layout; 0 where the kernels in use read it as it is stored.
-
-    Args:
-        weight: The packed weight.
-    """
-    kernels = selected_kernels() if has_kernel(weight.format) else None
-    matrix = None if kernels is None else find_matrix(weight, torch.device("cpu"))
-    return 0 if kernels is None or matrix is None else kernels.lookup_bytes(matrix)
-
-
-def use_lookup_(weight: Packed, memory: Tensor) -> None:
-    """Lets products of few tokens read a weight in its execution layout, until other numbers are loaded into it.
-
-    Args:
-        weight: The packed weight, on the CPU.
-        memory: ``lookup_bytes(weight)`` bytes, uint8, all zero, aligned to 64; they are filled.
-    """
-    kernels, matrix = selected_kernels(), find_matrix(weight, torch.device("cpu"))
-    assert kernels is not None and matrix is not None
-    kernels.pack_lookup_(matrix, memory)
-    weight.__dict__[_LOOKUP] = _Lookup(memory, _identify(weight))
-    del weight.__dict__["_matrix"]
-
-
-def release_elsewhere_(weight: Packed) -> None:
-    """Frees the execution layout of a weight that has left the CPU."""
-    if any(tensor is not None and tensor.device.type != "cpu" for tensor in weight._buffers.values()):
-        for name in (_LOOKUP, "_matrix"):
-            weight.__dict__.pop(name, None)
-
-
-def _identify(weight: Packed) -> tuple[tuple[int, int], ...]:
-    """Where the tensors of a weight are, and how often each was written to."""
-    tensors = (tensor for tensor in weight._buffers.values() if tensor is not None)
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-
-
-def stored_matrix(weight: Packed) -> StoredMatrix:
-    """Returns the tensors of an integer weight."""
-    codes, scale = weight._buffers["codes"], weight._buffers["scale"]
-    assert codes is not None and scale is not None
-    return StoredMatrix(codes, scale, weight._buffers.get("zero_point"), weight.format.bits, weight.shape[1])
-
-
-def has_kernel(format_: Format) -> bool:
-    """Returns True where the CPU kernels know a format: integers, and 16-bit floating point."""
-    return format_.kind == "float" or _is_integer(format_)
-
-
-def _is_integer(format_: Format) -> bool:
-    # Scales of other types are read by their codecs alone.
-    return format_.kind == "int" and format_.scale_type == "fp16"
-
-
 def _fits(x: Tensor, weight: Packed, bias: Tensor | None) -> bool:
     # What does not fit is the reference's to refuse, as torch does.
     return x.shape[-1] == weight.shape[1] and (bias is None or bias.dtype == x.dtype)
@@ -256,6 +170,14 @@ def _multiply(kernels: CpuKernels, x: Tensor, matrix: Matrix, bias: Tensor | Non
         return kernels.multiply_one(x.contiguous(), matrix, None if bias is None else bias.contiguous())
     added = None if bias is None else bias.to(torch.float32).contiguous()
     return kernels.multiply_one(x.to(torch.float32).contiguous(), matrix, added).to(x.dtype)
+
+
+def _sum_products(kernels: CpuKernels, x: Tensor, planes: Sequence[Plane], bias: Tensor | None) -> Tensor:
+    rows = x.to(torch.float32).reshape(-1, x.shape[-1]).contiguous()
+    added = None if bias is None else bias.to(torch.float32).contiguous()
+    products = [Product(rows, plane.matrix, None if i else added) for i, plane in enumerate(planes)]
+    y = add_planes(kernels.multiply(products), planes)
+    return y.view(*x.shape[:-1], y.shape[1]).to(x.dtype)
 
 
 def _selected_path() -> str:

@@ -6,7 +6,6 @@ choice, groups of experts, normalised or scaled weights. What is passed there is
 there, by hooks, and no router's rule is written down a second time.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_LAYER_INDEX = re.compile(r"\.(\d+)\.")
+from runtime.expert_modules import bind_expert_call, find_expert_modules, layer_index_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,26 +50,6 @@ class ExpertCall:
 
 
 Visit = Callable[[ExpertCall], None]
-
-
-def find_expert_modules(model: nn.Module) -> dict[str, Any]:
-    """Returns the modules that hold the experts of a layer, by name, in model order.
-
-    Raises:
-        ValueError: If there is none that is called with its tokens' experts.
-    """
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] == "experts" and hasattr(module, "is_transposed") and _LAYER_INDEX.search(name)
-    }
-    if not found:
-        msg = (
-            "a model must be a mixture of experts in the layout of transformers 5: got no module named 'experts' in "
-            f"the layers of {type(model).__name__}. Leave the routing out."
-        )
-        raise ValueError(msg)
-    return found
 
 
 @contextmanager
@@ -131,17 +110,9 @@ def run_experts(call: ExpertCall, experts: tuple[int, ...], tokens: Tensor) -> T
     return output
 
 
-def layer_index_of(module_name: str) -> int:
-    """Returns the index of the decoder layer that a module is part of."""
-    match = _LAYER_INDEX.search(module_name)
-    assert match is not None, "find_expert_modules lists modules of layers only"
-    return int(match.group(1))
-
-
 def _hook(name: str, visit: Visit) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = ("hidden_states", "top_k_index", "top_k_weights")
-        hidden, chosen, gate_weight = (args + tuple(kwargs[key] for key in names[len(args) :]))[:3]
+        hidden, chosen, gate_weight = bind_expert_call(args, kwargs)
         visit(
             ExpertCall(
                 layer_index=layer_index_of(name),

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.apply import simulated_formats
+from runtime.expert_modules import find_expert_modules, layer_index_of
 from runtime.rendering import RenderingRule
 from runtime.residency import Residency
-from sensitivity.experts.expert_calls import ExpertCall, find_expert_modules, layer_index_of, watched_experts
+from sensitivity.experts.expert_calls import ExpertCall, watched_experts
 from sensitivity.experts.routing import RoutingStatistics
 from sensitivity.streaming.layerwise_model import LayerwiseModel
 

@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.expert_modules import find_expert_modules
 from sensitivity.calibration import TokenSequences
-from sensitivity.experts.expert_calls import ExpertCall, find_expert_modules, watched_experts
+from sensitivity.experts.expert_calls import ExpertCall, watched_experts
 
 
 @dataclass(frozen=True, kw_only=True)

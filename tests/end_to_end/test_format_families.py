@@ -21,7 +21,7 @@ from tests.tiny_measurements import FLAGS
 MENU = (
     *("int1_g32", "int2_g16_sym_pow2", "int4_g64", "int7_channel_sym"),
     *("mxfp4", "mxfp6_e2m3", "mxint8", "nvfp4", "nvint4", "fp3_g32", "fp6_e3m2_g64", "fp8_e4m3_channel"),
-    *("ternary_channel", "intfp4_g32", "bcq3_channel", "nested8_channel", "bitstack2_r4"),
+    *("ternary_channel", "intfp4_g32", "bcq3_channel", "nested8_channel", "nested4_8_g32", "bitstack2_r4"),
     *("int1_top20int4_channel", "int4_top12int8_channel", "int2_mix25int4_g32_outliers"),
     *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q6_k", "bf16"),
 )

@@ -94,6 +94,40 @@ def test_weights_in_their_execution_layout_give_the_same_text(name: str) -> None
     assert (run_by_parts(model, tokens, [6, 1, 1, 1]) - logits).norm() <= 1e-3 * logits.norm()
 
 
+def test_formats_that_are_not_integers_run_as_levels() -> None:
+    formats = (
+        "mxfp4",
+        "nvint4",
+        "q4_1",
+        "bitmod3_g32",
+        "int4_g32_pow2",
+        "ternary_g32",
+        "nvfp4",
+        "fp6_e2m3_g64",
+        "q8_0",
+    )
+    model = build_tiny_llama()
+    names = [name for name, weight in list_weights(model).items() if weight.kind != "router"]
+    apply_formats_(model, {name: formats[i % len(formats)] for i, name in enumerate(names)})
+    model.requires_grad_(False)
+    assert "in a format that the kernels read" in str(install_compiled_decoder_(model))
+    tokens = draw_tokens(24)
+    expected = run_in_float64(model, tokens)
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if not gather_weights_(model):
+        pytest.skip("the system gives no large pages")
+    assert install_compiled_decoder_(model) is None
+    compiled = run_by_parts(model, tokens, [9, 1, 1, 3, 1, 7, 1, 1])
+    assert (compiled.double() - expected).norm() <= 1e-3 * expected.norm()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
+    # Other numbers in the stored tensors are not missed.
+    changed = next(name for name in stored if name.endswith("q_proj.weight.codes"))
+    model.load_state_dict({**stored, changed: stored[changed] ^ 1})
+    with kernel_path("reference"):
+        expected = model(tokens, use_cache=False).logits[0]
+    assert (model(tokens, use_cache=False).logits[0] - expected).norm() <= 1e-3 * expected.norm()
+
+
 def run_by_parts(model: Any, tokens: Tensor, parts: list[int]) -> Tensor:
     """Returns the logits [T, V] of tokens that are given to the model in parts, by the compiled decoder."""
     cache: Any = DynamicCache()
@@ -249,7 +283,7 @@ def test_models_of_other_shapes_are_refused(changes: dict[str, Any], message: st
 
 def test_weights_that_the_kernels_do_not_read_are_refused() -> None:
     model = build_tiny_llama()
-    with pytest.raises(NotCompiled, match="every weight must be in a format of the CPU kernels: got 'Linear'"):
+    with pytest.raises(NotCompiled, match="every weight must be packed: got 'Linear'"):
         compile_decoder(model)
     formats = dict.fromkeys(list_weights(model), "int4_g32") | {"model.layers.1.self_attn.k_proj.weight": "mxfp4"}
     apply_formats_(model, formats)
@@ -260,7 +294,7 @@ def test_weights_that_the_kernels_do_not_read_are_refused() -> None:
     mapped.model.norm = torch.nn.Sequential(mapped.model.norm)
     with pytest.raises(NotCompiled, match="(?s)got Sequential.* with no weight in the last norm"):
         compile_decoder(mapped)
-    with pytest.raises(NotCompiled, match="packed weights and their biases must lie on the CPU"):
+    with pytest.raises(NotCompiled, match="biases must lie on the CPU, in float32"):
         biased = pack(build_tiny_llama(attention_bias=True))
         biased.model.layers[0].self_attn.q_proj.bias.data = biased.model.layers[0].self_attn.q_proj.bias.data.half()
         compile_decoder(biased)

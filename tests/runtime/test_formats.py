@@ -40,6 +40,9 @@ def test_bytes_are_those_of_the_packed_tensors(format_: Format) -> None:
         ("bcq3_g64_pow2", (5, 128), 5 * (48 + 6)),
         # Eight bits in three parts, each padded to a byte, and three scales.
         ("nested8_channel", (2, 97), 2 * (49 + 25 + 25 + 6)),
+        # Four bits and their scales as a symmetric integer has them, and the rest of 2 or 4 bits.
+        ("nested4_6_channel", (2, 97), 2 * (49 + 2 + 25)),
+        ("nested4_8_g32", (3, 64), 3 * (32 + 4 + 32)),
         # Two blocks: a sign a weight, factors of rank 3, which is the number of rows.
         ("bitstack2_r4", (3, 97), 2 * (3 * 13 + 2 * 3 * (3 + 97))),
     ],

@@ -76,3 +76,14 @@ def test_states_beyond_float16_are_refused() -> None:
     states = torch.full((1, 1, 2, 4), 7e4)
     with pytest.raises(ValueError, match="cached states must be finite in float16: got a largest one of 70000"):
         make_packed_states(CACHE_FORMATS["int4_t32"]).append(states)
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "bf16", "int3_t32", "int2_t64"])
+def test_states_are_read_from_a_token_on(name: str) -> None:
+    packed = make_packed_states(CACHE_FORMATS[name])
+    packed.append(draw_states())
+    whole, rows = packed.read(torch.float32), packed.packed_rows()
+    assert rows.head_dim == 32
+    assert rows.token_count == (TOKENS // rows.token_block * rows.token_block if rows.token_block else TOKENS)
+    for first in (0, 64, rows.token_count):
+        assert torch.equal(packed.read(torch.float32, first), whole[:, :, first:])

@@ -9,7 +9,8 @@ import torch
 
 from runtime import weight_memory
 from runtime.apply import apply_formats_
-from runtime.kernels.dispatch import find_matrix, lookup_bytes, selected_kernels
+from runtime.kernels.dispatch import selected_kernels
+from runtime.kernels.weight_views import execution_bytes, find_matrix
 from runtime.packed import PackedWeight
 from runtime.units import list_weights
 from runtime.weight_memory import gather_weights_, has_large_pages
@@ -45,9 +46,9 @@ def test_weights_in_an_execution_layout_stay_where_they_are(build) -> None:  # t
     tokens = torch.arange(3)[None]
     logits = model(tokens).logits
     before = {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
-    weights = dict(find_products(model))
-    laid_out = {name for name, weight in weights.items() if lookup_bytes(weight)}
-    assert bool(laid_out) == (selected_kernels() is not None and selected_kernels().level == "avx512")
+    weights, kernels = dict(find_products(model)), selected_kernels()
+    laid_out = {name for name, weight in weights.items() if kernels is not None and execution_bytes(weight, kernels)}
+    assert bool(laid_out) == (kernels is not None and kernels.level == "avx512")
     assert gather_weights_(model)
     after = {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
     for name, weight in weights.items():

@@ -90,9 +90,27 @@ BITPLAN_INLINE __m256 load_scale(const uint16_t* scale, int64_t left) {
   return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(padded)));
 }
 
+// The same of the two values of one bit, as a scale and what is taken off: weight = scale * code - shift.
+BITPLAN_INLINE void read_values(const Matrix& w, int64_t row, float* scale, float* shift) {
+  const int64_t groups = w.groups();
+  for (int64_t g = 0; g < groups; g += 8) {
+    const __m256 high = load_scale(w.scale + row * groups + g, groups - g);
+    const __m256 low = w.zero_point ? load_scale(w.low() + row * groups + g, groups - g)
+                                    : _mm256_sub_ps(_mm256_setzero_ps(), high);
+    _mm256_storeu_ps(scale + g, _mm256_sub_ps(high, low));
+    _mm256_storeu_ps(shift + g, _mm256_sub_ps(_mm256_setzero_ps(), low));
+  }
+}
+
 // scale and scale * zero_point of the groups of a row, in float32; written in whole vectors.
 template <int BITS>
 BITPLAN_INLINE void read_groups(const Matrix& w, int64_t row, float* scale, float* shift) {
+  if (BITS == 1 && w.element == kBinary) return read_values(w, row, scale, shift);
+  if (w.element == kLevels) {
+    memcpy(scale, w.step() + row * w.groups(), w.groups() * sizeof(float));
+    memcpy(shift, w.shift() + row * w.groups(), w.groups() * sizeof(float));
+    return;
+  }
   const int64_t groups = w.groups(), bytes = w.zero_point_bytes();
   const uint16_t* stored = w.scale + row * groups;
   __m256i zero = _mm256_set1_epi16(1 << (BITS - 1));

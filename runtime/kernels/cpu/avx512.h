@@ -83,9 +83,27 @@ BITPLAN_INLINE __m512 load_scale(const uint16_t* scale, int64_t left) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(present, scale));
 }
 
+// The same of the two values of one bit, as a scale and what is taken off: weight = scale * code - shift.
+BITPLAN_INLINE void read_values(const Matrix& w, int64_t row, float* scale, float* shift) {
+  const int64_t groups = w.groups();
+  for (int64_t g = 0; g < groups; g += 16) {
+    const __m512 high = load_scale(w.scale + row * groups + g, groups - g);
+    const __m512 low = w.zero_point ? load_scale(w.low() + row * groups + g, groups - g)
+                                    : _mm512_sub_ps(_mm512_setzero_ps(), high);
+    _mm512_storeu_ps(scale + g, _mm512_sub_ps(high, low));
+    _mm512_storeu_ps(shift + g, _mm512_sub_ps(_mm512_setzero_ps(), low));
+  }
+}
+
 // scale and scale * zero_point of the groups of a row, in float32; written in whole vectors.
 template <int BITS>
 BITPLAN_INLINE void read_groups(const Matrix& w, int64_t row, float* scale, float* shift) {
+  if (BITS == 1 && w.element == kBinary) return read_values(w, row, scale, shift);
+  if (w.element == kLevels) {
+    memcpy(scale, w.step() + row * w.groups(), w.groups() * sizeof(float));
+    memcpy(shift, w.shift() + row * w.groups(), w.groups() * sizeof(float));
+    return;
+  }
   const int64_t groups = w.groups(), bytes = w.zero_point_bytes();
   const uint16_t* stored = w.scale + row * groups;
   const uint8_t* stream = w.zero_point ? w.zero_point + row * bytes : nullptr;

@@ -35,23 +35,50 @@ BITPLAN_INLINE __m512 load_zero_points(const uint8_t* stream, int64_t left) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(codes, _mm_set1_epi8((1 << BITS) - 1))));
 }
 
+// scale and scale * zero_point of the groups of a chunk.
+template <int BITS>
+BITPLAN_INLINE void load_chunk(const Matrix& w, int64_t row, int64_t chunk, __m512& scale, __m512& shift) {
+  const int64_t groups = w.groups(), bytes = w.zero_point_bytes(), offset = chunk * 2 * BITS;
+  const int64_t left = groups - chunk * kChunk;
+  const bool by_row = groups == 1, binary = BITS == 1 && w.element == kBinary;
+  const auto load = [&](const uint16_t* stored) {
+    return by_row ? _mm512_cvtph_ps(_mm256_set1_epi16(stored[row]))
+                  : load_scale(stored + row * groups + chunk * kChunk, left);
+  };
+  if (w.element == kLevels) {
+    const auto load_float = [&](const float* stored) {
+      const __mmask16 present = left >= 16 ? 0xffff : (1 << left) - 1;
+      return by_row ? _mm512_set1_ps(stored[row])
+                    : _mm512_maskz_loadu_ps(present, stored + row * groups + chunk * kChunk);
+    };
+    scale = load_float(w.step());
+    shift = load_float(w.shift());
+    return;
+  }
+  scale = load(w.scale);
+  if (binary) {
+    const __m512 low = w.zero_point ? load(w.low()) : _mm512_sub_ps(_mm512_setzero_ps(), scale);
+    scale = _mm512_sub_ps(scale, low);
+    shift = _mm512_sub_ps(_mm512_setzero_ps(), low);
+    return;
+  }
+  __m512 zero_point = _mm512_set1_ps(1 << (BITS - 1));
+  if (w.zero_point)
+    zero_point = by_row ? _mm512_set1_ps(w.zero_point[row])
+                        : load_zero_points<BITS>(w.zero_point + row * bytes + offset, bytes - offset);
+  shift = _mm512_mul_ps(scale, zero_point);
+}
+
 // factor = scale * step of the blocks of a chunk for each row and token; total -= what the zero points take away.
 template <int BITS, int ROWS, int TOKENS>
 BITPLAN_INLINE void begin_chunk(const Matrix& w, const Activations& a, int64_t token, int64_t row, int64_t chunk,
                                 float (&factor)[ROWS][TOKENS][kChunk], __m512 (&total)[ROWS][TOKENS]) {
-  const int64_t groups = w.groups(), bytes = w.zero_point_bytes(), offset = chunk * 2 * BITS;
-  const bool by_row = groups == 1;
   for (int r = 0; r < ROWS; ++r) {
-    const int64_t n = row + r;
-    fetch_near(w.scale + (n + kScalesAhead * ROWS) * groups + chunk * kChunk);
-    if (w.zero_point) fetch_near(w.zero_point + (n + kScalesAhead * ROWS) * bytes + offset);
-    const __m512 scale = by_row ? _mm512_cvtph_ps(_mm256_set1_epi16(w.scale[n]))
-                                : load_scale(w.scale + n * groups + chunk * kChunk, groups - chunk * kChunk);
-    __m512 zero_point = _mm512_set1_ps(1 << (BITS - 1));
-    if (w.zero_point)
-      zero_point = by_row ? _mm512_set1_ps(w.zero_point[n])
-                          : load_zero_points<BITS>(w.zero_point + n * bytes + offset, bytes - offset);
-    const __m512 shift = _mm512_mul_ps(scale, zero_point);
+    const int64_t n = row + r, ahead = n + kScalesAhead * ROWS;
+    fetch_near(w.scale + ahead * w.groups() + chunk * kChunk);
+    if (w.zero_point) fetch_near(w.zero_point + ahead * w.zero_point_bytes() + chunk * 2 * BITS);
+    __m512 scale, shift;
+    load_chunk<BITS>(w, n, chunk, scale, shift);
     for (int t = 0; t < TOKENS; ++t) {
       const int64_t place = (token + t) * a.block_stride + chunk * kChunk;
       _mm512_store_ps(factor[r][t], _mm512_mul_ps(scale, _mm512_loadu_ps(a.step + place)));

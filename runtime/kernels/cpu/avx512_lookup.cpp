@@ -141,6 +141,28 @@ BITPLAN_INLINE __m512 zero_points_of(const uint8_t* stream) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(codes, _mm_set1_epi8((1 << BITS) - 1))));
 }
 
+// weight = scale * code - shift, of the rows of a tile.
+struct Group {
+  __m512 scale, shift;
+};
+
+BITPLAN_INLINE __m512 load_sixteen(const void* halves) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(halves)));
+}
+
+// The group at a place in the layout's order.
+template <int BITS>
+BITPLAN_INLINE Group load_group(const LookupLayout& l, int64_t place) {
+  const __m512 scale = load_sixteen(l.scale + place * 16);
+  const uint8_t* zero_point = l.zero_point ? l.zero_point + place * l.zero_point_bytes : nullptr;
+  if (BITS == 1 && l.binary) {
+    const __m512 low = zero_point ? load_sixteen(zero_point) : _mm512_sub_ps(_mm512_setzero_ps(), scale);
+    return {_mm512_sub_ps(scale, low), _mm512_sub_ps(_mm512_setzero_ps(), low)};
+  }
+  const __m512 z = zero_point ? zero_points_of<BITS>(zero_point) : _mm512_set1_ps(1 << (BITS - 1));
+  return {scale, _mm512_mul_ps(scale, z)};
+}
+
 // Output of TILES tiles from `first`, of a chunk that has `chunk` tiles and begins at tile `begin`.
 template <int BITS, int TILES, int TOKENS>
 BITPLAN_INLINE void decode_tiles(const LookupLayout& l, const Activations& a, int64_t token, const Output& out,
@@ -149,8 +171,6 @@ BITPLAN_INLINE void decode_tiles(const LookupLayout& l, const Activations& a, in
   const int64_t each = first - begin, spans = l.spans;
   const int64_t span_bytes = chunk * BITS * kVector;
   const uint8_t* codes = l.codes + begin * l.tile_bytes() + each * BITS * kVector;
-  const uint16_t* scale = l.scale + (begin * l.groups + each) * 16;
-  const uint8_t* zero_point = l.zero_point ? l.zero_point + (begin * l.groups + each) * 2 * BITS : nullptr;
   const uint8_t* tables = a.values + token * a.value_stride;
   const int64_t block_spans = a.block / kLookupSpan;
   __m512 total[TILES][TOKENS];
@@ -170,16 +190,14 @@ BITPLAN_INLINE void decode_tiles(const LookupLayout& l, const Activations& a, in
     }
     const int64_t group = l.groups == 1 ? 0 : b * chunk;
     for (int r = 0; r < TILES; ++r) {
-      const __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scale + (group + r) * 16)));
-      const __m512 z = zero_point ? zero_points_of<BITS>(zero_point + (group + r) * 2 * BITS)
-                                  : _mm512_set1_ps(1 << (BITS - 1));
+      const Group values = load_group<BITS>(l, (begin * l.groups + each) + group + r);
       for (int t = 0; t < TOKENS; ++t) {
         const int64_t place = (token + t) * a.block_stride + b;
         const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[r][t], 8), low[r][t]);
         const __m512 middle = _mm512_set1_ps(a.middle[place] * ((1 << BITS) - 1));
-        __m512 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), _mm512_set1_ps(a.step[place]), middle);
-        sum = _mm512_fnmadd_ps(z, _mm512_set1_ps(a.sum[place]), sum);
-        total[r][t] = _mm512_fmadd_ps(s, sum, total[r][t]);
+        const __m512 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), _mm512_set1_ps(a.step[place]), middle);
+        total[r][t] = _mm512_fnmadd_ps(values.shift, _mm512_set1_ps(a.sum[place]), total[r][t]);
+        total[r][t] = _mm512_fmadd_ps(values.scale, sum, total[r][t]);
       }
     }
   }

@@ -13,12 +13,14 @@ constexpr int64_t kLookupTiles = 4, kLookupSpan = 32;
 struct LookupLayout {
   uint8_t* codes;       // [chunks][spans][tiles of the chunk][bits][64]
   uint16_t* scale;      // [chunks][groups][tiles of the chunk][16]
-  uint8_t* zero_point;  // the same of 2 * bits bytes, or null
+  uint8_t* zero_point;  // the same of 2 * bits bytes (of one bit, its lower values: 32), or null
   int64_t rows, groups, spans;
-  int bits;
+  int bits, zero_point_bytes;  // of a tile and group
+  bool binary;
 
   LookupLayout(const Matrix& w, uint8_t* memory)
-      : codes(memory), rows(w.rows), groups(w.groups()), spans(divide_up(w.columns, kLookupSpan)), bits(w.bits) {
+      : codes(memory), rows(w.rows), groups(w.groups()), spans(divide_up(w.columns, kLookupSpan)), bits(w.bits),
+        zero_point_bytes(w.element == kBinary ? 32 : 2 * w.bits), binary(w.element == kBinary) {
     scale = reinterpret_cast<uint16_t*>(codes + tiles() * tile_bytes());
     zero_point = w.zero_point ? reinterpret_cast<uint8_t*>(scale + tiles() * groups * 16) : nullptr;
   }
@@ -29,7 +31,7 @@ struct LookupLayout {
   int64_t tile_bytes() const { return spans * bits * 64; }
   // All of it, with what is read behind the last zero point.
   int64_t bytes(bool zero_points) const {
-    return tiles() * (tile_bytes() + groups * (32 + (zero_points ? 2 * bits : 0))) + 64;
+    return tiles() * (tile_bytes() + groups * (32 + (zero_points ? zero_point_bytes : 0))) + 64;
   }
 };
 
@@ -42,7 +44,7 @@ constexpr int nibble_place(int bits, int half, int plane) {
 
 // Bits, and columns of a block, that the kernels know.
 inline bool has_lookup(const Matrix& w) {
-  return w.element == kInteger && w.bits <= 3 && block_of(w) % kLookupSpan == 0 && block_of(w) <= 256;
+  return (w.element == kInteger || w.element == kBinary) && w.bits <= 3 && block_of(w) % kLookupSpan == 0 && block_of(w) <= 256;
 }
 
 // Writes a row of the stored layout into memory that was zero.

@@ -52,6 +52,10 @@ void pack_lookup_row(const Matrix& w, const LookupLayout& l, int64_t row) {
     const int64_t place = begin * l.groups + g * chunk + tile - begin;
     l.scale[place * 16 + row % 16] = w.scale[row * l.groups + g];
     if (!w.zero_point) continue;
+    if (w.element == kBinary) {
+      reinterpret_cast<uint16_t*>(l.zero_point)[place * 16 + row % 16] = w.low()[row * l.groups + g];
+      continue;
+    }
     const int code = read_code(w.zero_point + row * w.zero_point_bytes(), w.zero_point_bytes(), g, w.bits);
     uint8_t* stream = l.zero_point + place * 2 * w.bits;
     const int bit = row % 16 * w.bits;

@@ -15,8 +15,11 @@ namespace bitplan {
 // Instruction sets, as Python counts them.
 enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
-// What the codes of a weight are: integers with scales, or 16-bit floating point numbers, which stand for themselves.
-enum Element : int32_t { kInteger = 0, kBfloat16 = 1, kFloat16 = 2 };
+// What the codes of a weight are: integers with scales; 16-bit floating point numbers, which stand for themselves; one bit
+// that chooses between two values of its group, weight = low + (high - low) * code; or levels, weight = step * code - shift
+// with both of these in float32.
+enum Element : int32_t { kInteger = 0, kBfloat16 = 1, kFloat16 = 2, kBinary = 3, kLevels = 4 };
+inline bool is_float(Element element) { return element == kBfloat16 || element == kFloat16; }
 
 // 127 * 256 + 127: the largest v that splits into v = 256 * high + low with signed 8-bit parts.
 constexpr int kLargestActivation = 32639;
@@ -28,8 +31,10 @@ constexpr int kDecodeTokens = 4;
 // One weight in its stored layout; the fields are read by ctypes in the same order.
 struct Matrix {
   const uint8_t* codes;       // [rows, ceil(columns * bits / 8)]
-  const uint16_t* scale;      // [rows, columns / group_size] float16
-  const uint8_t* zero_point;  // [rows, ceil(groups * bits / 8)], or null for 2^(bits - 1)
+  const uint16_t* scale;      // [rows, columns / group_size] float16; of one bit, the higher value; of levels, the step
+  // [rows, ceil(groups * bits / 8)], or null for 2^(bits - 1); of one bit, the lower value in float16, or null for minus
+  // the higher one; of levels, the shift.
+  const uint8_t* zero_point;
   int64_t rows, columns;
   int32_t bits, group_size;
   const uint8_t* lookup;  // the same weight in the layout of lookup.h, or null
@@ -38,6 +43,9 @@ struct Matrix {
   int64_t row_bytes() const { return (columns * bits + 7) / 8; }
   int64_t groups() const { return columns / group_size; }
   int64_t zero_point_bytes() const { return (groups() * bits + 7) / 8; }
+  const uint16_t* low() const { return reinterpret_cast<const uint16_t*>(zero_point); }
+  const float* step() const { return reinterpret_cast<const float*>(scale); }
+  const float* shift() const { return reinterpret_cast<const float*>(zero_point); }
 };
 
 // Rounded activations of some tokens. `values` is laid out as the instruction set wants it.

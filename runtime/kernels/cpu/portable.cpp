@@ -54,22 +54,35 @@ void widen_row(const Matrix& w, int64_t row, float* out) {
 }  // namespace
 
 void dequantize_row(const Matrix& w, int64_t row, float* out) {
-  if (w.element != kInteger) {
+  if (is_float(w.element)) {
     widen_row(w, row, out);
     return;
   }
   const int64_t groups = w.groups(), row_bytes = w.row_bytes(), zero_bytes = w.zero_point_bytes();
   const uint8_t* stream = w.codes + row * row_bytes;
-  float scale = 0, zero = static_cast<float>(1 << (w.bits - 1));
+  float low = 0, high = 0, scale = 0, shift = 0, zero = static_cast<float>(1 << (w.bits - 1));
   uint8_t codes[8];
   for (int64_t k = 0; k < w.columns; ++k) {
     if (k % 8 == 0) read_octet(stream + k / 8 * w.bits, row_bytes - k / 8 * w.bits, w.bits, codes);
     if (k % w.group_size == 0) {
       const int64_t g = k / w.group_size;
-      scale = widen(w.scale[row * groups + g]);
-      if (w.zero_point) zero = static_cast<float>(read_code(w.zero_point + row * zero_bytes, zero_bytes, g, w.bits));
+      if (w.element == kLevels) {
+        scale = w.step()[row * groups + g];
+        shift = w.shift()[row * groups + g];
+      } else
+        scale = widen(w.scale[row * groups + g]);
+      if (w.element == kBinary) {
+        low = w.zero_point ? widen(w.low()[row * groups + g]) : -scale;
+        high = scale;
+      } else if (w.zero_point && w.element == kInteger)
+        zero = static_cast<float>(read_code(w.zero_point + row * zero_bytes, zero_bytes, g, w.bits));
     }
-    out[k] = scale * (static_cast<float>(codes[k % 8]) - zero);
+    if (w.element == kBinary)
+      out[k] = codes[k % 8] ? high : low;
+    else if (w.element == kLevels)
+      out[k] = scale * static_cast<float>(codes[k % 8]) - shift;
+    else
+      out[k] = scale * (static_cast<float>(codes[k % 8]) - zero);
   }
 }
 

@@ -17,7 +17,7 @@ bool has_vector_layout(const Matrix& w) {
 
 const Kernels* kernels_of(const Matrix& w, int level, bool decode) {
 #if defined(__x86_64__)
-  if (w.element != kInteger) return level == kAvx512 ? &kAvx512Floats : level == kAvx2 ? &kAvx2Floats : nullptr;
+  if (is_float(w.element)) return level == kAvx512 ? &kAvx512Floats : level == kAvx2 ? &kAvx2Floats : nullptr;
   if (!has_vector_layout(w)) return nullptr;
   if (level == kAvx512) return decode && w.lookup ? &kLookupKernels : &kAvx512Kernels;
   if (level == kAvx2) return &kAvx2Kernels;

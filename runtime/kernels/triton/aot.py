@@ -8,17 +8,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from runtime.kernels.triton.activation_rounding_kernel import round_rows_kernel
 from runtime.kernels.triton.dequantize_kernel import dequantize_kernel
 from runtime.kernels.triton.grouped_experts import Kind
 from runtime.kernels.triton.grouped_experts_kernel import grouped_experts_kernel
+from runtime.kernels.triton.integer_product_kernel import integer_product_kernel
 from runtime.kernels.triton.launch_table import Launch, LaunchKey
 from runtime.kernels.triton.row_scaling import needs_scaled_rows
 from runtime.kernels.triton.row_scaling_kernel import scale_rows_kernel
 from runtime.kernels.triton.sass import KernelCode, read_code
 from runtime.kernels.triton.weight_only_kernel import sum_splits_kernel, weight_only_kernel
 
-_THREADS_PER_WARP = 32
-_THREADS_PER_AMD_WARP = 64
+THREADS_PER_WARP = 32
+THREADS_PER_AMD_WARP = 64
 # Pointers are at addresses, and rows at strides, that 16 divides: torch allocates so, and rows are padded to 64.
 _ALIGNED = [["tt.divisibility", 16]]
 
@@ -55,9 +57,9 @@ def compile_weight_only(
         symmetric: No zero points.
         element: Mantissa bits of codes that are floats, -1 for integers.
     """
-    target = GPUTarget("cuda", key.architecture, _THREADS_PER_WARP)
+    target = GPUTarget("cuda", key.architecture, THREADS_PER_WARP)
     scaled = needs_scaled_rows(torch.bfloat16 if dtype == "bf16" else torch.float16, key.bits, element)
-    kernel = _compile(
+    kernel = compile_kernel(
         weight_only_kernel,
         {**_weight_only_constants(key, launch, symmetric), "HAS_EXPONENT": scaled, "ELEMENT": element},
         "fp16" if scaled else dtype,
@@ -67,7 +69,19 @@ def compile_weight_only(
     return CompiledProduct(
         code=read_code(kernel.asm["cubin"]),
         shared_bytes=kernel.metadata.shared,
-        weights_per_step=64 * launch.warps * 64 * launch.tiles // (_THREADS_PER_WARP * launch.warps),
+        weights_per_step=64 * launch.warps * 64 * launch.tiles // (THREADS_PER_WARP * launch.warps),
+    )
+
+
+def compile_integer_product(key: LaunchKey, launch: Launch, *, symmetric: bool = False) -> CompiledProduct:
+    """Returns the product with activations of 8 bits compiled for ``key.architecture``, as ``compile_weight_only``."""
+    target = GPUTarget("cuda", key.architecture, THREADS_PER_WARP)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.max_registers}
+    kernel = compile_kernel(integer_product_kernel, _integer_constants(key, launch, symmetric), "i8", target, options)
+    return CompiledProduct(
+        code=read_code(kernel.asm["cubin"]),
+        shared_bytes=kernel.metadata.shared,
+        weights_per_step=64 * launch.warps * 64 * launch.tiles // (THREADS_PER_WARP * launch.warps),
     )
 
 
@@ -90,13 +104,13 @@ def compile_grouped_experts(
         "STAGES": 3,
         "UPCAST": False,
     }
-    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
+    target = GPUTarget("cuda", architecture, THREADS_PER_WARP)
     options = {"num_warps": 2, "num_stages": 3, "maxnreg": 255}
-    kernel = _compile(grouped_experts_kernel, constants, "fp16", target, options)
+    kernel = compile_kernel(grouped_experts_kernel, constants, "fp16", target, options)
     return CompiledProduct(
         code=read_code(kernel.asm["cubin"]),
         shared_bytes=kernel.metadata.shared,
-        weights_per_step=64 * 64 // _THREADS_PER_WARP * max(kind[3] for kind in kinds),
+        weights_per_step=64 * 64 // THREADS_PER_WARP * max(kind[3] for kind in kinds),
     )
 
 
@@ -112,31 +126,55 @@ def compile_dequantization(
         "ELEMENT": -1,
         "WARPS": 2,
     }
-    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
-    return read_code(_compile(dequantize_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype).asm["cubin"])
+    target = GPUTarget("cuda", architecture, THREADS_PER_WARP)
+    return read_code(
+        compile_kernel(dequantize_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype).asm["cubin"]
+    )
 
 
 def compile_split_sum(splits: int, *, architecture: int, dtype: str) -> KernelCode:
     """Returns the sum of a split product, compiled for a compute capability."""
     constants: dict[str, object] = {"SPLITS": splits, "HAS_BIAS": True, "BLOCK": 1024}
-    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
-    return read_code(_compile(sum_splits_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype).asm["cubin"])
+    target = GPUTarget("cuda", architecture, THREADS_PER_WARP)
+    return read_code(
+        compile_kernel(sum_splits_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype).asm["cubin"]
+    )
 
 
 def compile_row_scaling(*, architecture: int, dtype: str) -> KernelCode:
     """Returns the scaling of rows in ``bf16`` or ``fp32``, compiled for a compute capability."""
     constants: dict[str, object] = {"PARTS": 2 if dtype == "fp32" else 1, "BLOCK": 1024}
-    target = GPUTarget("cuda", architecture, _THREADS_PER_WARP)
-    return read_code(_compile(scale_rows_kernel, constants, dtype, target, {"num_warps": 4}, out="fp16").asm["cubin"])
+    target = GPUTarget("cuda", architecture, THREADS_PER_WARP)
+    return read_code(
+        compile_kernel(scale_rows_kernel, constants, dtype, target, {"num_warps": 4}, out="fp16").asm["cubin"]
+    )
+
+
+def compile_row_rounding(*, architecture: int, dtype: str) -> KernelCode:
+    """Returns the rounding of rows in ``fp16``, ``bf16`` or ``fp32`` to 8 bits, compiled for a compute capability."""
+    constants: dict[str, object] = {"REACH": 127.5, "LIMIT": 128, "HAS_SCALE": False, "QUAD_STEP": 8, "BLOCK": 1024}
+    target = GPUTarget("cuda", architecture, THREADS_PER_WARP)
+    return read_code(
+        compile_kernel(round_rows_kernel, constants, dtype, target, {"num_warps": 4}, out="i8").asm["cubin"]
+    )
 
 
 def compile_weight_only_amd(key: LaunchKey, launch: Launch, *, dtype: str, architecture: str) -> str:
     """Returns the assembly of the weight-only product for an AMD architecture such as ``gfx942``."""
-    target = GPUTarget("hip", architecture, _THREADS_PER_AMD_WARP)
+    constants = _weight_only_constants(key, launch, False)
+    return _compile_amd(weight_only_kernel, constants, dtype, launch, architecture)
+
+
+def compile_integer_product_amd(key: LaunchKey, launch: Launch, *, architecture: str) -> str:
+    """Returns the assembly of the product with activations of 8 bits for an AMD architecture."""
+    return _compile_amd(integer_product_kernel, _integer_constants(key, launch, False), "i8", launch, architecture)
+
+
+def _compile_amd(function: Any, constants: dict[str, object], dtype: str, launch: Launch, architecture: str) -> str:
+    target = GPUTarget("hip", architecture, THREADS_PER_AMD_WARP)
     # Half as many warps of twice the threads: a thread's share of the words stays 16 bytes.
-    options = {"num_warps": launch.warps * _THREADS_PER_WARP // _THREADS_PER_AMD_WARP, "num_stages": launch.stages}
-    kernel = _compile(weight_only_kernel, _weight_only_constants(key, launch, False), dtype, target, options)
-    return str(kernel.asm["amdgcn"])
+    options = {"num_warps": launch.warps * THREADS_PER_WARP // THREADS_PER_AMD_WARP, "num_stages": launch.stages}
+    return str(compile_kernel(function, constants, dtype, target, options).asm["amdgcn"])
 
 
 def _weight_only_constants(key: LaunchKey, launch: Launch, symmetric: bool) -> dict[str, object]:
@@ -155,7 +193,16 @@ def _weight_only_constants(key: LaunchKey, launch: Launch, symmetric: bool) -> d
     }
 
 
-def _compile(
+def _integer_constants(key: LaunchKey, launch: Launch, symmetric: bool) -> dict[str, object]:
+    named = _weight_only_constants(key, launch, symmetric)
+    return {name: value for name, value in named.items() if name not in ("HAS_EXPONENT", "UPCAST", "ELEMENT")}
+
+
+def _type_states(states: Any, dtype: str) -> str:
+    return f"*{dtype}" if states and states[0] == 16 else "*i32"
+
+
+def compile_kernel(
     function: Any,
     constants: dict[str, object],
     dtype: str,
@@ -164,9 +211,21 @@ def _compile(
     *,
     out: str = "fp32",
 ) -> Any:
+    """Returns a kernel compiled by Triton.
+
+    Args:
+        function: The kernel.
+        constants: Its constants.
+        dtype: Type of what it reads that is no code, scale or index.
+        target: The GPU.
+        options: Those of Triton's launch.
+        out: Type of what it writes.
+    """
     types = {
         "x_ptr": f"*{dtype}",
         "factor": "fp32",
+        "x_scale_ptr": "*fp32",
+        "given_ptr": "*fp32",
         "exponent_ptr": "*i32",
         "bias_ptr": f"*{dtype}",
         "out_ptr": f"*{out}",
@@ -178,6 +237,18 @@ def _compile(
         "block_first_ptr": "*i64",
         "block_last_ptr": "*i64",
         "words_ptr": "*i32",
+        "query_ptr": f"*{dtype}",
+        "key_words_ptr": _type_states(constants.get("KEYS"), dtype),
+        "value_words_ptr": _type_states(constants.get("VALUES"), dtype),
+        "key_scale_ptr": "*fp16",
+        "value_scale_ptr": "*fp16",
+        "key_zero_ptr": "*u8",
+        "value_zero_ptr": "*u8",
+        "key_tail_ptr": f"*{dtype}",
+        "value_tail_ptr": f"*{dtype}",
+        "mask_ptr": "*u8",
+        "total_ptr": "*fp32",
+        "scaling": "fp32",
         "scale_ptr": "*i32",
         "zero_ptr": "*i32",
     }

@@ -52,6 +52,16 @@ def load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS: t
 
 
 @triton.jit
+def load_zero_codes(zero_ptr, group, row_block, row_block_mask, row_blocks, WARPS: tl.constexpr):
+    """Returns the zero points of a group as they are stored, uint32 [64 * WARPS] in tile order."""
+    offset = group * row_blocks * 2 + row_block[:, None] * 2 + tl.arange(0, 2)[None, :]
+    words = tl.load(zero_ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)
+    even = tl.join(words & 0xFF, (words >> 16) & 0xFF)
+    odd = tl.join((words >> 8) & 0xFF, words >> 24)
+    return to_tile_order(tl.join(even, odd), WARPS)
+
+
+@triton.jit
 def load_zero(
     zero_ptr,
     group,
@@ -70,11 +80,7 @@ def load_zero(
         ZERO: tl.constexpr = 0.5 if BITS == 1 else 1 << (BITS - 1)
         return tl.full((64 * WARPS,), (1 << MANTISSA) + (1 << POSITION) * ZERO, tl.float32)
     else:
-        offset = group * row_blocks * 2 + row_block[:, None] * 2 + tl.arange(0, 2)[None, :]
-        words = tl.load(zero_ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)
-        even = tl.join(words & 0xFF, (words >> 16) & 0xFF)
-        odd = tl.join((words >> 8) & 0xFF, words >> 24)
-        zero = to_tile_order(tl.join(even, odd), WARPS)
+        zero = load_zero_codes(zero_ptr, group, row_block, row_block_mask, row_blocks, WARPS)
         # The float 2**e has 127 + e in its exponent, and its mantissa begins at bit 23 - e for whole numbers.
         BASE_BITS: tl.constexpr = (127 + MANTISSA) << 23
         return ((zero << (23 - MANTISSA + POSITION)) | BASE_BITS).to(tl.float32, bitcast=True)

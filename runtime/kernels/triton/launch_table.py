@@ -27,6 +27,10 @@ _BYTES_AHEAD = 16384
 _MOST_STAGES = 6
 _LAUNCH_S = 2e-6
 _M_BUCKETS = (8, 16, 32, 64)
+_ATTENTION_PROGRAMS = 4
+_ATTENTION_TOKENS = 32
+_LEAST_ATTENTION_BLOCKS = 8
+_TWO_WARPS_HEAD_BYTES = 256
 MOST_ROWS = _M_BUCKETS[-1]
 
 
@@ -41,6 +45,7 @@ class LaunchKey:
         out_features: Rows of the weight.
         in_features: Length of a row.
         group_size: Codes that share a scale; None for the whole row.
+        activation_bits: 16, or 8 for activations that are integers.
     """
 
     architecture: int
@@ -49,6 +54,7 @@ class LaunchKey:
     out_features: int
     in_features: int
     group_size: int | None
+    activation_bits: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +123,10 @@ def find_launch(key: LaunchKey, device: Device) -> Launch:
         return known
     # Four warps or more would make compute capability 9.0 and 10.0 use instructions that take no operand from registers
     # without copies.
-    # 32 rows of x take all registers: enough below compute capability 9.0, where codes fill their words evenly.
-    most_rows = 32 if device.architecture < 90 and key.bits in (1, 2, 4) else 16
+    # 32 rows of x take all registers: enough below compute capability 9.0, where codes fill their words evenly and
+    # nothing but one sum is kept.
+    even = key.bits in (1, 2, 4) and key.activation_bits == 16
+    most_rows = 32 if device.architecture < 90 and even else 16
     block_m = min(key.rows, most_rows)
     warps = 2 if key.out_features > TILE_CODES else 1
     tiles = _count_step_tiles(key)
@@ -128,6 +136,44 @@ def find_launch(key: LaunchKey, device: Device) -> Launch:
     stages = min(_MOST_STAGES, max(3, 2 + _BYTES_AHEAD // step_bytes))
     splits = min(candidates, key=lambda s: _predict_s(key, device, block_m, warps, tiles, stages, s))
     return Launch(block_m=block_m, warps=warps, tiles=tiles, stages=stages, splits=splits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionLaunch:
+    """How the attention of one token is launched.
+
+    Args:
+        block_tokens: Past tokens that a program takes at once.
+        split_tokens: Past tokens of a program.
+        warps: Warps of a program.
+        stages: Steps that are loaded ahead.
+        max_registers: Most registers of a thread.
+    """
+
+    block_tokens: int
+    split_tokens: int
+    warps: int
+    stages: int
+    max_registers: int = _MOST_REGISTERS
+
+
+def find_attention_launch(device: Device, heads: int, tokens: int, head_bytes: int) -> AttentionLaunch:
+    """Returns the launch of attention over a packed cache: splits so many that every processor has its programs.
+
+    Args:
+        device: What the prior reckons with.
+        heads: Heads of keys, of all sequences.
+        tokens: Past tokens that are packed.
+        head_bytes: Of a head's numbers in the type of the query: what a token takes in shared memory.
+    """
+    # Four warps with 64 tokens would make compute capability 9.0 keep keys and values twice in shared memory.
+    warps = 2 if head_bytes <= _TWO_WARPS_HEAD_BYTES else 4
+    wanted = -(-_ATTENTION_PROGRAMS * device.processors // heads)
+    # A split of fewer blocks would be mostly its beginning and its end.
+    blocks = max(_LEAST_ATTENTION_BLOCKS, -(-tokens // (_ATTENTION_TOKENS * wanted)))
+    return AttentionLaunch(
+        block_tokens=_ATTENTION_TOKENS, split_tokens=blocks * _ATTENTION_TOKENS, warps=warps, stages=2
+    )
 
 
 def load_launches(path: Path) -> dict[LaunchKey, Launch]:

@@ -10,10 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from runtime.activation_formats import ActivationFormat, ActivationRounding
 from runtime.codecs import CODECS
 from runtime.codecs.scaled_elements import read_scale_parts
 from runtime.elements import ELEMENTS
 from runtime.kernels.triton.fragment_layout import FragmentWeight, fits_groups, pack_fragments
+from runtime.kernels.triton.integer_linear import fits_integers, triton_integer_linear
 from runtime.kernels.triton.weight_only_linear import triton_linear
 from runtime.packing import unpack_codes
 from runtime.powers import power_of_two
@@ -43,6 +45,35 @@ def packed_linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor | No
         weight: The packed weight [out_features, in_features].
         bias: [out_features], or None.
     """
+    fragments = _find_factor(x, weight)
+    return None if fragments is None else triton_linear(x, fragments, bias)
+
+
+def packed_integer_linear(
+    x: Tensor, weight: Packed, bias: Tensor | None, rounding: ActivationRounding
+) -> Tensor | None:
+    """Returns x^ W' + bias, x^ being x rounded to integers, or None where no kernel multiplies these integers.
+
+    One does where ``packed_linear`` does, for weights of ``fits_integers`` and integers that share a scale in a row.
+
+    Args:
+        x: [..., in_features], not rounded yet.
+        weight: The packed weight [out_features, in_features].
+        bias: [out_features], or None.
+        rounding: How x is rounded.
+    """
+    format_ = rounding.format
+    if not isinstance(format_, ActivationFormat) or format_.element or format_.scope == "channel":
+        return None
+    fragments = _find_factor(x, weight)
+    if fragments is None or not fits_integers(fragments):
+        return None
+    scales = rounding.list_row_scales(x)
+    return triton_integer_linear(x, fragments, bias, scales, reach=format_.reach, limit=format_.limit)
+
+
+def _find_factor(x: Tensor, weight: Packed) -> FragmentWeight | None:
+    """Returns a weight in the kernels' layout if they can multiply x with it."""
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
     if (
         wants_gradient
@@ -51,8 +82,7 @@ def packed_linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor | No
         or not fits_kernels(weight.format)
     ):
         return None
-    fragments = find_fragments(weight)
-    return None if fragments is None else triton_linear(x, fragments, bias)
+    return find_fragments(weight)
 
 
 def fits_kernels(format_: Format) -> bool:

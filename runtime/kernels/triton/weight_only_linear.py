@@ -126,7 +126,7 @@ def dequantize_fragments(weight: FragmentWeight, dtype: torch.dtype, rows: tuple
     # The interpreter truncates where it should round to bfloat16; there torch rounds.
     stored = torch.float32 if INTERPRETED else dtype
     out = torch.empty((last - first, tiles * TILE_CODES), dtype=stored, device=weight.words.device)
-    words, scale, zero = _word_views(weight)
+    words, scale, zero = view_words(weight)
     block = first // TILE_ROWS
     grid = (triton.cdiv(last - first, TILE_CODES * _DEQUANTIZE_WARPS), tiles)
     dequantize_kernel[grid](
@@ -163,7 +163,7 @@ def _multiply_few(
     y = torch.empty((M, N), dtype=out_dtype, device=x.device)
     if M == 0:
         return y
-    device = _find_device(x.device)
+    device = find_device(x.device)
     key = LaunchKey(
         architecture=device.architecture,
         bits=weight.bits,
@@ -174,7 +174,7 @@ def _multiply_few(
     )
     launch = find_launch(key, device)
     partial = y if launch.splits == 1 else torch.empty((launch.splits, M, N), dtype=torch.float32, device=x.device)
-    words, scale, zero = _word_views(weight)
+    words, scale, zero = view_words(weight)
     steps = weight.words.shape[0] // launch.tiles
     grid = (triton.cdiv(N, 64 * launch.warps), triton.cdiv(M, launch.block_m), launch.splits)
     has_bias = bias is not None
@@ -208,10 +208,23 @@ def _multiply_few(
         maxnreg=launch.max_registers,
     )
     if launch.splits > 1:
-        sum_splits_kernel[(triton.cdiv(M * N, _SUM_BLOCK),)](
-            partial, bias if has_bias else x, y, M * N, N, SPLITS=launch.splits, HAS_BIAS=has_bias, BLOCK=_SUM_BLOCK
-        )
+        sum_splits(partial, bias, y)
     return y
+
+
+def sum_splits(partial: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Writes the sum of the splits [splits, M, N] float32 of a product, and its bias, to y [M, N]."""
+    splits, M, N = partial.shape
+    sum_splits_kernel[(triton.cdiv(M * N, _SUM_BLOCK),)](
+        partial,
+        partial if bias is None else bias,
+        y,
+        M * N,
+        N,
+        SPLITS=splits,
+        HAS_BIAS=bias is not None,
+        BLOCK=_SUM_BLOCK,
+    )
 
 
 def _multiply_many(x: Tensor, weight: FragmentWeight, bias: Tensor | None) -> Tensor:
@@ -235,13 +248,13 @@ def _multiply_float32(x: Tensor, weight: FragmentWeight) -> Tensor:
     return sum_parts(torch.cat(pieces).view(2, x.shape[0], weight.shape[0]))
 
 
-def _word_views(weight: FragmentWeight) -> tuple[Tensor, Tensor, Tensor]:
+def view_words(weight: FragmentWeight) -> tuple[Tensor, Tensor, Tensor]:
     """Returns words, scales and zero points as 32-bit words; zero points that do not exist are not read."""
     scale = weight.scale.view(torch.int32)
     return weight.words, scale, scale if weight.zero_point is None else weight.zero_point.view(torch.int32)
 
 
-def _find_device(device: torch.device) -> Device:
+def find_device(device: torch.device) -> Device:
     """Returns the device at hand, as the launch prior sees it; an A100 stands for the interpreter."""
     if device.type != "cuda":
         return DEVICES["a100"]

@@ -32,7 +32,7 @@ def test_error_of_each_width_is_within_half_a_part(format_: Format, weights: str
     largest = weight.double().abs().reshape(5, groups, -1).amax(-1).numpy()
     mass = h.double().view(groups, -1).sum(-1).numpy()
     for width in NESTED_WIDTHS:
-        found = errors_by_group(weight, read_at_width(tensors, SHAPE, width), format_.name, importance)
+        found = errors_by_group(weight, read_at_width(tensors, format_, SHAPE, width), format_.name, importance)
         # Half a part is R / 2^b, and the fitted scale is never worse than R / 2^(b-1). It is rounded to float16: by a
         # relative 2^-11 of values up to R, or by half of the smallest float16 times 2^(b-1).
         rounding = largest * 2.0**-11 + 2.0**-25 * (1 << (width - 1))
@@ -63,15 +63,15 @@ def test_a_width_reads_its_own_bytes_alone(format_: Format) -> None:
     weight = WEIGHTS["normal"](*SHAPE)
     tensors = encode(weight, format_.name)
     groups = format_.group_count(128)
-    assert torch.equal(read_at_width(tensors, SHAPE, 8), decode_nested(tensors, format_, SHAPE))
+    assert torch.equal(read_at_width(tensors, format_, SHAPE, 8), decode_nested(tensors, format_, SHAPE))
     errors = []
     for width in NESTED_WIDTHS:
         prefix = up_to(tensors, width)
         scales = NESTED_WIDTHS.index(width) + 1
         assert sum(tensor.nbytes for tensor in prefix.values()) == 5 * (128 * width // 8 + 2 * scales * groups)
-        values = read_at_width(prefix, SHAPE, width)
+        values = read_at_width(prefix, format_, SHAPE, width)
         rows = torch.tensor([4, 0, 4])
-        assert torch.equal(read_at_width(prefix, SHAPE, width, rows), values[rows])
+        assert torch.equal(read_at_width(prefix, format_, SHAPE, width, rows), values[rows])
         errors.append((values - weight).square().mean().sqrt().item())
     # Two bits more are four times as many values: the error of even parts falls fourfold.
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.2) and errors[1] / errors[2] == pytest.approx(4, rel=0.2)
@@ -83,7 +83,7 @@ def test_scale_of_a_width_is_of_least_error() -> None:
     weight, importance = WEIGHTS["outliers"](*SHAPE), draw_statistics(128).hessian().diagonal()
     tensors = encode(weight, "nested8_channel", importance)
     for width in NESTED_WIDTHS:
-        values = read_at_width(tensors, SHAPE, width).double()
+        values = read_at_width(tensors, FORMATS["nested8_channel"], SHAPE, width).double()
         h, numbers = importance.double(), weight.double()
         best = (h * numbers * values).sum(1) / (h * values.square()).sum(1)
         # The best factor on top of the stored scale is one, but for rounding it to float16.
@@ -101,7 +101,7 @@ def test_rows_of_any_length(in_features: int) -> None:
 def test_other_widths_are_refused() -> None:
     tensors = encode(WEIGHTS["normal"](*SHAPE), "nested8_g64")
     with pytest.raises(ValueError, match="one of 4, 6, 8 bits: got width=5. Read the next higher one"):
-        read_at_width(tensors, SHAPE, 5)
+        read_at_width(tensors, FORMATS["nested8_g64"], SHAPE, 5)
 
 
 def test_weights_beyond_float16_are_refused() -> None:

@@ -15,6 +15,7 @@ from runtime.kernels.cpu import load_kernels
 from runtime.kernels.dispatch import kernel_path, selected_kernels
 from runtime.packed import QuantizedEmbedding, QuantizedLinear
 from runtime.rendering import render
+from tests.runtime.kernels.stored_weights import available_kernels
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler is here")
 
@@ -38,7 +39,10 @@ def reference(linear: QuantizedLinear, x: Tensor) -> Tensor:
     return y
 
 
-WITH_KERNELS = [name for name, f in FORMATS.items() if f.kind == "int" and f.scale_type == "fp16" and f.fits(384)]
+WITH_KERNELS = [
+    *(n for n, f in FORMATS.items() if f.kind in ("int", "binary") and f.scale_type == "fp16" and f.fits(384)),
+    *(name for name, f in FORMATS.items() if f.kind == "double_rounding"),
+]
 
 
 @pytest.mark.parametrize("format_name", WITH_KERNELS)
@@ -54,7 +58,25 @@ def test_kernels_and_reference_agree(format_name: str, bias: bool) -> None:
     assert not torch.equal(linear(draw(64, 384)), reference(linear, draw(64, 384)))
 
 
-@pytest.mark.parametrize("format_name", ["int4_g64_pow2", "int1_g64", "mxfp4", "q4_0"])
+@pytest.mark.parametrize("level", [kernels.level for kernels in available_kernels()])
+@pytest.mark.parametrize("format_name", ["int1_g64", "int1_g128_sym", "int1_channel"])
+def test_one_bit_on_every_instruction_set(format_name: str, level: str) -> None:
+    # Columns and rows that fill no vector, a mean that is not zero, few tokens and many.
+    linear = QuantizedLinear(pack_weight(draw(37, 384) + 0.3, FORMATS[format_name]))
+    with kernel_path(level):
+        assert torch.equal(linear.weight(), reference_weight(linear))
+        for tokens in (1, 2, 3, 4, 9):
+            x = draw(tokens, 384, seed=tokens)
+            assert relative_error(linear(x), x.double() @ linear.weight().double().T) < 2e-4
+
+
+def reference_weight(linear: QuantizedLinear) -> Tensor:
+    with kernel_path("reference"):
+        dense: Tensor = linear.weight()
+    return dense
+
+
+@pytest.mark.parametrize("format_name", ["int4_g64_pow2", "int1_g64_sym_pow2", "mxfp4", "q4_0"])
 def test_formats_without_kernels_are_left_to_the_reference(format_name: str) -> None:
     linear, x = make_linear(format_name), draw(5, 384)
     assert torch.equal(linear(x), reference(linear, x))
@@ -102,12 +124,15 @@ def test_what_the_kernels_do_not_do_is_left_to_the_reference() -> None:
     assert linear.to("meta")(x.to("meta")).shape == (3, 19)
 
 
-def test_compiled_model_runs_the_kernels_and_has_gradients() -> None:
-    linear = make_linear()
+@pytest.mark.parametrize("format_name", ["int4_g64", "nested4_8_g64"])
+def test_compiled_model_runs_the_kernels_and_has_gradients(format_name: str) -> None:
+    linear = make_linear(format_name)
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
     for tokens in (1, 7):
         x = draw(tokens, 384)
-        assert torch.allclose(compiled(x), linear(x), atol=1e-5)
+        # The weight of two parts is dequantized, as the reference does it.
+        expected = linear(x) if format_name == "int4_g64" else reference(linear, x)
+        assert torch.allclose(compiled(x), expected, atol=1e-5)
     wanted = draw(2, 384).requires_grad_()
     compiled(wanted).sum().backward()
     assert wanted.grad is not None

@@ -14,7 +14,8 @@ from torch import Tensor
 from runtime.apply import pack_weight
 from runtime.formats import find_format
 from runtime.kernels.cpu import Matrix, Product, StoredMatrix, describe_matrix, load_kernels
-from runtime.kernels.dispatch import find_matrix, kernel_path, lookup_bytes, use_lookup_
+from runtime.kernels.dispatch import kernel_path
+from runtime.kernels.weight_views import execution_bytes, find_matrix, use_execution_
 from runtime.packed import QuantizedLinear
 from runtime.packing import unpack_codes
 from tests.runtime.kernels.stored_weights import Case, bound_error, make_weight
@@ -200,16 +201,28 @@ def test_other_weights_have_no_layout(case: tuple[int, int]) -> None:
     assert other.lookup_bytes(describe_matrix(stored)) == 0
 
 
-def make_linear(seed: int = 0) -> QuantizedLinear:
-    weight = torch.randn(70, 384, generator=torch.Generator().manual_seed(seed))
-    linear = QuantizedLinear(pack_weight(weight, find_format("int2_g64")))
-    use_lookup_(linear.weight, torch.zeros(lookup_bytes(linear.weight), dtype=torch.uint8))
+def make_linear(seed: int = 0, format_name: str = "int2_g64") -> QuantizedLinear:
+    weight = torch.randn(70, 384, generator=torch.Generator().manual_seed(seed)) + 0.2
+    linear = QuantizedLinear(pack_weight(weight, find_format(format_name)))
+    assert KERNELS is not None
+    memory = torch.zeros(execution_bytes(linear.weight, KERNELS), dtype=torch.uint8)
+    use_execution_(linear.weight, KERNELS, memory)
     return linear
 
 
 def reads_layout(linear: QuantizedLinear) -> bool:
     matrix = find_matrix(linear.weight, torch.device("cpu"))
     return matrix is not None and matrix.lookup != 0
+
+
+@pytest.mark.parametrize("format_name", ["int1_g64", "int1_g32_sym", "int1_channel", "int2_g128", "int3_channel_sym"])
+def test_formats_of_few_bits_are_within_rounding_of_float64(format_name: str) -> None:
+    linear = make_linear(3, format_name)
+    assert reads_layout(linear)
+    for tokens in (1, 4):
+        x = draw_activations(tokens, 384)
+        expected = x.double() @ linear.weight().double().T
+        assert (linear(x) - expected).norm() <= 2e-4 * expected.norm()
 
 
 def test_a_layer_computes_by_its_layout_until_other_numbers_are_loaded() -> None:
@@ -234,7 +247,7 @@ def test_copies_and_weights_that_moved_have_none() -> None:
     assert (copied(x) - expected).norm() <= 2e-4 * expected.norm()
     moved = make_linear().to("meta")
     assert moved(x.to("meta")).shape == (1, 70)
-    assert "_lookup" not in moved.weight.__dict__
+    assert "_execution" not in moved.weight.__dict__
 
 
 def test_more_tokens_than_a_lookup_serves_read_the_stored_layout() -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from runtime.apply import simulated_formats
+from runtime.expert_modules import find_expert_modules
 from runtime.units import list_weights
-from sensitivity.experts.expert_calls import find_expert_modules
 from sensitivity.experts.routing import RoutingStatistics, load_routing, save_routing
 from sensitivity.experts.routing_measurement import measure_router_shift, measure_routing
 from tests.mixtures import MIXTURES, route_by_rule

@@ -9,6 +9,7 @@ from runtime.kernels.triton.devices import DEVICES
 from runtime.kernels.triton.launch_table import (
     Launch,
     LaunchKey,
+    find_attention_launch,
     find_bucket,
     find_launch,
     load_launches,
@@ -69,3 +70,24 @@ def test_buckets() -> None:
     assert [find_bucket(rows) for rows in (1, 8, 9, 16, 17, 33, 64)] == [8, 8, 16, 16, 32, 64, 64]
     with pytest.raises(ValueError, match="at most 64 for one launch: got rows=65"):
         find_bucket(65)
+
+
+def test_attention_is_split_until_every_processor_has_its_programs() -> None:
+    for heads, tokens in ((1, 8192), (8, 8192), (8, 131_072), (256, 1024)):
+        launch = find_attention_launch(H100, heads, tokens, 256)
+        assert launch.split_tokens % launch.block_tokens == 0
+        programs = heads * -(-tokens // launch.split_tokens)
+        # Four times as many as processors, rounded, where splits do not become too short.
+        assert programs <= max(4 * H100.processors, heads) + heads
+        assert programs >= 2 * H100.processors or launch.split_tokens == 8 * launch.block_tokens
+
+
+def test_integer_activations_have_launches_of_their_own() -> None:
+    integers = replace(KEY, activation_bits=8)
+    table = {KEY: Launch(block_m=8, warps=1, tiles=1, stages=5, splits=7)}
+    with use_launches(table):
+        assert find_launch(integers, H100) != table[KEY]
+    # Their sums take registers: 16 rows at most, where 16 bits allow 32.
+    old = replace(KEY, architecture=80, rows=64)
+    assert find_launch(old, DEVICES["a100"]).block_m == 32
+    assert find_launch(replace(old, activation_bits=8), DEVICES["a100"]).block_m == 16

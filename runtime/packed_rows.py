@@ -1,0 +1,27 @@
+"""What of a cache's states is packed at a moment, as the kernels read it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from runtime.formats import Format
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedRows:
+    """The packed keys or values of past tokens, as they are held now: appending later makes other tensors.
+
+    Args:
+        format: The format of a row.
+        buffers: Tensors of ``PackedWeight`` by name, [tokens, batch, heads, ...], or [blocks, batch, heads * head_dim,
+            ...] of token blocks.
+        head_dim: Numbers of a head.
+        token_block: Tokens of a block; 0 where a row is a token's.
+        token_count: Tokens that are packed.
+    """
+
+    format: Format
+    buffers: dict[str, Tensor]
+    head_dim: int
+    token_block: int
+    token_count: int
