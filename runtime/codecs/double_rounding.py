@@ -46,9 +46,10 @@ def decode_double_rounding(
 def double_rounding_codes(
     tensors: StoredTensors, format_: Format, shape: tuple[int, int], rows: Tensor | None = None
 ) -> Tensor:
-    """Returns the codes of the full width as int16."""
+    """Returns the codes of the full width as uint8, counted from the lowest on."""
     prefix, rest = _read_parts(tensors, format_, shape, rows)
-    return (prefix.to(torch.int16) << format_.rest_bits) + rest
+    codes = (prefix.to(torch.int16) << format_.rest_bits) + rest
+    return (codes - _code_range(format_)[0]).to(torch.uint8)
 
 
 def read_double_rounding(

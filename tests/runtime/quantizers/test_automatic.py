@@ -5,7 +5,7 @@ import torch
 
 from runtime.formats import FORMATS
 from runtime.quantization import dequantize
-from runtime.quantizers import QUANTIZERS, InputStatistics, quantize
+from runtime.quantizers import QUANTIZERS, TEXTLESS, InputStatistics, quantize
 from runtime.quantizers.automatic import AUTOMATIC, SINGLE_QUANTIZERS, quantize_automatic
 from tests.runtime.quantizers.cases import draw_statistics, draw_weight
 
@@ -35,9 +35,9 @@ def test_those_named_are_tried() -> None:
 
 def test_every_result_names_its_quantizer() -> None:
     weight, statistics = draw_weight(3, 64), draw_statistics(64)
-    for name in SINGLE_QUANTIZERS:
+    for name in (*SINGLE_QUANTIZERS, *TEXTLESS):
         assert quantize(weight, FORMATS["int3_g64"], name, statistics=statistics).quantizer == name
-    assert set(QUANTIZERS) == {*SINGLE_QUANTIZERS, "auto"}
+    assert set(QUANTIZERS) == {*SINGLE_QUANTIZERS, *TEXTLESS, "auto"}
 
 
 @pytest.mark.parametrize("names", [["rtn", "auto"], []], ids=str)
