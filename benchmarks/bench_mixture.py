@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from bench_cpu_kernels import copy_packed, time_in_turns
 from machine import describe_machine
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -90,18 +92,30 @@ def _rows(layers: Layers) -> list[str]:
     }
     times = time_in_turns(calls, rounds=ROUNDS)
     alone = {bits: times[str([i])] for i, bits in enumerate(BITS)}
-    lines = []
+    lines, sizes = [], []
     for used in USED:
         widths = [BITS[i % len(BITS)] for i in used]
         size = sum(_expert_bytes(bits) for bits in widths)
         seconds = times[str(used)]
+        sizes.append(size)
         cells = (f"{size / 1e6:.2f}", f"{seconds * 1e3:.3f}", f"{size / seconds / 1e9:.1f}")
         total = sum(alone[bits] for bits in widths)
         error = _error(layers[0], x, used)
         lines.append(
             f"| {', '.join(map(str, widths))} bits | {' | '.join(cells)} | {seconds / total:.2f} | {error:.0e} |"
         )
-    return lines
+    return [*lines, "", _fit(np.array(sizes) / 1e6, np.array([times[str(used)] for used in USED]) * 1e3)]
+
+
+def _fit(megabytes: NDArray[np.float64], milliseconds: NDArray[np.float64]) -> str:
+    """Returns how near to a line over the bytes of the experts used the times are, by least squares of ratios."""
+    columns = np.stack([np.ones_like(megabytes), megabytes], axis=1) / milliseconds[:, None]
+    start, each = np.linalg.lstsq(columns, np.ones_like(milliseconds), rcond=None)[0]
+    off = np.abs((start + each * megabytes) / milliseconds - 1)
+    return (
+        f"Time over bytes: {start:.3f} ms and {each:.4f} ms for each MB ({1 / each:.1f} GB/s), at most {off.max():.1%} "
+        "off. The start is what Python does around the call."
+    )
 
 
 def route_to(used: list[int]) -> tuple[Tensor, Tensor]:
