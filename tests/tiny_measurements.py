@@ -39,6 +39,24 @@ CONTEXT, BATCH = 96, 4
 CACHE_BUDGET = Budget(memory_bytes=150_000, context=CONTEXT, batch=BATCH)
 
 
+# The small trained mixture of experts, and how much of its text is measured.
+SMALL_MOE = Path(__file__).parent / "data" / "small_moe"
+_MOE_CONFIG = replace(
+    CONFIG,
+    metrics=("weight_error",),
+    fit_plans=None,
+    sequence_tokens=64,
+    evaluation_sequences=8,
+    evaluation_sequence_tokens=64,
+)
+
+
+def make_moe_request(formats: tuple[str, ...]) -> MeasureRequest:
+    """Returns the request of a quick measurement of the small mixture, on its own texts."""
+    calibration, evaluation = (str(SMALL_MOE / f"{name}.jsonl") for name in ("calibration", "evaluation"))
+    return MeasureRequest(calibration=calibration, evaluation=evaluation, formats=formats, config=_MOE_CONFIG)
+
+
 def make_request(text: Path, **changes: Any) -> MeasureRequest:
     """Returns the request of a tiny measurement on a text."""
     return replace(MeasureRequest(calibration=str(text), formats=FORMATS, config=CONFIG), **changes)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.kernels.cpu import CpuKernels, Matrix, Plane
+from runtime.kernels.cpu import CpuKernels
+from runtime.kernels.matrices import Matrix, Plane
 
 _NULL = 0
 _LINEARS = ("query", "key", "value", "output", "gate", "up", "down")

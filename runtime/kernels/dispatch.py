@@ -16,17 +16,8 @@ from torch import Tensor
 
 from runtime.activation_formats import ActivationRounding
 from runtime.kernels import triton as triton_kernels
-from runtime.kernels.cpu import (
-    LEVELS,
-    CpuKernels,
-    Matrix,
-    Plane,
-    Product,
-    StoredMatrix,
-    add_planes,
-    describe_matrix,
-    load_kernels,
-)
+from runtime.kernels.cpu import LEVELS, CpuKernels, Product, load_kernels
+from runtime.kernels.matrices import Matrix, Plane, StoredMatrix, add_planes, describe_matrix
 from runtime.kernels.parted_weights import Packed
 from runtime.kernels.reference import dequantize_stored, linear_reference
 from runtime.kernels.weight_views import find_matrix, find_planes, has_codes, stored_matrix

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from runtime.formats import Format
-from runtime.kernels.cpu import Matrix, Plane, StoredMatrix, describe_matrix
+from runtime.kernels.matrices import Matrix, Plane, StoredMatrix, describe_matrix
 
 PARTED = "double_rounding"
 

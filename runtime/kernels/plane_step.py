@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from runtime.kernels.cpu import CpuKernels, Product, add_planes
+from runtime.kernels.cpu import CpuKernels, Product
 from runtime.kernels.decoder_step import DecoderTensors, LayerTensors, LinearTensors
+from runtime.kernels.matrices import add_planes
 
 # Steps of so many tokens keep their buffers; those of more are made for each step.
 _MOST_KEPT_TOKENS = 4

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from runtime.codecs.levels import find_span, group_count, read_levels
 from runtime.formats import Format
-from runtime.kernels.cpu import (
-    CpuKernels,
+from runtime.kernels.cpu import CpuKernels
+from runtime.kernels.matrices import (
     Levels,
     Matrix,
     Plane,

@@ -55,7 +55,7 @@ def find_equalization(
     """
     for name, exponent in (("inputs", inputs), ("weights", weights)):
         if not 0 <= exponent <= 1:
-            msg = f"exponents must be between 0 and 1: got {name}={exponent}. Use 0.5."
+            msg = f"exponents must be between 0 and 1: got {name}={exponent}. Use 0.25."
             raise ValueError(msg)
     sites = list_scale_sites(model)
     drawn = draw_tokens(model, sequences=sequences, seed=seed)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import allocator
-from allocator import Budget, MeasureRequest, Plan, SensitivityProfile, Store
+from allocator import Budget, Plan, SensitivityProfile, Store
 from allocator.artefacts import Model
 from allocator.cli import run
 from allocator.generation import generate_text
@@ -18,14 +18,10 @@ from allocator.plans import ArtefactMismatch, CachePlan
 from allocator.prefixes import PrefixFound, check_prefix
 from runtime.apply import simulated_formats
 from runtime.transforms.prefix_tokens import PREFIX_FILE, load_prefix, save_prefix
-from tests.tiny_measurements import CONFIG
+from tests.tiny_measurements import SMALL_MOE, make_moe_request
 
-SMALL_MOE = Path(__file__).parents[1] / "data" / "small_moe"
 # Where a plan loses much, a prefix can win some of it back on the text that it was searched on.
 BUDGET = Budget(bits_per_weight=2.6)
-AMOUNTS = replace(
-    CONFIG, metrics=("weight_error",), fit_plans=None, evaluation_sequences=8, evaluation_sequence_tokens=64
-)
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +31,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def profile(store: Store) -> SensitivityProfile:
-    asked = MeasureRequest(
-        calibration=str(SMALL_MOE / "calibration.jsonl"),
-        evaluation=str(SMALL_MOE / "evaluation.jsonl"),
-        formats=("int2_channel", "int4_channel", "bf16"),
-        config=replace(AMOUNTS, sequence_tokens=64),
+    return allocator.measure(
+        str(SMALL_MOE), request=make_moe_request(("int2_channel", "int4_channel", "bf16")), store=store
     )
-    return allocator.measure(str(SMALL_MOE), request=asked, store=store)
 
 
 @pytest.fixture(scope="module")

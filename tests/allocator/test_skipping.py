@@ -1,7 +1,6 @@
 """Skipped experts of a planned mixture: found on calibration text, measured as they are used, used by the commands."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 import allocator
-from allocator import Budget, MeasureRequest, Plan, SensitivityProfile, Store
+from allocator import Budget, Plan, SensitivityProfile, Store
 from allocator.artefacts import Model
 from allocator.cli import run
 from allocator.generation import generate_text
@@ -18,12 +17,7 @@ from allocator.skipping import SkippingFound, find_skipping
 from runtime.apply import simulated_formats
 from runtime.expert_skipping import load_skipping, skipped_experts
 from sensitivity.experts.skip_calibration import calibrate_skipping
-from tests.tiny_measurements import CONFIG
-
-SMALL_MOE = Path(__file__).parents[1] / "data" / "small_moe"
-AMOUNTS = replace(
-    CONFIG, metrics=("weight_error",), fit_plans=None, evaluation_sequences=8, evaluation_sequence_tokens=64
-)
+from tests.tiny_measurements import SMALL_MOE, make_moe_request
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +27,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def profile(store: Store) -> SensitivityProfile:
-    asked = MeasureRequest(
-        calibration=str(SMALL_MOE / "calibration.jsonl"),
-        evaluation=str(SMALL_MOE / "evaluation.jsonl"),
-        formats=("int4_channel", "int8_channel", "bf16"),
-        config=replace(AMOUNTS, sequence_tokens=64),
+    return allocator.measure(
+        str(SMALL_MOE), request=make_moe_request(("int4_channel", "int8_channel", "bf16")), store=store
     )
-    return allocator.measure(str(SMALL_MOE), request=asked, store=store)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from runtime.kernels.decoder_step import _Step
 from runtime.kernels.dispatch import kernel_path, selected_kernels
 from runtime.units import list_weights
 from runtime.weight_memory import gather_weights_
+from tests.nan_outputs import nan_filled_outputs
 from tests.runtime.kernels.stored_weights import available_kernels
 from tests.tiny_models import SIZES, build_model, build_tiny_llama, build_tiny_mixtral
 
@@ -62,11 +63,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @pytest.fixture(autouse=True)
 def outputs_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every ``torch.empty`` is filled with NaN, so that a place nobody wrote shows."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with nan_filled_outputs(monkeypatch):
+        yield
 
 
 def pack(model: Any) -> Any:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.kernels.cpu import LEVELS, CpuKernels, StoredMatrix, load_kernels
+from runtime.kernels.cpu import LEVELS, CpuKernels, load_kernels
+from runtime.kernels.matrices import StoredMatrix
 from runtime.packing import pack_codes
 from runtime.quantization import dequantize_codes
 
@@ -43,6 +44,13 @@ def make_weight(case: Case, seed: int = 0) -> tuple[StoredMatrix, Tensor]:
     packed_zeros = None if zero_point is None else pack_codes(zero_point, case.bits)
     stored = StoredMatrix(pack_codes(codes, case.bits), scale, packed_zeros, case.bits, case.columns)
     return stored, dequantize_codes(codes, scale, zero_point, case.bits)
+
+
+def draw_activations(tokens: int, columns: int, seed: int = 1) -> Tensor:
+    """Normal numbers [tokens, columns] with one outlier of 20 standard deviations in a column."""
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
+    x[:, columns // 2] *= 20
+    return x
 
 
 def bound_error(case: Case, dense: Tensor, x: Tensor, largest_activation: int = LARGEST_ACTIVATION) -> Tensor:

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from runtime.kernels.build import find_compiler
-from runtime.kernels.cpu import LEVELS, CpuKernels, Product, StoredMatrix, _Product, describe_matrix, load_kernels
+from runtime.kernels.cpu import LEVELS, CpuKernels, Product, _Product, load_kernels
+from runtime.kernels.matrices import StoredMatrix, describe_matrix
 from runtime.kernels.reference import dequantize_stored
-from tests.runtime.kernels.stored_weights import Case, available_kernels, bound_error, make_weight
+from tests.nan_outputs import nan_filled_outputs
+from tests.runtime.kernels.stored_weights import Case, available_kernels, bound_error, draw_activations, make_weight
 
 KERNELS = available_kernels()
 # One row, primes, a row that ends inside every kind of vector, more rows than a tile of any kernel.
@@ -37,20 +39,8 @@ pytestmark = pytest.mark.skipif(not KERNELS and find_compiler() is None, reason=
 
 @pytest.fixture(autouse=True)
 def outputs_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every ``torch.empty`` is filled with NaN, so that a place nobody wrote shows."""
-    # Other libraries turn the filling off when they are imported.
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def draw_activations(tokens: int, columns: int, seed: int = 1) -> Tensor:
-    """Normal numbers with one outlier of 20 standard deviations in a column."""
-    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
-    x[:, columns // 2] *= 20
-    return x
+    with nan_filled_outputs(monkeypatch):
+        yield
 
 
 def check_product(kernels: CpuKernels, case: Case, tokens: int, bias: Tensor | None = None, seed: int = 0) -> None:

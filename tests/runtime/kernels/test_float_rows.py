@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.kernels.build import find_compiler
-from runtime.kernels.cpu import CpuKernels, Product, describe_floats
+from runtime.kernels.cpu import CpuKernels, Product
+from runtime.kernels.matrices import describe_floats
 from tests.runtime.kernels.stored_weights import FLOAT_EPS, available_kernels
 
 KERNELS = available_kernels()

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.kernels.build import find_compiler
-from runtime.kernels.cpu import CpuKernels, Levels, Product, describe_levels
+from runtime.kernels.cpu import CpuKernels, Product
+from runtime.kernels.matrices import Levels, describe_levels
 from runtime.packing import pack_codes
-from tests.runtime.kernels.stored_weights import Case, available_kernels, bound_error
+from tests.runtime.kernels.stored_weights import Case, available_kernels, bound_error, draw_activations
 
 KERNELS = available_kernels()
 pytestmark = pytest.mark.skipif(not KERNELS and find_compiler() is None, reason="no C++ compiler is here")
@@ -36,8 +37,7 @@ def test_products_of_any_shape(
     matrix = describe_levels(Levels(pack_codes(codes, bits), step, shift, bits, columns))
     grouped = codes.double().view(rows, count, -1)
     dense = (grouped * step.double().unsqueeze(-1) - shift.double().unsqueeze(-1)).view(rows, columns)
-    x = torch.randn(tokens, columns, generator=generator)
-    x[:, columns // 2] *= 20
+    x = draw_activations(tokens, columns)
     (y,) = kernels.multiply([Product(x, matrix)])
     # Steps are at most 1.1, and what a code and its shift contribute at most that times 2^bits each.
     case = Case(bits=bits, group_size=group_size, symmetric=False, rows=rows, columns=columns)

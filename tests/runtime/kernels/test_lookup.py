@@ -9,16 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor
 
 from runtime.apply import pack_weight
 from runtime.formats import find_format
-from runtime.kernels.cpu import Matrix, Product, StoredMatrix, describe_matrix, load_kernels
+from runtime.kernels.cpu import Product, load_kernels
 from runtime.kernels.dispatch import kernel_path
+from runtime.kernels.matrices import Matrix, StoredMatrix, describe_matrix
 from runtime.kernels.weight_views import execution_bytes, find_matrix, use_execution_
 from runtime.packed import QuantizedLinear
 from runtime.packing import unpack_codes
-from tests.runtime.kernels.stored_weights import Case, bound_error, make_weight
+from tests.nan_outputs import nan_filled_outputs
+from tests.runtime.kernels.stored_weights import Case, bound_error, draw_activations, make_weight
 
 KERNELS = load_kernels()
 pytestmark = pytest.mark.skipif(
@@ -31,11 +32,8 @@ TILE, CHUNK, SPAN = 16, 4, 32
 
 @pytest.fixture(autouse=True)
 def outputs_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every ``torch.empty`` is filled with NaN, so that a place nobody wrote shows."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with nan_filled_outputs(monkeypatch):
+        yield
 
 
 def lay_out(stored: StoredMatrix) -> Matrix:
@@ -45,13 +43,6 @@ def lay_out(stored: StoredMatrix) -> Matrix:
     memory = torch.zeros(KERNELS.lookup_bytes(plain), dtype=torch.uint8)
     KERNELS.pack_lookup_(plain, memory)
     return describe_matrix(stored, memory)
-
-
-def draw_activations(tokens: int, columns: int, seed: int = 1) -> Tensor:
-    """Normal numbers with one outlier of 20 standard deviations in a column."""
-    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
-    x[:, columns // 2] *= 20
-    return x
 
 
 @settings(max_examples=150, deadline=None)

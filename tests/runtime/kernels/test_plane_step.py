@@ -14,6 +14,7 @@ from runtime.kernels.dispatch import kernel_path
 from runtime.kernels.plane_step import PlaneDecoder
 from runtime.read_widths import set_width_
 from runtime.units import list_weights
+from tests.nan_outputs import nan_filled_outputs
 from tests.runtime.test_compiled_decoder import LEVELS, MODELS, draw_tokens, run_by_parts, run_in_float64
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler is here")
@@ -22,11 +23,8 @@ FORMATS = ("nested4_8_g32", "nested4_6_g64", "int5_channel", "nested4_8_channel"
 
 @pytest.fixture(autouse=True)
 def outputs_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every ``torch.empty`` is filled with NaN, so that a place nobody wrote shows."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with nan_filled_outputs(monkeypatch):
+        yield
 
 
 def pack(name: str) -> torch.nn.Module:
