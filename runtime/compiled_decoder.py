@@ -3,8 +3,7 @@
 ``install_compiled_decoder_`` gives a packed model a forward that takes the compiled pass (``kernels/decoder_step.py``)
 where a call continues one sequence with a cache, as ``generate`` does, and its own forward for all else: batches,
 padding, gradients, hooks, other devices and types, hidden states or attentions asked for. Both compute the same
-products with the same kernels; norms, rotation, softmax and gate differ by roundings of float32. Where weights are read
-in two parts, the pass is that of ``kernels/plane_step.py``.
+products with the same kernels; norms, rotation, softmax and gate differ by roundings of float32.
 """
 
 from typing import Any
@@ -18,8 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from runtime.decoder_cache import DecoderCache, torch_floats
 from runtime.kernels.decoder_step import CompiledDecoder, DecoderTensors, LayerTensors, LinearTensors
 from runtime.kernels.dispatch import selected_kernels, uses_triton
-from runtime.kernels.plane_step import PlaneDecoder
-from runtime.kernels.weight_views import find_planes
+from runtime.kernels.weight_views import find_matrix
 from runtime.packed import PackedWeight, QuantizedLinear
 
 # Their modules have the same names and the same order; Qwen 3 has norms of queries and keys besides.
@@ -35,7 +33,7 @@ class NotCompiled(ValueError):
     """A model, or the way it is set up, that the compiled decoder does not know; the text says why."""
 
 
-def compile_decoder(model: Any) -> CompiledDecoder | PlaneDecoder:
+def compile_decoder(model: Any) -> CompiledDecoder:
     """Returns the compiled decoder of a packed model, which reads the model's own tensors.
 
     Raises:
@@ -55,7 +53,7 @@ def compile_decoder(model: Any) -> CompiledDecoder | PlaneDecoder:
         epsilon=config.rms_norm_eps,
         attention_scale=attention.scaling,
     )
-    return CompiledDecoder(tensors) if tensors.has_single_planes else PlaneDecoder(tensors)
+    return CompiledDecoder(tensors)
 
 
 def check_shape(model: Any) -> None:
@@ -114,8 +112,8 @@ def _describe_linear(module: nn.Module, name: str) -> LinearTensors:
     if not isinstance(module, QuantizedLinear):
         msg = f"every weight must be packed: got '{type(module).__name__}' in {name}."
         raise NotCompiled(msg)
-    planes = find_planes(module.weight, _CPU)
-    if not planes:
+    matrix = find_matrix(module.weight, _CPU)
+    if matrix is None:
         msg = (
             "every weight must be on the CPU, in a format that the kernels read: got "
             f"'{module.weight.format.name}' in {name}."
@@ -124,7 +122,7 @@ def _describe_linear(module: nn.Module, name: str) -> LinearTensors:
     if not torch_floats(module.bias):
         msg = f"biases must lie on the CPU, in float32: got another in {name}."
         raise NotCompiled(msg)
-    return LinearTensors(planes=planes, bias=module.bias)
+    return LinearTensors(weight=matrix, bias=module.bias)
 
 
 def _norm_weight(norm: nn.Module, place: str) -> Tensor:

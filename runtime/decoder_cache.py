@@ -12,7 +12,6 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from runtime.kernels.decoder_step import CompiledDecoder
-from runtime.kernels.plane_step import PlaneDecoder
 from runtime.packed import PackedWeight
 
 _LEAST_CAPACITY = 256
@@ -104,7 +103,7 @@ class DecoderCache(Cache):
         read: Weights that can be read at several widths, and the widths at which the decoder reads them.
     """
 
-    def __init__(self, decoder: CompiledDecoder | PlaneDecoder, read: Sequence[tuple[PackedWeight, int]] = ()) -> None:
+    def __init__(self, decoder: CompiledDecoder, read: Sequence[tuple[PackedWeight, int]] = ()) -> None:
         self.decoder = decoder
         self.read = read
         self.states = decoder.tensors.make_states(_LEAST_CAPACITY)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.cpu import CpuKernels
-from runtime.kernels.matrices import Matrix, Plane
+from runtime.kernels.matrices import Matrix
 
 _NULL = 0
 _LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
@@ -44,9 +44,9 @@ class _Step(ctypes.Structure):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinearTensors:
-    """A packed linear layer: the kernels' views of its weight, and its bias [rows] float32 or None."""
+    """A packed linear layer: the kernels' view of its weight, and its bias [rows] float32 or None."""
 
-    planes: tuple[Plane, ...]
+    weight: Matrix
     bias: Tensor | None
 
 
@@ -91,12 +91,6 @@ class DecoderTensors:
     epsilon: float
     attention_scale: float
 
-    @property
-    def has_single_planes(self) -> bool:
-        """Whether every weight is read in one part."""
-        linears = [getattr(layer, name) for layer in self.layers for name in _LINEARS]
-        return all(len(linear.planes) == 1 for linear in (*linears, self.head))
-
     def make_states(self, capacity: int) -> Tensor:
         """Returns room for the keys and values of ``capacity`` positions: [layers, 2, heads, capacity, head_dim]."""
         shape = (len(self.layers), 2, self.key_value_heads, capacity, self.head_dim)
@@ -107,7 +101,7 @@ class CompiledDecoder:
     """A decoder as the library reads it; it keeps the tensors alive.
 
     Args:
-        tensors: The decoder, every weight in one part. Float tensors are contiguous on the CPU.
+        tensors: The decoder. Float tensors are contiguous on the CPU.
     """
 
     def __init__(self, tensors: DecoderTensors) -> None:
@@ -122,7 +116,7 @@ class CompiledDecoder:
             tensors.heads,
             tensors.key_value_heads,
             tensors.head_dim,
-            tensors.layers[0].gate.planes[0].matrix.rows,
+            tensors.layers[0].gate.weight.rows,
             tensors.epsilon,
             tensors.attention_scale,
         )
@@ -150,7 +144,7 @@ class CompiledDecoder:
             MemoryError: If there is no memory for the states of the tokens.
         """
         tokens = hidden.shape[0]
-        logits = torch.empty((wanted, self.tensors.head.planes[0].matrix.rows), dtype=torch.float32)
+        logits = torch.empty((wanted, self.tensors.head.weight.rows), dtype=torch.float32)
         cosine, sine = rotation
         addresses = (t.data_ptr() for t in (hidden, cosine, sine, states, logits))
         step = _Step(*addresses, tokens, past, states.shape[3], wanted)
@@ -159,8 +153,7 @@ class CompiledDecoder:
 
 
 def _describe_linear(linear: LinearTensors) -> _Linear:
-    (plane,) = linear.planes
-    return _Linear(plane.matrix, _address(linear.bias))
+    return _Linear(linear.weight, _address(linear.bias))
 
 
 def _describe_layer(layer: LayerTensors) -> _Layer:

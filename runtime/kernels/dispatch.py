@@ -17,10 +17,10 @@ from torch import Tensor
 from runtime.activation_formats import ActivationRounding
 from runtime.kernels import triton as triton_kernels
 from runtime.kernels.cpu import LEVELS, CpuKernels, Product, load_kernels
-from runtime.kernels.matrices import Matrix, Plane, StoredMatrix, add_planes, describe_matrix
-from runtime.kernels.parted_weights import Packed
+from runtime.kernels.matrices import Matrix, StoredMatrix, describe_matrix
 from runtime.kernels.reference import dequantize_stored, linear_reference
-from runtime.kernels.weight_views import find_matrix, find_planes, has_codes, stored_matrix
+from runtime.kernels.stored_planes import Packed, has_codes, stored_matrix
+from runtime.kernels.weight_views import find_matrix
 
 AUTOMATIC, REFERENCE = "auto", "reference"
 PATHS = (AUTOMATIC, REFERENCE, *LEVELS)
@@ -88,13 +88,11 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, rounding: ActivationR
         stored = stored_matrix(weight)
         y: Tensor = torch.ops.bitplan.packed_linear(x, *stored[:3], stored.bits, stored.columns)
         return y if bias is None else y + bias
-    planes = () if x.requires_grad and torch.is_grad_enabled() else find_planes(weight, x.device)
-    kernels = selected_kernels() if planes else None
-    if kernels is None or not _fits(x, weight, bias):
+    matrix = None if x.requires_grad and torch.is_grad_enabled() else find_matrix(weight, x.device)
+    kernels = None if matrix is None else selected_kernels()
+    if matrix is None or kernels is None or not _fits(x, weight, bias):
         return linear_reference(x, weight(), bias)
-    if len(planes) == 1:
-        return _multiply(kernels, x, planes[0].matrix, bias)
-    return _sum_products(kernels, x, planes, bias)
+    return _multiply(kernels, x, matrix, bias)
 
 
 def _multiply_integers(x: Tensor, weight: Packed, bias: Tensor | None, rounding: ActivationRounding) -> Tensor | None:
@@ -113,20 +111,18 @@ def linear_many(xs: Sequence[Tensor], weights: Sequence[Packed]) -> list[Tensor]
         weights: As many packed weights [rows, columns].
     """
     kernels = selected_kernels()
-    found = [find_planes(weight, x.device) for x, weight in zip(xs, weights, strict=True)]
+    found = [find_matrix(weight, x.device) for x, weight in zip(xs, weights, strict=True)]
     if kernels is None or any(x.dtype not in _KERNEL_DTYPES for x in xs):
-        found = [()] * len(xs)
-    products = []
-    for x, planes in zip(xs, found, strict=True):
-        # The parts of a weight read the same rounded activations.
-        read = x.to(torch.float32).contiguous() if planes else x
-        products += [Product(read, plane.matrix) for plane in planes]
+        found = [None] * len(xs)
+    products = [
+        Product(x.to(torch.float32).contiguous(), matrix)
+        for x, matrix in zip(xs, found, strict=True)
+        if matrix is not None
+    ]
     computed = iter(kernels.multiply(products) if kernels is not None and products else ())
     return [
-        add_planes([next(computed) for _ in planes], planes).to(x.dtype)
-        if planes
-        else linear_reference(x, weight(), None)
-        for x, weight, planes in zip(xs, weights, found, strict=True)
+        linear_reference(x, weight(), None) if matrix is None else next(computed).to(x.dtype)
+        for x, weight, matrix in zip(xs, weights, found, strict=True)
     ]
 
 
@@ -161,14 +157,6 @@ def _multiply(kernels: CpuKernels, x: Tensor, matrix: Matrix, bias: Tensor | Non
         return kernels.multiply_one(x.contiguous(), matrix, None if bias is None else bias.contiguous())
     added = None if bias is None else bias.to(torch.float32).contiguous()
     return kernels.multiply_one(x.to(torch.float32).contiguous(), matrix, added).to(x.dtype)
-
-
-def _sum_products(kernels: CpuKernels, x: Tensor, planes: Sequence[Plane], bias: Tensor | None) -> Tensor:
-    rows = x.to(torch.float32).reshape(-1, x.shape[-1]).contiguous()
-    added = None if bias is None else bias.to(torch.float32).contiguous()
-    products = [Product(rows, plane.matrix, None if i else added) for i, plane in enumerate(planes)]
-    y = add_planes(kernels.multiply(products), planes)
-    return y.view(*x.shape[:-1], y.shape[1]).to(x.dtype)
 
 
 def _selected_path() -> str:

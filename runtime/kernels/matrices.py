@@ -1,12 +1,20 @@
-"""What the compiled CPU kernels see of a weight: addresses and sizes, `bitplan::Matrix` of `cpu/packed_matrix.h`."""
+"""What the compiled CPU kernels see of a weight: addresses and sizes, `bitplan::Matrix` of `cpu/packed_matrix.h`.
+
+    weight = sum over planes of factor * (their codes with their scales)
+
+Most weights are one plane; those of several are products that are added up, each plane read as a weight of its kind is.
+"""
 
 import ctypes
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+# As many as the library makes room for.
+MOST_PLANES = 8
 _NULL = 0
 # What codes are, by the number the library knows it under.
 _INTEGER, _FLOATS, _BINARY, _LEVELS = 0, {torch.bfloat16: 1, torch.float16: 2}, 3, 4
@@ -25,14 +33,18 @@ class Matrix(ctypes.Structure):
         ("group_size", ctypes.c_int32),
         ("lookup", ctypes.c_uint64),
         ("element", ctypes.c_int32),
+        ("centre", ctypes.c_float),
+        ("factor", ctypes.c_float),
+        ("next", ctypes.c_uint64),
     )
 
 
 class StoredMatrix(NamedTuple):
-    """A weight in its stored layout, as ``runtime.kernels.reference.dequantize_stored`` documents it.
+    """A weight, or a plane of one, in its stored layout, as ``reference.dequantize_stored`` documents it.
 
     Where ``two_values``, one bit chooses between two values of its group: ``scale`` holds the higher ones, and
-    ``zero_point`` the lower ones in float16, or None where these are minus the higher ones.
+    ``zero_point`` the lower ones in float16. ``centre`` is the zero point of all groups where these have none, None
+    for 2**(bits - 1); all is multiplied by ``factor``.
     """
 
     codes: Tensor
@@ -41,24 +53,20 @@ class StoredMatrix(NamedTuple):
     bits: int
     columns: int
     two_values: bool = False
-
-
-class Plane(NamedTuple):
-    """A part of a weight; the weight is the sum of its parts, each times its factor, that of the first being one."""
-
-    matrix: Matrix
+    centre: float | None = None
     factor: float = 1.0
 
 
-def add_planes(products: Sequence[Tensor], planes: Sequence[Plane]) -> Tensor:
-    """Returns the product with a weight, made of those with its parts in place of the first."""
-    for product, plane in zip(products[1:], planes[1:], strict=True):
-        products[0].add_(product, alpha=plane.factor)
-    return products[0]
+def sum_planes(planes: Sequence[Matrix]) -> Matrix:
+    """Returns the view of the sum of some planes of the same shape: the first, behind which the others are found."""
+    assert 0 < len(planes) <= MOST_PLANES
+    for plane, following in pairwise(planes):
+        plane.next, plane.following = ctypes.addressof(following), following
+    return planes[0]
 
 
 def describe_matrix(stored: StoredMatrix, lookup: Tensor | None = None) -> Matrix:
-    """Returns the library's view of a weight; valid while its tensors are.
+    """Returns the library's view of a weight or plane; valid while its tensors are.
 
     Args:
         stored: The weight.
@@ -75,11 +83,19 @@ def describe_matrix(stored: StoredMatrix, lookup: Tensor | None = None) -> Matri
         )
         raise ValueError(msg)
     rows, groups = stored.scale.shape
-    zero_point = _NULL if stored.zero_point is None else stored.zero_point.data_ptr()
-    addresses = stored.codes.data_ptr(), stored.scale.data_ptr(), zero_point
-    place = _NULL if lookup is None else lookup.data_ptr()
-    element = _BINARY if stored.two_values else _INTEGER
-    matrix = Matrix(*addresses, rows, stored.columns, stored.bits, stored.columns // groups, place, element)
+    matrix = Matrix(
+        codes=stored.codes.data_ptr(),
+        scale=stored.scale.data_ptr(),
+        zero_point=_NULL if stored.zero_point is None else stored.zero_point.data_ptr(),
+        rows=rows,
+        columns=stored.columns,
+        bits=stored.bits,
+        group_size=stored.columns // groups,
+        lookup=_NULL if lookup is None else lookup.data_ptr(),
+        element=_BINARY if stored.two_values else _INTEGER,
+        centre=float(1 << (stored.bits - 1)) if stored.centre is None else stored.centre,
+        factor=stored.factor,
+    )
     matrix.lookup_memory = lookup
     return matrix
 
@@ -87,7 +103,15 @@ def describe_matrix(stored: StoredMatrix, lookup: Tensor | None = None) -> Matri
 def describe_floats(values: Tensor) -> Matrix:
     """Returns the library's view of a weight [rows, columns] in bfloat16 or float16; valid while the tensor is."""
     rows, columns = values.shape
-    return Matrix(values.data_ptr(), _NULL, _NULL, rows, columns, 16, columns, _NULL, _FLOATS[values.dtype])
+    return Matrix(
+        codes=values.data_ptr(),
+        rows=rows,
+        columns=columns,
+        bits=16,
+        group_size=columns,
+        element=_FLOATS[values.dtype],
+        factor=1.0,
+    )
 
 
 class Levels(NamedTuple):
@@ -106,7 +130,16 @@ class Levels(NamedTuple):
 def describe_levels(levels: Levels) -> Matrix:
     """Returns the library's view of a weight as levels, all of it contiguous on the CPU; the view keeps the tensors."""
     rows, groups = levels.step.shape
-    addresses = levels.codes.data_ptr(), levels.step.data_ptr(), levels.shift.data_ptr()
-    matrix = Matrix(*addresses, rows, levels.columns, levels.bits, levels.columns // groups, _NULL, _LEVELS)
+    matrix = Matrix(
+        codes=levels.codes.data_ptr(),
+        scale=levels.step.data_ptr(),
+        zero_point=levels.shift.data_ptr(),
+        rows=rows,
+        columns=levels.columns,
+        bits=levels.bits,
+        group_size=levels.columns // groups,
+        element=_LEVELS,
+        factor=1.0,
+    )
     matrix.levels = levels
     return matrix

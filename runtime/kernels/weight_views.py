@@ -15,16 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from runtime.codecs.levels import find_span, group_count, read_levels
 from runtime.formats import Format
 from runtime.kernels.cpu import CpuKernels
-from runtime.kernels.matrices import (
-    Levels,
-    Matrix,
-    Plane,
-    StoredMatrix,
-    describe_floats,
-    describe_levels,
-    describe_matrix,
-)
-from runtime.kernels.parted_weights import PARTED, Packed, find_parts
+from runtime.kernels.matrices import Levels, Matrix, describe_floats, describe_levels, describe_matrix, sum_planes
+from runtime.kernels.stored_planes import Packed, has_stored_planes, stored_planes
 from runtime.packing import pack_codes
 from runtime.stored_tensor import packed_row_bytes
 
@@ -35,6 +27,14 @@ _ALIGNMENT_BYTES = 64
 _BLOCK_WEIGHTS = 1 << 22
 
 
+class _View(NamedTuple):
+    """The view of a weight as it is stored, the width that it is read at, and where its tensors are."""
+
+    matrix: Matrix
+    width: int
+    places: tuple[int, ...]
+
+
 class _Execution(NamedTuple):
     """The execution layout of a weight, its view where it is levels, and the tensors that it was made from."""
 
@@ -43,64 +43,44 @@ class _Execution(NamedTuple):
     source: tuple[tuple[int, int], ...]
 
 
-def find_planes(weight: Packed, device: torch.device) -> tuple[Plane, ...]:
-    """Returns what the kernels multiply with to read a weight at its width; nothing where they cannot.
+def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
+    """Returns the kernels' view of a weight if it and ``device`` are the CPU and they know its format, else None.
+
+    The view is kept with the weight, and made anew when its tensors have moved or it is read at another width.
 
     Args:
         weight: The packed weight.
         device: Of the activations.
     """
-    if weight.format.kind == PARTED:
-        return find_parts(weight, device)
-    matrix = find_matrix(weight, device)
-    return () if matrix is None else (Plane(matrix),)
-
-
-def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
-    """Returns the kernels' view of a weight if it and ``device`` are the CPU and they know its format, else None.
-
-    The view is kept with the weight, and made anew when its tensors have moved.
-    """
-    tensor = next(iter(weight._buffers.values()))
-    if tensor is None or device.type != "cpu" or tensor.device.type != "cpu":
+    tensors = [tensor for tensor in weight._buffers.values() if tensor is not None]
+    if not tensors or device.type != "cpu" or any(t.device.type != "cpu" or isinstance(t, FakeTensor) for t in tensors):
         return None
     execution = _find_execution(weight)
-    if not has_kernel(weight.format):
-        return None if execution is None else execution.levels
-    kept: Matrix | None = weight.__dict__.get(_VIEW)
-    if weight.format.kind == "float":
-        if kept is None or kept.codes != tensor.data_ptr():
-            if isinstance(tensor, FakeTensor) or not tensor.is_contiguous():
-                return None
-            kept = weight.__dict__[_VIEW] = describe_floats(tensor)
-        return kept
-    stored = stored_matrix(weight)
-    if kept is None or kept.codes != stored.codes.data_ptr() or kept.scale != stored.scale.data_ptr():
-        if isinstance(tensor, FakeTensor) or stored.scale.dtype != torch.float16 or not stored.codes.is_contiguous():
+    if execution is not None and execution.levels is not None:
+        return execution.levels
+    if not reads_stored(weight.format):
+        return None
+    kept: _View | None = weight.__dict__.get(_VIEW)
+    places = tuple(tensor.data_ptr() for tensor in tensors)
+    if kept is None or kept.width != weight.width or kept.places != places:
+        if not all(tensor.is_contiguous() for tensor in tensors):
             return None
-        kept = describe_matrix(stored, None if execution is None else execution.memory)
-        weight.__dict__[_VIEW] = kept
-    return kept
+        matrix = _describe(weight, None if execution is None else execution.memory)
+        kept = weight.__dict__[_VIEW] = _View(matrix, weight.width, places)
+    return kept.matrix
 
 
-def stored_matrix(weight: Packed) -> StoredMatrix:
-    """Returns the tensors of a weight of integers or of one bit."""
-    tensors, format_ = weight._buffers, weight.format
-    two_values = format_.kind == "binary"
-    scale, zero_point = ("high", "low") if two_values and not format_.symmetric else ("scale", "zero_point")
-    codes, scales = tensors["codes"], tensors[scale]
-    assert codes is not None and scales is not None
-    return StoredMatrix(codes, scales, tensors.get(zero_point), format_.bits, weight.shape[1], two_values)
+def reads_stored(format_: Format) -> bool:
+    """Returns True where the kernels read a format as it is stored."""
+    return format_.kind == "float" or has_stored_planes(format_)
 
 
-def has_kernel(format_: Format) -> bool:
-    """Returns True where the kernels read a format as it is stored: integers, one bit, 16-bit floating point."""
-    return format_.kind == "float" or has_codes(format_)
-
-
-def has_codes(format_: Format) -> bool:
-    """Returns True for integers and one bit with scales in float16."""
-    return format_.kind in ("int", "binary") and format_.scale_type == "fp16"
+def _describe(weight: Packed, lookup: Tensor | None) -> Matrix:
+    if weight.format.kind == "float":
+        (values,) = weight._buffers.values()
+        assert values is not None
+        return describe_floats(values)
+    return sum_planes([describe_matrix(plane, lookup) for plane in stored_planes(weight)])
 
 
 def execution_bytes(weight: Packed, kernels: CpuKernels) -> int:
@@ -111,8 +91,9 @@ def execution_bytes(weight: Packed, kernels: CpuKernels) -> int:
         kernels: Those that will read it.
     """
     matrix = find_matrix(weight, _CPU)
-    if has_kernel(weight.format):
-        return 0 if matrix is None else kernels.lookup_bytes(matrix)
+    if reads_stored(weight.format):
+        # The bytes of several planes stay where they are: a layout of some would keep the others out of large pages.
+        return 0 if matrix is None or matrix.next else kernels.lookup_bytes(matrix)
     tensor = next(iter(weight._buffers.values()))
     if tensor is None or tensor.device.type != "cpu" or find_span(weight.format) is None:
         return 0
@@ -129,7 +110,7 @@ def use_execution_(weight: Packed, kernels: CpuKernels, memory: Tensor) -> None:
         memory: ``execution_bytes(weight)`` bytes, uint8, all zero, aligned to 64; they are filled.
     """
     levels = None
-    if has_kernel(weight.format):
+    if reads_stored(weight.format):
         matrix = find_matrix(weight, _CPU)
         assert matrix is not None
         kernels.pack_lookup_(matrix, memory)

@@ -32,7 +32,17 @@ from tests.tiny_models import SIZES, build_model, build_tiny_llama, build_tiny_m
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler is here")
 LEVELS = [kernels.level for kernels in available_kernels()]
-FORMATS = ("int4_g32", "int8_g64_sym", "int3_g64", "int5_channel", "int2_g32_sym", "bf16")
+FORMATS = (
+    "int4_g32",
+    "int8_g64_sym",
+    "nested4_8_g32",
+    "int3_g64",
+    "int5_channel",
+    "nested8_g64",
+    "int2_g32_sym",
+    "bf16",
+    "nested4_6_channel",
+)
 
 
 def build(config_class: Any, model_class: Any, **changes: Any) -> Any:

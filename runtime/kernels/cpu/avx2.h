@@ -95,8 +95,7 @@ BITPLAN_INLINE void read_values(const Matrix& w, int64_t row, float* scale, floa
   const int64_t groups = w.groups();
   for (int64_t g = 0; g < groups; g += 8) {
     const __m256 high = load_scale(w.scale + row * groups + g, groups - g);
-    const __m256 low = w.zero_point ? load_scale(w.low() + row * groups + g, groups - g)
-                                    : _mm256_sub_ps(_mm256_setzero_ps(), high);
+    const __m256 low = load_scale(w.low() + row * groups + g, groups - g);
     _mm256_storeu_ps(scale + g, _mm256_sub_ps(high, low));
     _mm256_storeu_ps(shift + g, _mm256_sub_ps(_mm256_setzero_ps(), low));
   }
@@ -113,14 +112,16 @@ BITPLAN_INLINE void read_groups(const Matrix& w, int64_t row, float* scale, floa
   }
   const int64_t groups = w.groups(), bytes = w.zero_point_bytes();
   const uint16_t* stored = w.scale + row * groups;
-  __m256i zero = _mm256_set1_epi16(1 << (BITS - 1));
+  __m256i zero = _mm256_setzero_si256();
   for (int64_t g = 0; g < groups; g += 16) {
     if (w.zero_point) zero = read_codes<BITS>(w.zero_point + row * bytes, bytes, g / 8 * BITS);
     for (int half = 0; half < 2 && g + 8 * half < groups; ++half) {
       const __m256 s = load_scale(stored + g + 8 * half, groups - g - 8 * half);
-      const __m128i z = half ? _mm256_extracti128_si256(zero, 1) : _mm256_castsi256_si128(zero);
+      const __m128i codes = half ? _mm256_extracti128_si256(zero, 1) : _mm256_castsi256_si128(zero);
+      const __m256 z =
+          w.zero_point ? _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(codes)) : _mm256_set1_ps(w.centre);
       _mm256_storeu_ps(scale + g + 8 * half, s);
-      _mm256_storeu_ps(shift + g + 8 * half, _mm256_mul_ps(s, _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(z))));
+      _mm256_storeu_ps(shift + g + 8 * half, _mm256_mul_ps(s, z));
     }
   }
 }

@@ -151,8 +151,7 @@ BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t t
   }
   for (int r = 0; r < ROWS; ++r)
     for (int t = 0; t < TOKENS; ++t)
-      out.values[(token + t) * out.stride + row + r] =
-          sum_lanes(total[r][t]) - taken[r * TOKENS + t] + (out.bias ? out.bias[row + r] : 0.0f);
+      out.write(token + t, row + r, sum_lanes(total[r][t]) - taken[r * TOKENS + t]);
 }
 
 template <int BITS, int INTERLEAVE, int TOKENS>

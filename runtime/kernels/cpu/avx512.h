@@ -88,8 +88,7 @@ BITPLAN_INLINE void read_values(const Matrix& w, int64_t row, float* scale, floa
   const int64_t groups = w.groups();
   for (int64_t g = 0; g < groups; g += 16) {
     const __m512 high = load_scale(w.scale + row * groups + g, groups - g);
-    const __m512 low = w.zero_point ? load_scale(w.low() + row * groups + g, groups - g)
-                                    : _mm512_sub_ps(_mm512_setzero_ps(), high);
+    const __m512 low = load_scale(w.low() + row * groups + g, groups - g);
     _mm512_storeu_ps(scale + g, _mm512_sub_ps(high, low));
     _mm512_storeu_ps(shift + g, _mm512_sub_ps(_mm512_setzero_ps(), low));
   }
@@ -109,7 +108,6 @@ BITPLAN_INLINE void read_groups(const Matrix& w, int64_t row, float* scale, floa
   const uint8_t* stream = w.zero_point ? w.zero_point + row * bytes : nullptr;
   const Unpacker<BITS, 1> unpacker;
   alignas(64) uint8_t zero_point[64];
-  memset(zero_point, 1 << (BITS - 1), sizeof zero_point);
   for (int64_t g = 0; g < groups; g += 64) {
     if (stream) {
       const int64_t offset = g / 8 * BITS;
@@ -117,9 +115,11 @@ BITPLAN_INLINE void read_groups(const Matrix& w, int64_t row, float* scale, floa
     }
     for (int64_t i = g; i < g + 64 && i < groups; i += 16) {
       const __m512 s = load_scale(stored + i, groups - i);
-      const __m512i z = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(zero_point + i - g)));
+      const auto* codes = reinterpret_cast<const __m128i*>(zero_point + i - g);
+      const __m512 z =
+          stream ? _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_load_si128(codes))) : _mm512_set1_ps(w.centre);
       _mm512_storeu_ps(scale + i, s);
-      _mm512_storeu_ps(shift + i, _mm512_mul_ps(s, _mm512_cvtepi32_ps(z)));
+      _mm512_storeu_ps(shift + i, _mm512_mul_ps(s, z));
     }
   }
 }

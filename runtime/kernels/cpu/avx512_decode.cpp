@@ -57,12 +57,12 @@ BITPLAN_INLINE void load_chunk(const Matrix& w, int64_t row, int64_t chunk, __m5
   }
   scale = load(w.scale);
   if (binary) {
-    const __m512 low = w.zero_point ? load(w.low()) : _mm512_sub_ps(_mm512_setzero_ps(), scale);
+    const __m512 low = load(w.low());
     scale = _mm512_sub_ps(scale, low);
     shift = _mm512_sub_ps(_mm512_setzero_ps(), low);
     return;
   }
-  __m512 zero_point = _mm512_set1_ps(1 << (BITS - 1));
+  __m512 zero_point = _mm512_set1_ps(w.centre);
   if (w.zero_point)
     zero_point = by_row ? _mm512_set1_ps(w.zero_point[row])
                         : load_zero_points<BITS>(w.zero_point + row * bytes + offset, bytes - offset);
@@ -134,13 +134,11 @@ template <int ROWS, int TOKENS>
 BITPLAN_INLINE void write_totals(const __m512 (&total)[ROWS][TOKENS], const Output& out, int64_t token, int64_t row) {
   if constexpr (ROWS == 4 && TOKENS == 1) {
     __m128 sums = sum_four(total[0][0], total[1][0], total[2][0], total[3][0]);
-    if (out.bias) sums = _mm_add_ps(sums, _mm_loadu_ps(out.bias + row));
-    _mm_storeu_ps(out.values + token * out.stride + row, sums);
+    const __m128 added = out.added ? _mm_loadu_ps(out.addend(token, row)) : _mm_setzero_ps();
+    _mm_storeu_ps(out.place(token, row), _mm_fmadd_ps(sums, _mm_set1_ps(out.factor), added));
   } else {
     for (int r = 0; r < ROWS; ++r)
-      for (int t = 0; t < TOKENS; ++t)
-        out.values[(token + t) * out.stride + row + r] =
-            _mm512_reduce_add_ps(total[r][t]) + (out.bias ? out.bias[row + r] : 0.0f);
+      for (int t = 0; t < TOKENS; ++t) out.write(token + t, row + r, _mm512_reduce_add_ps(total[r][t]));
   }
 }
 

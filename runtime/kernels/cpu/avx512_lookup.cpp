@@ -156,10 +156,10 @@ BITPLAN_INLINE Group load_group(const LookupLayout& l, int64_t place) {
   const __m512 scale = load_sixteen(l.scale + place * 16);
   const uint8_t* zero_point = l.zero_point ? l.zero_point + place * l.zero_point_bytes : nullptr;
   if (BITS == 1 && l.binary) {
-    const __m512 low = zero_point ? load_sixteen(zero_point) : _mm512_sub_ps(_mm512_setzero_ps(), scale);
+    const __m512 low = load_sixteen(zero_point);
     return {_mm512_sub_ps(scale, low), _mm512_sub_ps(_mm512_setzero_ps(), low)};
   }
-  const __m512 z = zero_point ? zero_points_of<BITS>(zero_point) : _mm512_set1_ps(1 << (BITS - 1));
+  const __m512 z = zero_point ? zero_points_of<BITS>(zero_point) : _mm512_set1_ps(l.centre);
   return {scale, _mm512_mul_ps(scale, z)};
 }
 
@@ -204,9 +204,12 @@ BITPLAN_INLINE void decode_tiles(const LookupLayout& l, const Activations& a, in
   for (int r = 0; r < TILES; ++r) {
     const int64_t row = (first + r) * 16, left = l.rows - row;
     const __mmask16 present = left >= 16 ? 0xffff : (1 << left) - 1;
-    const __m512 bias = out.bias ? _mm512_maskz_loadu_ps(present, out.bias + row) : _mm512_setzero_ps();
-    for (int t = 0; t < TOKENS; ++t)
-      _mm512_mask_storeu_ps(out.values + (token + t) * out.stride + row, present, _mm512_add_ps(total[r][t], bias));
+    for (int t = 0; t < TOKENS; ++t) {
+      const __m512 added =
+          out.added ? _mm512_maskz_loadu_ps(present, out.addend(token + t, row)) : _mm512_setzero_ps();
+      _mm512_mask_storeu_ps(out.place(token + t, row), present,
+                            _mm512_fmadd_ps(total[r][t], _mm512_set1_ps(out.factor), added));
+    }
   }
 }
 

@@ -114,8 +114,7 @@ BITPLAN_INLINE void multiply(const Activations& a, int64_t token, int64_t first,
 
 void write_rows(const Activations& a, const Output& out, int64_t row, int64_t rows, const float* total) {
   for (int64_t t = 0; t < a.tokens; ++t)
-    for (int64_t r = 0; r < rows; ++r)
-      out.values[t * out.stride + row + r] = total[t * kRows + r] + (out.bias ? out.bias[row + r] : 0.0f);
+    for (int64_t r = 0; r < rows; ++r) out.write(t, row + r, total[t * kRows + r]);
 }
 
 template <int BITS>

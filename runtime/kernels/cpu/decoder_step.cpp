@@ -16,7 +16,7 @@
 namespace bitplan {
 namespace {
 
-constexpr int kMostProducts = 3;
+constexpr int kMostProducts = 3, kMostTasks = kMostProducts * kMostPlanes;
 
 // Threads wait here for each other. They spin: a stage is a few microseconds, less than it takes to wake.
 class Barrier {
@@ -76,11 +76,13 @@ void list_stages(const Decoder& d, const Layer& l, const States& s, Stage (&stag
   stages[3] = {{&l.down}, s.gate, {s.delta}, 1};
 }
 
-void plan_stage(const Stage& stage, int64_t tokens, int level, Task* tasks) {
+// Returns the number of tasks.
+int64_t plan_stage(const Stage& stage, int64_t tokens, int level, Task (&tasks)[kMostTasks]) {
   Product products[kMostProducts];
   for (int i = 0; i < stage.count; ++i)
     products[i] = {&stage.linears[i]->weight, stage.x, stage.outs[i], stage.linears[i]->bias, tokens};
   plan_tasks(products, stage.count, level, tasks);
+  return count_tasks(products, stage.count);
 }
 
 // What the largest of all products needs.
@@ -89,11 +91,11 @@ struct Needs {
   int threads = 1;
 
   void include(const Stage& stage, int64_t tokens, int level, int most_threads) {
-    Task tasks[kMostProducts];
-    plan_stage(stage, tokens, level, tasks);
-    const int64_t bytes = bitplan::rounded_bytes(tasks, stage.count);
-    const int64_t floats = bitplan::scratch_floats(tasks, stage.count);
-    const int useful = useful_threads(tasks, stage.count, most_threads);
+    Task tasks[kMostTasks];
+    const int64_t count = plan_stage(stage, tokens, level, tasks);
+    const int64_t bytes = bitplan::rounded_bytes(tasks, count);
+    const int64_t floats = bitplan::scratch_floats(tasks, count);
+    const int useful = useful_threads(tasks, count, most_threads);
     if (bytes > rounded_bytes) rounded_bytes = bytes;
     if (floats > scratch_floats) scratch_floats = floats;
     if (useful > threads) threads = useful;
@@ -157,12 +159,12 @@ class Worker {
 
   // Every thread rounds the tokens that it has just computed; the outputs are there when it returns.
   void multiply(const Stage& stage, int64_t tokens) {
-    Task tasks[kMostProducts];
-    plan_stage(stage, tokens, level_, tasks);
-    place_activations(tasks, stage.count, s_.rounded);
-    round_share(tasks, stage.count, thread_, threads_);
+    Task tasks[kMostTasks];
+    const int64_t count = plan_stage(stage, tokens, level_, tasks);
+    place_activations(tasks, count, s_.rounded);
+    round_share(tasks, count, thread_, threads_);
     barrier_.wait();
-    multiply_share(tasks, stage.count, thread_, threads_, scratch_);
+    multiply_share(tasks, count, thread_, threads_, scratch_);
     barrier_.wait();
   }
 

@@ -11,7 +11,7 @@
 namespace bitplan {
 
 struct Linear {
-  Matrix weight;
+  Matrix weight;  // and the planes behind it
   const float* bias;  // [rows], or null
 };
 

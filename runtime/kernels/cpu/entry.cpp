@@ -31,7 +31,7 @@ bool run_tasks(Task* tasks, int64_t count, int threads) {
     return true;
   }
   int64_t tokens = 0;
-  for (int64_t i = 0; i < count; ++i) tokens += tasks[i].product.tokens;
+  for (int64_t i = 0; i < count; ++i) tokens += tasks[i].tokens;
   bool complete = true;
   // One token is rounded sooner than a thread wakes.
   if (tokens == count) round_share(tasks, count, 0, 1);
@@ -75,11 +75,12 @@ int bitplan_best_level() {
 // Computes all products; returns 0, or 1 when there is no memory for it.
 int bitplan_multiply(const bitplan::Product* products, int64_t count, int level, int threads) {
   using namespace bitplan;
+  const int64_t task_count = count_tasks(products, count);
   Task few[16];
-  Task* tasks = count <= 16 ? few : static_cast<Task*>(malloc(count * sizeof(Task)));
+  Task* tasks = task_count <= 16 ? few : static_cast<Task*>(malloc(task_count * sizeof(Task)));
   if (!tasks) return 1;
   plan_tasks(products, count, level, tasks);
-  const bool complete = run_tasks(tasks, count, threads);
+  const bool complete = run_tasks(tasks, task_count, threads);
   if (tasks != few) free(tasks);
   return complete ? 0 : 1;
 }

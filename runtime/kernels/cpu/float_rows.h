@@ -61,8 +61,7 @@ BITPLAN_INLINE void write_block(const Matrix& w, const Activations& a, int64_t t
   multiply_block<ELEMENT, ROWS, TOKENS, FETCHES>(stored, reinterpret_cast<const float*>(a.values) + token * padded,
                                                  w.columns, padded, sums);
   for (int r = 0; r < ROWS; ++r)
-    for (int t = 0; t < TOKENS; ++t)
-      out.values[(token + t) * out.stride + row + r] = sums[r][t] + (out.bias ? out.bias[row + r] : 0.0f);
+    for (int t = 0; t < TOKENS; ++t) out.write(token + t, row + r, sums[r][t]);
 }
 
 template <Element ELEMENT, int TOKENS>

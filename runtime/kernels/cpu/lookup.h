@@ -17,10 +17,11 @@ struct LookupLayout {
   int64_t rows, groups, spans;
   int bits, zero_point_bytes;  // of a tile and group
   bool binary;
+  float centre;
 
   LookupLayout(const Matrix& w, uint8_t* memory)
       : codes(memory), rows(w.rows), groups(w.groups()), spans(divide_up(w.columns, kLookupSpan)), bits(w.bits),
-        zero_point_bytes(w.element == kBinary ? 32 : 2 * w.bits), binary(w.element == kBinary) {
+        zero_point_bytes(w.element == kBinary ? 32 : 2 * w.bits), binary(w.element == kBinary), centre(w.centre) {
     scale = reinterpret_cast<uint16_t*>(codes + tiles() * tile_bytes());
     zero_point = w.zero_point ? reinterpret_cast<uint8_t*>(scale + tiles() * groups * 16) : nullptr;
   }

@@ -1,7 +1,8 @@
 // What every instruction set implements: y = x W' for W in the stored layout, activations as 16-bit integers.
 //
 // A row of W is a little-endian bit stream of codes; weight[n, k] = scale[n, g] * (code[n, k] - zero_point[n, g]) with
-// g = k / group_size. The kernels read that stream as it is; those of lookup.h have a layout of their own.
+// g = k / group_size. The kernels read that stream as it is; those of lookup.h have a layout of their own. A weight may
+// be the sum of several such planes, each times a factor of its own.
 //
 // Activations are rounded to 16 bits within blocks of a row: x[k] ~ step[b] * v[k], |v| <= kLargestActivation. A block
 // never spans two groups, so with exact integer sums
@@ -27,18 +28,23 @@ constexpr int kLargestActivation = 32639;
 constexpr int kRowBlock = 128;
 // Tokens that one pass over the weights serves when they are read row by row.
 constexpr int kDecodeTokens = 4;
+// Planes of one weight.
+constexpr int kMostPlanes = 8;
 
-// One weight in its stored layout; the fields are read by ctypes in the same order.
+// One weight in its stored layout, or a plane of it; the fields are read by ctypes in the same order.
 struct Matrix {
   const uint8_t* codes;       // [rows, ceil(columns * bits / 8)]
   const uint16_t* scale;      // [rows, columns / group_size] float16; of one bit, the higher value; of levels, the step
-  // [rows, ceil(groups * bits / 8)], or null for 2^(bits - 1); of one bit, the lower value in float16, or null for minus
-  // the higher one; of levels, the shift.
+  // [rows, ceil(groups * bits / 8)], or null where `centre` is the zero point of all groups; of one bit that chooses
+  // between two values, the lower one in float16; of levels, the shift.
   const uint8_t* zero_point;
   int64_t rows, columns;
   int32_t bits, group_size;
   const uint8_t* lookup;  // the same weight in the layout of lookup.h, or null
   Element element;        // of numbers in floating point: bits 16, group_size the columns, no scale
+  float centre;           // what is taken off codes that have no zero points, a half integer for one
+  float factor;           // of this plane in the weight
+  const Matrix* next;     // the plane that is added to this one, or null; of the same rows and columns
 
   int64_t row_bytes() const { return (columns * bits + 7) / 8; }
   int64_t groups() const { return columns / group_size; }
@@ -62,11 +68,19 @@ struct Activations {
   float* middle;  // [tokens, block_stride]: step * what lookup tables leave out
 };
 
-// Where a range of rows goes: out[token * stride + row].
+// Where the product with a plane goes: values[token * stride + row] = factor * product + added[token * added_stride + row].
 struct Output {
   float* values;
   int64_t stride;
-  const float* bias;  // [rows], or null
+  const float* added;  // the bias, with a stride of 0; what other planes gave, in `values` itself; or null
+  int64_t added_stride;
+  float factor;
+
+  float* place(int64_t token, int64_t row) const { return values + token * stride + row; }
+  const float* addend(int64_t token, int64_t row) const { return added + token * added_stride + row; }
+  void write(int64_t token, int64_t row, float product) const {
+    *place(token, row) = factor * product + (added ? *addend(token, row) : 0.0f);
+  }
 };
 
 struct Kernels {

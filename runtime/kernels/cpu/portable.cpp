@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include <vector>
+
 namespace bitplan {
 namespace {
 
@@ -51,16 +53,15 @@ void widen_row(const Matrix& w, int64_t row, float* out) {
   }
 }
 
-}  // namespace
-
-void dequantize_row(const Matrix& w, int64_t row, float* out) {
+// The values of a row of one plane, without its factor.
+void read_plane_row(const Matrix& w, int64_t row, float* out) {
   if (is_float(w.element)) {
     widen_row(w, row, out);
     return;
   }
   const int64_t groups = w.groups(), row_bytes = w.row_bytes(), zero_bytes = w.zero_point_bytes();
   const uint8_t* stream = w.codes + row * row_bytes;
-  float low = 0, high = 0, scale = 0, shift = 0, zero = static_cast<float>(1 << (w.bits - 1));
+  float low = 0, scale = 0, shift = 0, zero = w.centre;
   uint8_t codes[8];
   for (int64_t k = 0; k < w.columns; ++k) {
     if (k % 8 == 0) read_octet(stream + k / 8 * w.bits, row_bytes - k / 8 * w.bits, w.bits, codes);
@@ -71,14 +72,12 @@ void dequantize_row(const Matrix& w, int64_t row, float* out) {
         shift = w.shift()[row * groups + g];
       } else
         scale = widen(w.scale[row * groups + g]);
-      if (w.element == kBinary) {
-        low = w.zero_point ? widen(w.low()[row * groups + g]) : -scale;
-        high = scale;
-      } else if (w.zero_point && w.element == kInteger)
+      if (w.element == kBinary) low = widen(w.low()[row * groups + g]);
+      if (w.zero_point && w.element == kInteger)
         zero = static_cast<float>(read_code(w.zero_point + row * zero_bytes, zero_bytes, g, w.bits));
     }
     if (w.element == kBinary)
-      out[k] = codes[k % 8] ? high : low;
+      out[k] = codes[k % 8] ? scale : low;
     else if (w.element == kLevels)
       out[k] = scale * static_cast<float>(codes[k % 8]) - shift;
     else
@@ -86,13 +85,23 @@ void dequantize_row(const Matrix& w, int64_t row, float* out) {
   }
 }
 
+}  // namespace
+
+void dequantize_row(const Matrix& w, int64_t row, float* out) {
+  read_plane_row(w, row, out);
+  for (int64_t k = 0; k < w.columns; ++k) out[k] *= w.factor;
+  std::vector<float> plane(w.next ? w.columns : 0);
+  for (const Matrix* next = w.next; next; next = next->next) {
+    read_plane_row(*next, row, plane.data());
+    for (int64_t k = 0; k < w.columns; ++k) out[k] += next->factor * plane[k];
+  }
+}
+
 void portable_multiply(const Matrix& w, const float* x, int64_t tokens, const Output& out, int64_t first_row,
                        int64_t last_row, float* scratch) {
   for (int64_t row = first_row; row < last_row; ++row) {
-    dequantize_row(w, row, scratch);
-    for (int64_t t = 0; t < tokens; ++t)
-      out.values[t * out.stride + row] =
-          multiply_rows(scratch, x + t * w.columns, w.columns) + (out.bias ? out.bias[row] : 0.0f);
+    read_plane_row(w, row, scratch);
+    for (int64_t t = 0; t < tokens; ++t) out.write(t, row, multiply_rows(scratch, x + t * w.columns, w.columns));
   }
 }
 

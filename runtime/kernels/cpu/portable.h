@@ -3,10 +3,11 @@
 
 namespace bitplan {
 
-// The float32 values of one row of W: the same numbers as scale * (code - zero_point) in PyTorch.
+// The float32 values of one row of W, the sum of its planes: of one plane the same numbers as factor * scale *
+// (code - zero_point) in PyTorch.
 void dequantize_row(const Matrix&, int64_t row, float* out);
 
-// Writes x W' for the rows [first_row, last_row); `scratch` holds `columns` floats.
+// Writes x W' of one plane for the rows [first_row, last_row); `scratch` holds `columns` floats.
 void portable_multiply(const Matrix&, const float* x, int64_t tokens, const Output&, int64_t first_row,
                        int64_t last_row, float* scratch);
 

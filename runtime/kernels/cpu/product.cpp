@@ -9,6 +9,7 @@ namespace {
 
 // Below this many bytes of weights for each thread, waking it costs more than it helps.
 constexpr int64_t kLeastBytesPerThread = 48 << 10;
+constexpr int64_t kTasksLookedAt = 8;
 
 bool has_vector_layout(const Matrix& w) {
   if (w.groups() == 1) return true;
@@ -25,77 +26,107 @@ const Kernels* kernels_of(const Matrix& w, int level, bool decode) {
   return nullptr;
 }
 
-Task plan_task(const Product& product, int level) {
-  const Matrix& w = *product.weight;
+Task plan_task(const Matrix& plane, const Product& product, int level) {
   const bool decode = product.tokens <= kDecodeTokens;
-  Task task = {product, kernels_of(w, level, decode), {}, 0, true};
+  const Output out = {product.out, plane.rows, product.bias, 0, plane.factor};
+  Task task = {&plane, product.x, product.tokens, out, kernels_of(plane, level, decode), {}, 0, 1, 0};
   task.activations.tokens = product.tokens;
-  task.activations.columns = w.columns;
-  if (task.kernels) task.kernels->shape(w, task.activations, decode);
-  task.cost = decode ? w.row_bytes() : w.columns * product.tokens / 8 + w.row_bytes();
+  task.activations.columns = plane.columns;
+  if (task.kernels) task.kernels->shape(plane, task.activations, decode);
+  task.cost = decode ? plane.row_bytes() : plane.columns * product.tokens / 8 + plane.row_bytes();
   return task;
 }
 
 bool round_alike(const Task& a, const Task& b) {
-  return a.product.x == b.product.x && a.product.tokens == b.product.tokens && a.kernels == b.kernels &&
-         a.activations.columns == b.activations.columns && a.activations.block == b.activations.block &&
-         a.activations.interleave == b.activations.interleave;
+  return a.x == b.x && a.tokens == b.tokens && a.kernels == b.kernels && a.activations.columns == b.activations.columns &&
+         a.activations.block == b.activations.block && a.activations.interleave == b.activations.interleave;
+}
+
+// The task that rounds what task `index` reads. Only a few before it are looked at: it is enough for the planes of
+// projections of the same states, and thousands of experts stay cheap.
+int64_t find_source(const Task* tasks, int64_t index) {
+  if (!tasks[index].kernels) return index;
+  for (int64_t i = index - 1; i >= 0 && i >= index - kTasksLookedAt; --i)
+    if (tasks[i].source == i && round_alike(tasks[index], tasks[i])) return i;
+  return index;
 }
 
 int64_t rounded_bytes(const Task& task) {
   const Activations& a = task.activations;
-  if (!task.kernels || !task.rounds) return 0;
   return divide_up(a.tokens * (a.value_stride + 3 * a.block_stride * int64_t(sizeof(float))), 64) * 64;
 }
 
+bool rounds(const Task* tasks, int64_t index) { return tasks[index].kernels && tasks[index].source == index; }
+
 void multiply_rows(const Task& task, int64_t first_row, int64_t last_row, float* scratch) {
-  const Product& p = task.product;
-  const Output out = {p.out, p.weight->rows, p.bias};
-  if (first_row >= last_row || p.tokens == 0) return;
+  if (first_row >= last_row || task.tokens == 0) return;
   if (!task.kernels)
-    portable_multiply(*p.weight, p.x, p.tokens, out, first_row, last_row, scratch);
-  else if (p.tokens <= kDecodeTokens)
-    task.kernels->decode(*p.weight, task.activations, 0, p.tokens, out, first_row, last_row, scratch);
+    portable_multiply(*task.plane, task.x, task.tokens, task.out, first_row, last_row, scratch);
+  else if (task.tokens <= kDecodeTokens)
+    task.kernels->decode(*task.plane, task.activations, 0, task.tokens, task.out, first_row, last_row, scratch);
   else
-    task.kernels->prefill(*p.weight, task.activations, out, first_row, last_row, scratch);
+    task.kernels->prefill(*task.plane, task.activations, task.out, first_row, last_row, scratch);
 }
 
-// The first row of a task that costs `before` or more come before, at a place where a range may begin.
-int64_t row_at(const Task& task, int64_t before) {
-  const int64_t rows = task.product.weight->rows;
+// One row of all planes of the product that begins with a task.
+int64_t row_cost(const Task* first) {
+  int64_t cost = 0;
+  for (int64_t i = 0; i < first->planes; ++i) cost += first[i].cost;
+  return cost;
+}
+
+// The first row of a product that costs `before` or more come before, at a place where ranges of all its planes may begin:
+// what they ask for are powers of two.
+int64_t row_at(const Task* first, int64_t before) {
   if (before <= 0) return 0;
-  const int64_t multiple = task.kernels ? task.kernels->prefill_rows : 1;
-  const int64_t row = divide_up(before / task.cost, multiple) * multiple;
+  int64_t multiple = 1;
+  for (int64_t i = 0; i < first->planes; ++i)
+    if (first[i].kernels && first[i].kernels->prefill_rows > multiple) multiple = first[i].kernels->prefill_rows;
+  const int64_t rows = first->plane->rows, row = divide_up(before / row_cost(first), multiple) * multiple;
   return row < rows ? row : rows;
 }
 
 int64_t total_cost(const Task* tasks, int64_t count) {
   int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) total += tasks[i].cost * tasks[i].product.weight->rows;
+  for (int64_t i = 0; i < count; ++i) total += tasks[i].cost * tasks[i].plane->rows;
   return total;
 }
 
 }  // namespace
 
+int64_t count_tasks(const Product* products, int64_t count) {
+  int64_t tasks = 0;
+  for (int64_t i = 0; i < count; ++i)
+    for (const Matrix* plane = products[i].weight; plane; plane = plane->next) ++tasks;
+  return tasks;
+}
+
 void plan_tasks(const Product* products, int64_t count, int level, Task* tasks) {
+  int64_t index = 0;
   for (int64_t i = 0; i < count; ++i) {
-    tasks[i] = plan_task(products[i], level);
-    // Only the task before: it is enough for projections of the same states, and thousands of experts stay cheap.
-    if (i && tasks[i].kernels && round_alike(tasks[i], tasks[i - 1])) tasks[i].rounds = false;
+    const int64_t first = index, planes = count_tasks(products + i, 1);
+    for (const Matrix* plane = products[i].weight; plane; plane = plane->next, ++index) {
+      tasks[index] = plan_task(*plane, products[i], level);
+      tasks[index].planes = planes - (index - first);
+      tasks[index].source = find_source(tasks, index);
+      if (index == first) continue;
+      tasks[index].out.added = products[i].out;
+      tasks[index].out.added_stride = tasks[index].out.stride;
+    }
   }
 }
 
 int64_t rounded_bytes(const Task* tasks, int64_t count) {
   int64_t bytes = 0;
-  for (int64_t i = 0; i < count; ++i) bytes += rounded_bytes(tasks[i]);
+  for (int64_t i = 0; i < count; ++i) bytes += rounds(tasks, i) ? rounded_bytes(tasks[i]) : 0;
   return bytes;
 }
 
 void place_activations(Task* tasks, int64_t count, uint8_t* memory) {
   for (int64_t i = 0; i < count; ++i) {
     Activations& a = tasks[i].activations;
-    if (!tasks[i].rounds) {
-      a = tasks[i - 1].activations;
+    if (!rounds(tasks, i)) {
+      a = tasks[tasks[i].source].activations;
       continue;
     }
     a.values = memory;
@@ -109,9 +140,8 @@ void place_activations(Task* tasks, int64_t count, uint8_t* memory) {
 int64_t scratch_floats(const Task* tasks, int64_t count) {
   int64_t most = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const Matrix& w = *tasks[i].product.weight;
-    const int64_t floats =
-        tasks[i].kernels ? tasks[i].kernels->scratch_floats(w, tasks[i].activations) : w.columns;
+    const Matrix& w = *tasks[i].plane;
+    const int64_t floats = tasks[i].kernels ? tasks[i].kernels->scratch_floats(w, tasks[i].activations) : w.columns;
     if (floats > most) most = floats;
   }
   return most;
@@ -125,8 +155,8 @@ int useful_threads(const Task* tasks, int64_t count, int threads) {
 void round_share(const Task* tasks, int64_t count, int thread, int threads) {
   for (int64_t i = 0; i < count; ++i) {
     const Activations& a = tasks[i].activations;
-    if (!tasks[i].kernels || !tasks[i].rounds) continue;
-    tasks[i].kernels->quantize(tasks[i].product.x, a, a.tokens * thread / threads, a.tokens * (thread + 1) / threads);
+    if (!rounds(tasks, i)) continue;
+    tasks[i].kernels->quantize(tasks[i].x, a, a.tokens * thread / threads, a.tokens * (thread + 1) / threads);
   }
 }
 
@@ -134,10 +164,11 @@ void multiply_share(const Task* tasks, int64_t count, int thread, int threads, f
   const int64_t total = total_cost(tasks, count);
   const int64_t first = total * thread / threads, last = total * (thread + 1) / threads;
   int64_t before = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t rows = tasks[i].product.weight->rows, cost = rows * tasks[i].cost;
-    const int64_t stop = before + cost <= last ? rows : row_at(tasks[i], last - before);
-    multiply_rows(tasks[i], row_at(tasks[i], first - before), stop, scratch);
+  for (const Task* task = tasks; task < tasks + count; task += task->planes) {
+    const int64_t rows = task->plane->rows, cost = rows * row_cost(task);
+    const int64_t start = row_at(task, first - before);
+    const int64_t stop = before + cost <= last ? rows : row_at(task, last - before);
+    for (int64_t i = 0; i < task->planes; ++i) multiply_rows(task[i], start, stop, scratch);
     before += cost;
   }
 }

@@ -26,7 +26,8 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
-// One product: out[tokens, rows] = x[tokens, columns] W' + bias; read by ctypes in the same order.
+// One product: out[tokens, rows] = x[tokens, columns] W' + bias, W the sum of `weight` and the planes behind it; read by
+// ctypes in the same order.
 struct Product {
   const Matrix* weight;
   const float* x;
@@ -35,15 +36,24 @@ struct Product {
   int64_t tokens;
 };
 
+// The product with one plane of a weight. Tasks of a product lie behind one another and are computed by the same thread
+// for each row: what the first has written, the next adds to.
 struct Task {
-  Product product;
+  const Matrix* plane;
+  const float* x;
+  int64_t tokens;
+  Output out;
   const Kernels* kernels;  // null: portable
   Activations activations;
-  int64_t cost;  // of one row
-  bool rounds;   // false where an earlier task rounds the same activations in the same layout
+  int64_t cost;    // of one row
+  int64_t planes;  // of the product from this one on, itself included
+  int64_t source;  // the task that rounds these activations in this layout: itself, or one before it
 };
 
-// Plans products for an instruction set, `level` as the C interface counts them.
+// How many tasks so many products are.
+int64_t count_tasks(const Product* products, int64_t count);
+
+// Plans products for an instruction set, `level` as the C interface counts them, as so many tasks.
 void plan_tasks(const Product* products, int64_t count, int level, Task* tasks);
 
 // Bytes of the rounded activations of all tasks.

@@ -1,0 +1,94 @@
+"""The planes that the CPU kernels read of a weight as it is stored, at the width that it is read at.
+
+int, binary       one plane
+double_rounding   scale (prefix + rest / 2^rest_bits): the rest at the full width alone
+nested            scale_b sum_p 2^(b - p) (codes_p - (2^bits_p - 1) / 2) over the widths p up to b, with bits_p codes
+                  each: the middles of the parts add up to the middle of the whole
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from runtime.formats import Format
+from runtime.kernels.matrices import StoredMatrix
+
+
+class Packed(Protocol):
+    """What is read of a packed weight."""
+
+    format: Format
+    width: int
+    shape: tuple[int, int]
+    _buffers: dict[str, Tensor | None]
+
+    def __call__(self, rows: Tensor | None = None) -> Tensor: ...
+
+
+def has_stored_planes(format_: Format) -> bool:
+    """Returns True where ``stored_planes`` knows a format."""
+    return format_.kind in _PLANES and format_.scale_type == "fp16"
+
+
+def has_codes(format_: Format) -> bool:
+    """Returns True for integers and one bit with scales in float16."""
+    return format_.kind in ("int", "binary") and format_.scale_type == "fp16"
+
+
+def stored_planes(weight: Packed) -> list[StoredMatrix]:
+    """Returns the planes of a weight whose format ``has_stored_planes``."""
+    return _PLANES[weight.format.kind](weight)
+
+
+def stored_matrix(weight: Packed) -> StoredMatrix:
+    """Returns the one plane of a weight whose format ``has_codes``."""
+    (plane,) = stored_planes(weight)
+    return plane
+
+
+def _tensor(weight: Packed, name: str) -> Tensor:
+    tensor = weight._buffers[name]
+    assert tensor is not None
+    return tensor
+
+
+def _list_integers(weight: Packed) -> list[StoredMatrix]:
+    codes, scale, bits = _tensor(weight, "codes"), _tensor(weight, "scale"), weight.format.bits
+    return [StoredMatrix(codes, scale, weight._buffers.get("zero_point"), bits, weight.shape[1])]
+
+
+def _list_binary(weight: Packed) -> list[StoredMatrix]:
+    codes, columns = _tensor(weight, "codes"), weight.shape[1]
+    if weight.format.symmetric:
+        # -scale, scale
+        return [StoredMatrix(codes, _tensor(weight, "scale"), None, 1, columns, centre=0.5, factor=2.0)]
+    low, high = _tensor(weight, "low"), _tensor(weight, "high")
+    return [StoredMatrix(codes, high, low, 1, columns, two_values=True)]
+
+
+def _list_double_rounding(weight: Packed) -> list[StoredMatrix]:
+    format_, columns, scale = weight.format, weight.shape[1], _tensor(weight, "scale")
+    prefix = StoredMatrix(_tensor(weight, "codes"), scale, None, format_.prefix_bits, columns)
+    if weight.width < format_.bits:
+        return [prefix]
+    factor = 2.0**-format_.rest_bits
+    return [prefix, StoredMatrix(_tensor(weight, "codes_rest"), scale, None, format_.rest_bits, columns, factor=factor)]
+
+
+def _list_nested(weight: Packed) -> list[StoredMatrix]:
+    scale, planes, read_bits = _tensor(weight, f"scale_{weight.width}"), [], 0
+    for width in (w for w in weight.format.widths if w <= weight.width):
+        bits, factor = width - read_bits, 2.0 ** (weight.width - width)
+        codes, centre = _tensor(weight, f"codes_{width}"), ((1 << bits) - 1) / 2
+        planes.append(StoredMatrix(codes, scale, None, bits, weight.shape[1], centre=centre, factor=factor))
+        read_bits = width
+    return planes
+
+
+_PLANES: dict[str, Callable[[Packed], list[StoredMatrix]]] = {
+    "int": _list_integers,
+    "binary": _list_binary,
+    "double_rounding": _list_double_rounding,
+    "nested": _list_nested,
+}
