@@ -1,9 +1,9 @@
 """The CPU kernels' views of packed weights, kept with the weights, and their execution layouts.
 
 A view holds addresses alone: of the tensors as they are stored, or of an execution layout, which ``use_execution_``
-makes of them. There are two: the tables of products by lookup (integers of few bits, beside the stored tensors, which
-products of many tokens read), and levels (formats that are not integers but multiples of steps; without this layout
-they are dequantized at every product). A layout is dropped when other numbers are loaded into the weight.
+makes of them. There are two kinds: the tables of products by lookup (integers of few bits, beside the stored tensors,
+which products of many tokens read), and those of ``execution_layouts``, for formats that are dequantized at every
+product without. A layout is dropped when other numbers are loaded into the weight.
 """
 
 from typing import NamedTuple
@@ -12,19 +12,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from runtime.codecs.levels import find_span, group_count, read_levels
 from runtime.formats import Format
 from runtime.kernels.cpu import CpuKernels
-from runtime.kernels.matrices import Levels, Matrix, describe_floats, describe_levels, describe_matrix, sum_planes
+from runtime.kernels.execution_layouts import layout_bytes, make_layout
+from runtime.kernels.matrices import Matrix, describe_floats, describe_matrix, sum_planes
 from runtime.kernels.stored_planes import Packed, has_stored_planes, stored_planes
-from runtime.packing import pack_codes
-from runtime.stored_tensor import packed_row_bytes
 
 _VIEW, _EXECUTION = "_matrix", "_execution"
 _CPU = torch.device("cpu")
-_ALIGNMENT_BYTES = 64
-# Rows are made into levels so many weights at a time.
-_BLOCK_WEIGHTS = 1 << 22
 
 
 class _View(NamedTuple):
@@ -36,10 +31,10 @@ class _View(NamedTuple):
 
 
 class _Execution(NamedTuple):
-    """The execution layout of a weight, its view where it is levels, and the tensors that it was made from."""
+    """The execution layout of a weight, its view unless it is one of tables, and the tensors that it was made from."""
 
     memory: Tensor
-    levels: Matrix | None
+    matrix: Matrix | None
     source: tuple[tuple[int, int], ...]
 
 
@@ -56,8 +51,8 @@ def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
     if not tensors or device.type != "cpu" or any(t.device.type != "cpu" or isinstance(t, FakeTensor) for t in tensors):
         return None
     execution = _find_execution(weight)
-    if execution is not None and execution.levels is not None:
-        return execution.levels
+    if execution is not None and execution.matrix is not None:
+        return execution.matrix
     if not reads_stored(weight.format):
         return None
     kept: _View | None = weight.__dict__.get(_VIEW)
@@ -95,10 +90,9 @@ def execution_bytes(weight: Packed, kernels: CpuKernels) -> int:
         # The bytes of several planes stay where they are: a layout of some would keep the others out of large pages.
         return 0 if matrix is None or matrix.next else kernels.lookup_bytes(matrix)
     tensor = next(iter(weight._buffers.values()))
-    if tensor is None or tensor.device.type != "cpu" or find_span(weight.format) is None:
+    if tensor is None or tensor.device.type != "cpu":
         return 0
-    codes, steps = _level_bytes(weight.format, weight.shape)
-    return codes + 2 * steps
+    return layout_bytes(weight.format, weight.shape, kernels)
 
 
 def use_execution_(weight: Packed, kernels: CpuKernels, memory: Tensor) -> None:
@@ -109,14 +103,14 @@ def use_execution_(weight: Packed, kernels: CpuKernels, memory: Tensor) -> None:
         kernels: As ``execution_bytes`` had them.
         memory: ``execution_bytes(weight)`` bytes, uint8, all zero, aligned to 64; they are filled.
     """
-    levels = None
+    matrix = None
     if reads_stored(weight.format):
-        matrix = find_matrix(weight, _CPU)
-        assert matrix is not None
-        kernels.pack_lookup_(matrix, memory)
+        stored = find_matrix(weight, _CPU)
+        assert stored is not None
+        kernels.pack_lookup_(stored, memory)
     else:
-        levels = _make_levels(weight, memory)
-    weight.__dict__[_EXECUTION] = _Execution(memory, levels, _identify(weight))
+        matrix = make_layout(weight, memory, kernels)
+    weight.__dict__[_EXECUTION] = _Execution(memory, matrix, _identify(weight))
     weight.__dict__.pop(_VIEW, None)
 
 
@@ -141,37 +135,3 @@ def _identify(weight: Packed) -> tuple[tuple[int, int], ...]:
     """Where the tensors of a weight are, and how often each was written to."""
     tensors = (tensor for tensor in weight._buffers.values() if tensor is not None)
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-
-
-def _level_bits(format_: Format) -> int:
-    span = find_span(format_)
-    assert span is not None
-    return (span[1] - span[0]).bit_length()
-
-
-def _level_bytes(format_: Format, shape: tuple[int, int]) -> tuple[int, int]:
-    """Returns the bytes of the codes and of the steps, each ending where the next may begin."""
-    rows, columns = shape
-    sizes = rows * packed_row_bytes(columns, _level_bits(format_)), 4 * rows * group_count(format_, columns)
-    codes, steps = (-(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for size in sizes)
-    return codes, steps
-
-
-def _make_levels(weight: Packed, memory: Tensor) -> Matrix:
-    (rows, columns), format_ = weight.shape, weight.format
-    bits, groups, span = _level_bits(format_), group_count(format_, columns), find_span(format_)
-    assert span is not None
-    sizes = _level_bytes(format_, weight.shape)
-    parts = torch.split(memory, [sizes[0], sizes[1], sizes[1]])
-    codes = parts[0][: rows * packed_row_bytes(columns, bits)].view(rows, -1)
-    step, shift = (part.view(torch.float32)[: rows * groups].view(rows, groups) for part in parts[1:])
-    each = max(1, _BLOCK_WEIGHTS // columns)
-    for start in range(0, rows, each):
-        block = slice(start, min(start + each, rows))
-        # What is one for the whole weight has another length.
-        tensors = {n: t[block] if len(t) == rows else t for n, t in weight._buffers.items() if t is not None}
-        found = read_levels(tensors, format_, (block.stop - block.start, columns))
-        codes[block] = pack_codes((found.levels - span[0]).to(torch.uint8), bits)
-        step[block] = found.step
-        shift[block] = -span[0] * found.step + (0.0 if found.least is None else found.least)
-    return describe_levels(Levels(codes, step, shift, bits, columns))

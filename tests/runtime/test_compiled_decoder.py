@@ -102,7 +102,7 @@ def test_weights_in_their_execution_layout_give_the_same_text(name: str) -> None
     assert (run_by_parts(model, tokens, [6, 1, 1, 1]) - logits).norm() <= 1e-3 * logits.norm()
 
 
-def test_formats_that_are_not_integers_run_as_levels() -> None:
+def test_formats_that_are_not_integers_run_in_execution_layouts() -> None:
     formats = (
         "mxfp4",
         "nvint4",
@@ -113,6 +113,7 @@ def test_formats_that_are_not_integers_run_as_levels() -> None:
         "nvfp4",
         "fp6_e2m3_g64",
         "q8_0",
+        "bcq3_g64",
     )
     model = build_tiny_llama()
     names = [name for name, weight in list_weights(model).items() if weight.kind != "router"]
