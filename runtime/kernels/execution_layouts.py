@@ -2,6 +2,7 @@
 
     levels    formats whose values are multiples of steps (``runtime.codecs.levels``): codes, steps and shifts
     planes    sums of binary planes: of each plane its bits, its scales, and the same for the tables of ``cpu/lookup.h``
+    floats    floats of fewer than 8 bits with more levels than 8 bits have: the codes of e5m2 that have their values
 
 A layout fills memory that the caller sets aside, its parts aligned.
 """
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from runtime.codecs.levels import find_span, group_count, read_levels
+from runtime.codecs.scaled_elements import codebook_of
 from runtime.formats import Format
 from runtime.kernels.cpu import CpuKernels
 from runtime.kernels.matrices import Levels, Matrix, StoredMatrix, describe_levels, describe_matrix, sum_planes
@@ -59,7 +61,9 @@ def make_layout(weight: Packed, memory: Tensor, kernels: CpuKernels) -> Matrix:
 def _find_layout(format_: Format) -> _Layout | None:
     if format_.kind == "planes" or (format_.kind == "binary" and format_.scale_type == "pow2"):
         return _Layout(_plane_parts, _fill_planes)
-    return None if find_span(format_) is None else _Layout(_level_parts, _fill_levels)
+    if find_span(format_) is not None:
+        return _Layout(_level_parts, _fill_levels)
+    return _Layout(_float_parts, _fill_floats) if (format_.kind, format_.element) == ("element", "e3m2") else None
 
 
 def _room_bytes(size: int) -> int:
@@ -143,3 +147,18 @@ def _read_plane_scales(stored: Tensor, format_: Format) -> tuple[Tensor, float]:
     # Exponents are -24 to 16, one more than float16 has. A weight that has both loses the least: 2^-40 of its largest.
     above = max(0, int(stored.max()) - _MOST_HALF_EXPONENT)
     return power_of_two(stored.to(torch.int32) - above).to(torch.float16), 2.0**above
+
+
+def _float_parts(format_: Format, shape: tuple[int, int], kernels: CpuKernels) -> list[int]:
+    scale_bytes = 2 if format_.scale_type == "fp16" else 1
+    return [shape[0] * shape[1], shape[0] * format_.group_count(shape[1]) * scale_bytes]
+
+
+def _fill_floats(weight: Packed, parts: list[Tensor], kernels: CpuKernels) -> Matrix:
+    (rows, columns), stored = weight.shape, weight._buffers["scale"]
+    assert stored is not None
+    table = codebook_of("e5m2").codes_of(codebook_of(weight.format.element).values)
+    codes, scale = parts[0].view(rows, columns), parts[1].view(stored.dtype).view(stored.shape).copy_(stored)
+    for block, tensors in _list_blocks(weight):
+        codes[block] = table[unpack_codes(tensors["codes"], weight.format.bits, columns).to(torch.int32)]
+    return describe_matrix(StoredMatrix(codes, scale, None, 8, columns, element="e5m2"))

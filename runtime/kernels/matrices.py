@@ -17,7 +17,9 @@ from torch import Tensor
 MOST_PLANES = 8
 _NULL = 0
 # What codes are, by the number the library knows it under.
-_INTEGER, _FLOATS, _BINARY, _LEVELS = 0, {torch.bfloat16: 1, torch.float16: 2}, 3, 4
+_FLOATS = {torch.bfloat16: 1, torch.float16: 2}
+_ELEMENTS = {"int": 0, "two_values": 3, "levels": 4, "e4m3": 5, "e5m2": 6}
+_SCALE_TYPES = {torch.float16: 0, torch.uint8: 1}
 
 
 class Matrix(ctypes.Structure):
@@ -33,6 +35,7 @@ class Matrix(ctypes.Structure):
         ("group_size", ctypes.c_int32),
         ("lookup", ctypes.c_uint64),
         ("element", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
         ("centre", ctypes.c_float),
         ("factor", ctypes.c_float),
         ("next", ctypes.c_uint64),
@@ -42,9 +45,10 @@ class Matrix(ctypes.Structure):
 class StoredMatrix(NamedTuple):
     """A weight, or a plane of one, in its stored layout, as ``reference.dequantize_stored`` documents it.
 
-    Where ``two_values``, one bit chooses between two values of its group: ``scale`` holds the higher ones, and
-    ``zero_point`` the lower ones in float16. ``centre`` is the zero point of all groups where these have none, None
-    for 2**(bits - 1); all is multiplied by ``factor``.
+    Codes are integers; or ``element`` is "two_values": one bit chooses between two values of its group, ``scale`` holds
+    the higher ones and ``zero_point`` the lower ones in float16; or it is the name of a float of 8 bits, and scales may
+    be powers of two in E8M0. ``centre`` is the zero point of all groups where these have none, None for 2**(bits - 1);
+    all is multiplied by ``factor``.
     """
 
     codes: Tensor
@@ -52,7 +56,7 @@ class StoredMatrix(NamedTuple):
     zero_point: Tensor | None
     bits: int
     columns: int
-    two_values: bool = False
+    element: str = "int"
     centre: float | None = None
     factor: float = 1.0
 
@@ -92,7 +96,8 @@ def describe_matrix(stored: StoredMatrix, lookup: Tensor | None = None) -> Matri
         bits=stored.bits,
         group_size=stored.columns // groups,
         lookup=_NULL if lookup is None else lookup.data_ptr(),
-        element=_BINARY if stored.two_values else _INTEGER,
+        element=_ELEMENTS[stored.element],
+        scale_type=_SCALE_TYPES[stored.scale.dtype],
         centre=float(1 << (stored.bits - 1)) if stored.centre is None else stored.centre,
         factor=stored.factor,
     )
@@ -138,7 +143,7 @@ def describe_levels(levels: Levels) -> Matrix:
         columns=levels.columns,
         bits=levels.bits,
         group_size=levels.columns // groups,
-        element=_LEVELS,
+        element=_ELEMENTS["levels"],
         factor=1.0,
     )
     matrix.levels = levels

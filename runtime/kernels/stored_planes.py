@@ -1,6 +1,7 @@
 """The planes that the CPU kernels read of a weight as it is stored, at the width that it is read at.
 
 int, binary       one plane
+element           floats of 8 bits: one plane
 double_rounding   scale (prefix + rest / 2^rest_bits): the rest at the full width alone
 nested            scale_b sum_p 2^(b - p) (codes_p - (2^bits_p - 1) / 2) over the widths p up to b, with bits_p codes
                   each: the middles of the parts add up to the middle of the whole
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from runtime.formats import Format
 from runtime.kernels.matrices import StoredMatrix
+
+# Floats of 8 bits that the kernels read, and how scales of them are stored.
+SMALL_FLOATS, SMALL_FLOAT_SCALES = ("e4m3", "e5m2"), ("fp16", "e8m0")
 
 
 class Packed(Protocol):
@@ -28,6 +32,8 @@ class Packed(Protocol):
 
 def has_stored_planes(format_: Format) -> bool:
     """Returns True where ``stored_planes`` knows a format."""
+    if format_.kind == "element":
+        return format_.element in SMALL_FLOATS and format_.scale_type in SMALL_FLOAT_SCALES
     return format_.kind in _PLANES and format_.scale_type == "fp16"
 
 
@@ -58,13 +64,18 @@ def _list_integers(weight: Packed) -> list[StoredMatrix]:
     return [StoredMatrix(codes, scale, weight._buffers.get("zero_point"), bits, weight.shape[1])]
 
 
+def _list_small_floats(weight: Packed) -> list[StoredMatrix]:
+    codes, scale, element = _tensor(weight, "codes"), _tensor(weight, "scale"), weight.format.element
+    return [StoredMatrix(codes, scale, None, 8, weight.shape[1], element=element)]
+
+
 def _list_binary(weight: Packed) -> list[StoredMatrix]:
     codes, columns = _tensor(weight, "codes"), weight.shape[1]
     if weight.format.symmetric:
         # -scale, scale
         return [StoredMatrix(codes, _tensor(weight, "scale"), None, 1, columns, centre=0.5, factor=2.0)]
     low, high = _tensor(weight, "low"), _tensor(weight, "high")
-    return [StoredMatrix(codes, high, low, 1, columns, two_values=True)]
+    return [StoredMatrix(codes, high, low, 1, columns, element="two_values")]
 
 
 def _list_double_rounding(weight: Packed) -> list[StoredMatrix]:
@@ -89,6 +100,7 @@ def _list_nested(weight: Packed) -> list[StoredMatrix]:
 _PLANES: dict[str, Callable[[Packed], list[StoredMatrix]]] = {
     "int": _list_integers,
     "binary": _list_binary,
+    "element": _list_small_floats,
     "double_rounding": _list_double_rounding,
     "nested": _list_nested,
 }

@@ -42,6 +42,8 @@ FORMATS = (
     "int2_g32_sym",
     "bf16",
     "nested4_6_channel",
+    "mxfp8_e4m3",
+    "fp8_e5m2_channel",
 )
 
 
@@ -114,6 +116,7 @@ def test_formats_that_are_not_integers_run_in_execution_layouts() -> None:
         "fp6_e2m3_g64",
         "q8_0",
         "bcq3_g64",
+        "fp6_e3m2_g32",
     )
     model = build_tiny_llama()
     names = [name for name, weight in list_weights(model).items() if weight.kind != "router"]

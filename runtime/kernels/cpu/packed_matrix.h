@@ -10,6 +10,7 @@
 //   y[n] = sum_b step[b] * scale[n, g] * (sum_k code[n, k] v[k] - zero_point[n, g] * sum_k v[k]).
 #pragma once
 #include <stdint.h>
+#include <string.h>
 
 namespace bitplan {
 
@@ -17,10 +18,14 @@ namespace bitplan {
 enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // What the codes of a weight are: integers with scales; 16-bit floating point numbers, which stand for themselves; one bit
-// that chooses between two values of its group, weight = low + (high - low) * code; or levels, weight = step * code - shift
-// with both of these in float32.
-enum Element : int32_t { kInteger = 0, kBfloat16 = 1, kFloat16 = 2, kBinary = 3, kLevels = 4 };
+// that chooses between two values of its group, weight = low + (high - low) * code; levels, weight = step * code - shift
+// with both of these in float32; or floats of 8 bits, all of them finite, with scales.
+enum Element : int32_t { kInteger = 0, kBfloat16 = 1, kFloat16 = 2, kBinary = 3, kLevels = 4, kE4m3 = 5, kE5m2 = 6 };
 inline bool is_float(Element element) { return element == kBfloat16 || element == kFloat16; }
+inline bool is_small_float(Element element) { return element == kE4m3 || element == kE5m2; }
+
+// Of the scales of small floats: float16, or an exponent e in a byte that stands for 2^(e - 127) (E8M0).
+enum ScaleType : int32_t { kHalfScale = 0, kPowerScale = 1 };
 
 // 127 * 256 + 127: the largest v that splits into v = 256 * high + low with signed 8-bit parts.
 constexpr int kLargestActivation = 32639;
@@ -42,6 +47,7 @@ struct Matrix {
   int32_t bits, group_size;
   const uint8_t* lookup;  // the same weight in the layout of lookup.h, or null
   Element element;        // of numbers in floating point: bits 16, group_size the columns, no scale
+  ScaleType scale_type;   // kHalfScale but of small floats
   float centre;           // what is taken off codes that have no zero points, a half integer for one
   float factor;           // of this plane in the weight
   const Matrix* next;     // the plane that is added to this one, or null; of the same rows and columns
@@ -50,6 +56,7 @@ struct Matrix {
   int64_t groups() const { return columns / group_size; }
   int64_t zero_point_bytes() const { return (groups() * bits + 7) / 8; }
   const uint16_t* low() const { return reinterpret_cast<const uint16_t*>(zero_point); }
+  const uint8_t* power() const { return reinterpret_cast<const uint8_t*>(scale); }
   const float* step() const { return reinterpret_cast<const float*>(scale); }
   const float* shift() const { return reinterpret_cast<const float*>(zero_point); }
 };
@@ -100,10 +107,21 @@ extern const Kernels kAvx2Kernels;
 // Of 16-bit floating point.
 extern const Kernels kAvx512Floats;
 extern const Kernels kAvx2Floats;
+// Of floats of 8 bits.
+extern const Kernels kAvx512SmallFloats;
+extern const Kernels kAvx2SmallFloats;
 
 inline int block_of(const Matrix& w) { return w.groups() == 1 ? kRowBlock : w.group_size; }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// 2^(exponent - 127).
+inline float power_of_two(uint8_t exponent) {
+  const uint32_t word = exponent ? static_cast<uint32_t>(exponent) << 23 : 1u << 22;
+  float value;
+  memcpy(&value, &word, sizeof value);
+  return value;
+}
 
 // A code or zero point out of a bit stream of `bytes` bytes.
 inline int read_code(const uint8_t* stream, int64_t bytes, int64_t index, int bits) {

@@ -53,10 +53,28 @@ void widen_row(const Matrix& w, int64_t row, float* out) {
   }
 }
 
+// A float of 8 bits: its bits are those of a float16 with as many or one more of exponent, which makes that 2^8 less.
+float widen_small(uint8_t code, Element element) {
+  if (element == kE5m2) return widen(static_cast<uint16_t>(code << 8));
+  return 256.0f * widen(static_cast<uint16_t>((code & 0x80) << 8 | (code & 0x7f) << 7));
+}
+
+void read_small_floats(const Matrix& w, int64_t row, float* out) {
+  for (int64_t k = 0; k < w.columns; ++k) {
+    const int64_t group = row * w.groups() + k / w.group_size;
+    const float scale = w.scale_type == kHalfScale ? widen(w.scale[group]) : power_of_two(w.power()[group]);
+    out[k] = scale * widen_small(w.codes[row * w.columns + k], w.element);
+  }
+}
+
 // The values of a row of one plane, without its factor.
 void read_plane_row(const Matrix& w, int64_t row, float* out) {
   if (is_float(w.element)) {
     widen_row(w, row, out);
+    return;
+  }
+  if (is_small_float(w.element)) {
+    read_small_floats(w, row, out);
     return;
   }
   const int64_t groups = w.groups(), row_bytes = w.row_bytes(), zero_bytes = w.zero_point_bytes();

@@ -20,6 +20,8 @@ const Kernels* kernels_of(const Matrix& w, int level, bool decode) {
 #if defined(__x86_64__)
   if (is_float(w.element)) return level == kAvx512 ? &kAvx512Floats : level == kAvx2 ? &kAvx2Floats : nullptr;
   if (!has_vector_layout(w)) return nullptr;
+  if (is_small_float(w.element))
+    return level == kAvx512 ? &kAvx512SmallFloats : level == kAvx2 ? &kAvx2SmallFloats : nullptr;
   if (level == kAvx512) return decode && w.lookup ? &kLookupKernels : &kAvx512Kernels;
   if (level == kAvx2) return &kAvx2Kernels;
 #endif

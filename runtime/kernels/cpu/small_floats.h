@@ -1,0 +1,221 @@
+// Products of weights whose codes are floats of 8 bits, bodies in vectors of BITPLAN_LANES floats (8 or 16). Include it
+// once in a file, after the pragma that names the instructions, with these defined: BITPLAN_SMALL_FLOATS, the table's
+// name, and Floats, sum_lanes(v), load_scale(const uint16_t*, left), spread(const float*, lanes).
+//
+// A code is a sign and seven bits of exponent and mantissa, a float32 the same with more of both: with the seven bits
+// put where exponent and mantissa of a float32 meet, its value is that of the code over a power of two, subnormal codes
+// included, unless subnormal numbers are flushed to zero. A vector of 32-bit words is taken apart into its four bytes by
+// two shifts and a mask each; activations lie in that order. To keep products of small weights within float32, the
+// activations of a token are multiplied by a power of two, which is exact, and the outputs by another.
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "packed_matrix.h"
+
+namespace bitplan {
+namespace {
+
+typedef int32_t Integers __attribute__((vector_size(4 * BITPLAN_LANES), may_alias));
+typedef float UnalignedFloats __attribute__((vector_size(4 * BITPLAN_LANES), aligned(4), may_alias));
+typedef int32_t UnalignedIntegers __attribute__((vector_size(4 * BITPLAN_LANES), aligned(1), may_alias));
+
+constexpr int kLanes = BITPLAN_LANES, kParts = 4, kStep = kParts * kLanes;
+// Rows that share the reading of one token's activations.
+constexpr int kMostRows = 4;
+// A line is fetched several times on its way, see avx512_decode.cpp.
+constexpr int kFetches = 2;
+constexpr int64_t kAhead = 4096;
+// Activations of a token are below 2^kExponent, the largest from a half of it on; less where the factor would overflow.
+constexpr int kExponent = 116, kLeastExponent = kExponent - 127;
+
+BITPLAN_INLINE Floats load(const float* x) { return *reinterpret_cast<const UnalignedFloats*>(x); }
+BITPLAN_INLINE void store(float* x, Floats v) { *reinterpret_cast<UnalignedFloats*>(x) = v; }
+BITPLAN_INLINE Floats fill(float value) { return Floats{} + value; }
+
+constexpr int mantissa_bits(Element element) { return element == kE4m3 ? 3 : 2; }
+
+// What byte `part` of each word stands for, over 2^(127 - bias).
+template <Element ELEMENT>
+BITPLAN_INLINE Floats widen(Integers words, int part) {
+  constexpr int kMantissa = mantissa_bits(ELEMENT);
+  constexpr int32_t kMask = static_cast<int32_t>(0x80000000u | 0x7fu << (23 - kMantissa));
+  const Integers top = part + 1 < kParts ? words << (24 - 8 * part) : words;
+  return (Floats)(top >> (kMantissa + 1) & kMask);
+}
+
+// Where the factors of a step come from: there is one for the row, one for the step, or several in its lanes.
+enum Scaling { kByRow, kByStep, kByLane };
+
+// sums[r][t] of the rows from `codes` on; `x` is padded with zeros to whole steps, factors of the next row lie `ahead`
+// floats behind those of a row.
+template <Element ELEMENT, int ROWS, int TOKENS, Scaling SCALING, bool FETCHES>
+BITPLAN_INLINE void multiply_rows(const Matrix& w, const uint8_t* codes, const float* x, int64_t stride,
+                                  const float* factors, int64_t ahead, float (&sums)[ROWS][TOKENS]) {
+  const int64_t steps = divide_up(w.columns, kStep), whole = w.columns / kStep;
+  // Powers of two.
+  const int64_t groups_of_step = SCALING == kByLane ? kStep / w.group_size : 1;
+  const int shift = SCALING == kByStep ? __builtin_ctzll(w.group_size / kStep) : 0;
+  const uint8_t* fetched = codes + ROWS * w.columns + kAhead;
+  Integers lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = SCALING == kByLane ? kParts * i / w.group_size : 0;
+  Floats total[ROWS][TOKENS];
+  for (auto& row : total)
+    for (Floats& sum : row) sum = Floats{};
+  for (int64_t v = 0; v < steps; ++v) {
+    Integers words[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      const uint8_t* place = codes + r * w.columns + v * kStep;
+      words[r] = Integers{};
+      if (v < whole)
+        words[r] = *reinterpret_cast<const UnalignedIntegers*>(place);
+      else
+        memcpy(&words[r], place, w.columns - v * kStep);
+    }
+    // In the order of addresses, see avx512_decode.cpp.
+    if (FETCHES)
+      for (int u = 0; u < ROWS * kStep; u += 64)
+        for (int f = 0; f < kFetches; ++f)
+          _mm_prefetch(reinterpret_cast<const char*>(fetched + v * ROWS * kStep + u) + f * kAhead, _MM_HINT_T1);
+    Floats sum[ROWS][TOKENS];
+    for (int i = 0; i < kParts; ++i)
+      for (int r = 0; r < ROWS; ++r) {
+        const Floats weights = widen<ELEMENT>(words[r], i);
+        for (int t = 0; t < TOKENS; ++t) {
+          const Floats product = weights * load(x + t * stride + v * kStep + i * kLanes);
+          sum[r][t] = i ? sum[r][t] + product : product;
+        }
+      }
+    for (int r = 0; r < ROWS; ++r) {
+      const float* place = factors + r * ahead;
+      const Floats factor = SCALING == kByLane   ? spread(place + v * groups_of_step, lanes)
+                            : SCALING == kByStep ? fill(place[v >> shift])
+                                                 : fill(1.0f);
+      for (int t = 0; t < TOKENS; ++t) total[r][t] += sum[r][t] * factor;
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int t = 0; t < TOKENS; ++t)
+      sums[r][t] = sum_lanes(total[r][t]) * (SCALING == kByRow ? factors[r * ahead] : 1.0f);
+}
+
+void read_factors(const Matrix& w, int64_t row, float* factors) {
+  const int64_t groups = w.groups();
+  if (w.scale_type == kHalfScale) {
+    for (int64_t g = 0; g < groups; g += kLanes)
+      store(factors + g, load_scale(w.scale + row * groups + g, groups - g));
+    return;
+  }
+  const uint8_t* exponents = w.power() + row * groups;
+  for (int64_t g = 0; g < groups; ++g) {
+    const float factor = power_of_two(exponents[g]);
+    memcpy(factors + g, &factor, sizeof factor);
+  }
+}
+
+int64_t factor_floats(const Matrix& w) { return w.groups() + 2 * kLanes; }
+
+template <Element ELEMENT, int ROWS, int TOKENS, Scaling SCALING, bool FETCHES>
+void write_rows(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t row,
+                const float* factors) {
+  constexpr float kFactor = ELEMENT == kE4m3 ? 0x1p4f : 0x1p-4f;  // 2^(127 - bias - kExponent)
+  const int64_t stride = a.value_stride / int64_t(sizeof(float));
+  const float* x = reinterpret_cast<const float*>(a.values) + token * stride;
+  float sums[ROWS][TOKENS];
+  multiply_rows<ELEMENT, ROWS, TOKENS, SCALING, FETCHES>(w, w.codes + row * w.columns, x, stride, factors,
+                                                         factor_floats(w), sums);
+  for (int r = 0; r < ROWS; ++r)
+    for (int t = 0; t < TOKENS; ++t)
+      out.write(token + t, row + r, kFactor * sums[r][t] * a.step[(token + t) * a.block_stride]);
+}
+
+using Write = void (*)(const Matrix&, const Activations&, int64_t, const Output&, int64_t, const float*);
+
+template <Element ELEMENT, int ROWS, int TOKENS, bool FETCHES>
+Write by_scaling(const Matrix& w) {
+  if (w.groups() == 1) return write_rows<ELEMENT, ROWS, TOKENS, kByRow, FETCHES>;
+  return w.group_size < kStep ? write_rows<ELEMENT, ROWS, TOKENS, kByLane, FETCHES>
+                              : write_rows<ELEMENT, ROWS, TOKENS, kByStep, FETCHES>;
+}
+
+template <int ROWS, int TOKENS, bool FETCHES>
+Write find_write(const Matrix& w) {
+  return w.element == kE4m3 ? by_scaling<kE4m3, ROWS, TOKENS, FETCHES>(w) : by_scaling<kE5m2, ROWS, TOKENS, FETCHES>(w);
+}
+
+template <int TOKENS>
+void decode_range(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t first_row,
+                  int64_t last_row, float* scratch) {
+  constexpr int kRows = TOKENS == 1 ? kMostRows : 1;
+  const Write write = find_write<kRows, TOKENS, true>(w), write_one = find_write<1, TOKENS, true>(w);
+  for (int64_t row = first_row; row < last_row;) {
+    const int rows = row + kRows <= last_row ? kRows : 1;
+    for (int r = 0; r < rows; ++r) read_factors(w, row + r, scratch + r * factor_floats(w));
+    (rows == kRows ? write : write_one)(w, a, token, out, row, scratch);
+    row += rows;
+  }
+}
+
+void decode(const Matrix& w, const Activations& a, int64_t token, int tokens, const Output& out, int64_t first_row,
+            int64_t last_row, float* scratch) {
+  const auto range = tokens == 1   ? decode_range<1>
+                     : tokens == 2 ? decode_range<2>
+                     : tokens == 3 ? decode_range<3>
+                                   : decode_range<4>;
+  range(w, a, token, out, first_row, last_row, scratch);
+}
+
+void prefill(const Matrix& w, const Activations& a, const Output& out, int64_t first_row, int64_t last_row,
+             float* scratch) {
+  const Write write_four = find_write<1, 4, false>(w), write_one = find_write<1, 1, false>(w);
+  for (int64_t row = first_row; row < last_row; ++row) {
+    read_factors(w, row, scratch);
+    int64_t t = 0;
+    for (; t + 4 <= a.tokens; t += 4) write_four(w, a, t, out, row, scratch);
+    for (; t < a.tokens; ++t) write_one(w, a, t, out, row, scratch);
+  }
+}
+
+void shape(const Matrix& w, Activations& a, bool) {
+  a.block = 0;
+  a.interleave = kParts;
+  a.blocks = 1;
+  a.value_stride = divide_up(w.columns, kStep) * kStep * int64_t(sizeof(float));
+  a.block_stride = 16;
+}
+
+// The exponent of the power of two above the largest magnitude.
+int find_exponent(const float* x, int64_t columns) {
+  float largest = 0;
+  for (int64_t k = 0; k < columns; ++k) largest = fabsf(x[k]) > largest ? fabsf(x[k]) : largest;
+  int exponent = 0;
+  // What is not finite stays so.
+  if (largest <= FLT_MAX) frexpf(largest, &exponent);
+  return exponent > kLeastExponent ? exponent : kLeastExponent;
+}
+
+void scale_tokens(const float* x, const Activations& a, int64_t first_token, int64_t last_token) {
+  for (int64_t t = first_token; t < last_token; ++t) {
+    const float* from = x + t * a.columns;
+    float* to = reinterpret_cast<float*>(a.values + t * a.value_stride);
+    const int exponent = find_exponent(from, a.columns);
+    const float factor = ldexpf(1.0f, kExponent - exponent);
+    a.step[t * a.block_stride] = ldexpf(1.0f, exponent);
+    const int64_t whole = a.columns / kStep * kStep;
+    for (int64_t k = 0; k < whole; k += kStep)
+      for (int j = 0; j < kLanes; ++j)
+        for (int i = 0; i < kParts; ++i) to[k + i * kLanes + j] = from[k + kParts * j + i] * factor;
+    if (whole == a.columns) continue;
+    memset(to + whole, 0, kStep * sizeof(float));
+    for (int64_t k = 0; k < a.columns - whole; ++k)
+      to[whole + k % kParts * kLanes + k / kParts] = from[whole + k] * factor;
+  }
+}
+
+int64_t scratch_floats(const Matrix& w, const Activations&) { return kMostRows * factor_floats(w); }
+
+}  // namespace
+
+const Kernels BITPLAN_SMALL_FLOATS = {shape, scale_tokens, decode, prefill, scratch_floats, 1};
+
+}  // namespace bitplan
