@@ -7,7 +7,7 @@ group (128 columns where a row is one group), products are exact integers, sums 
 Up to 3 bits, and few tokens, there is a faster way with AVX-512: an execution layout (``cpu/lookup.h``) whose products
 are sums out of tables, of activations of 15 bits: relative error about 9e-5.
 
-Weights in bfloat16 or float16 become float32 as they are read, and nothing is rounded but sums.
+Weights in bfloat16, float16 or floats of 8 bits become float32 as they are read, and nothing is rounded but sums.
 """
 
 import ctypes
@@ -130,7 +130,7 @@ class CpuKernels:
             rows: [n] int64 indices below its rows, contiguous, or None for all.
         """
         count = weight.rows if rows is None else rows.shape[0]
-        out = torch.empty((count, weight.columns), dtype=torch.float32)
+        out = torch.empty((count, weight.inputs), dtype=torch.float32)
         indices = _NULL if rows is None else rows.data_ptr()
         self._dequantize(ctypes.addressof(weight), indices, count, out.data_ptr(), torch.get_num_threads())
         return out

@@ -3,6 +3,7 @@
     weight = sum over planes of factor * (their codes with their scales)
 
 Most weights are one plane; those of several are products that are added up, each plane read as a weight of its kind is.
+A plane may have some of the weight's columns alone.
 """
 
 import ctypes
@@ -38,8 +39,17 @@ class Matrix(ctypes.Structure):
         ("scale_type", ctypes.c_int32),
         ("centre", ctypes.c_float),
         ("factor", ctypes.c_float),
+        ("index", ctypes.c_uint64),
+        ("inputs", ctypes.c_int64),
         ("next", ctypes.c_uint64),
     )
+
+
+class ColumnPart(NamedTuple):
+    """Which columns of a weight a plane has, [columns] int32, and how many the weight has."""
+
+    columns: Tensor
+    inputs: int
 
 
 class StoredMatrix(NamedTuple):
@@ -48,7 +58,7 @@ class StoredMatrix(NamedTuple):
     Codes are integers; or ``element`` is "two_values": one bit chooses between two values of its group, ``scale`` holds
     the higher ones and ``zero_point`` the lower ones in float16; or it is the name of a float of 8 bits, and scales may
     be powers of two in E8M0. ``centre`` is the zero point of all groups where these have none, None for 2**(bits - 1);
-    all is multiplied by ``factor``.
+    all is multiplied by ``factor``. ``part`` is there where these are some of the weight's columns.
     """
 
     codes: Tensor
@@ -59,10 +69,11 @@ class StoredMatrix(NamedTuple):
     element: str = "int"
     centre: float | None = None
     factor: float = 1.0
+    part: ColumnPart | None = None
 
 
 def sum_planes(planes: Sequence[Matrix]) -> Matrix:
-    """Returns the view of the sum of some planes of the same shape: the first, behind which the others are found."""
+    """Returns the view of the sum of some planes of a weight: the first, behind which the others are found."""
     assert 0 < len(planes) <= MOST_PLANES
     for plane, following in pairwise(planes):
         plane.next, plane.following = ctypes.addressof(following), following
@@ -100,8 +111,10 @@ def describe_matrix(stored: StoredMatrix, lookup: Tensor | None = None) -> Matri
         scale_type=_SCALE_TYPES[stored.scale.dtype],
         centre=float(1 << (stored.bits - 1)) if stored.centre is None else stored.centre,
         factor=stored.factor,
+        index=_NULL if stored.part is None else stored.part.columns.data_ptr(),
+        inputs=stored.columns if stored.part is None else stored.part.inputs,
     )
-    matrix.lookup_memory = lookup
+    matrix.lookup_memory, matrix.part = lookup, stored.part
     return matrix
 
 
@@ -116,6 +129,7 @@ def describe_floats(values: Tensor) -> Matrix:
         group_size=columns,
         element=_FLOATS[values.dtype],
         factor=1.0,
+        inputs=columns,
     )
 
 
@@ -145,6 +159,7 @@ def describe_levels(levels: Levels) -> Matrix:
         group_size=levels.columns // groups,
         element=_ELEMENTS["levels"],
         factor=1.0,
+        inputs=levels.columns,
     )
     matrix.levels = levels
     return matrix

@@ -5,15 +5,19 @@ element           floats of 8 bits: one plane
 double_rounding   scale (prefix + rest / 2^rest_bits): the rest at the full width alone
 nested            scale_b sum_p 2^(b - p) (codes_p - (2^bits_p - 1) / 2) over the widths p up to b, with bits_p codes
                   each: the middles of the parts add up to the middle of the whole
+column_mixture    the wide columns and the narrow ones, each an integer or one-bit weight
 """
 
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from runtime.codecs.codec import StoredTensors
+from runtime.codecs.column_mixture import list_parts, part_of, read_column_mask
 from runtime.formats import Format
-from runtime.kernels.matrices import StoredMatrix
+from runtime.kernels.matrices import ColumnPart, StoredMatrix
 
 # Floats of 8 bits that the kernels read, and how scales of them are stored.
 SMALL_FLOATS, SMALL_FLOAT_SCALES = ("e4m3", "e5m2"), ("fp16", "e8m0")
@@ -32,6 +36,9 @@ class Packed(Protocol):
 
 def has_stored_planes(format_: Format) -> bool:
     """Returns True where ``stored_planes`` knows a format."""
+    if format_.mixture is not None:
+        parts = format_.mixture.wide, format_.mixture.narrow
+        return format_.kind == "column_mixture" and all(map(has_codes, parts))
     if format_.kind == "element":
         return format_.element in SMALL_FLOATS and format_.scale_type in SMALL_FLOAT_SCALES
     return format_.kind in _PLANES and format_.scale_type == "fp16"
@@ -59,23 +66,28 @@ def _tensor(weight: Packed, name: str) -> Tensor:
     return tensor
 
 
-def _list_integers(weight: Packed) -> list[StoredMatrix]:
-    codes, scale, bits = _tensor(weight, "codes"), _tensor(weight, "scale"), weight.format.bits
-    return [StoredMatrix(codes, scale, weight._buffers.get("zero_point"), bits, weight.shape[1])]
+def _list_one(weight: Packed) -> list[StoredMatrix]:
+    return [_describe_codes(_tensors(weight), weight.format, weight.shape[1])]
+
+
+def _tensors(weight: Packed) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weight._buffers.items() if tensor is not None}
+
+
+def _describe_codes(tensors: StoredTensors, format_: Format, columns: int) -> StoredMatrix:
+    """Returns the plane of a weight, or of a part of one, whose format ``has_codes``."""
+    codes = tensors["codes"]
+    if format_.kind == "int":
+        return StoredMatrix(codes, tensors["scale"], tensors.get("zero_point"), format_.bits, columns)
+    if format_.symmetric:
+        # -scale, scale
+        return StoredMatrix(codes, tensors["scale"], None, 1, columns, centre=0.5, factor=2.0)
+    return StoredMatrix(codes, tensors["high"], tensors["low"], 1, columns, element="two_values")
 
 
 def _list_small_floats(weight: Packed) -> list[StoredMatrix]:
     codes, scale, element = _tensor(weight, "codes"), _tensor(weight, "scale"), weight.format.element
     return [StoredMatrix(codes, scale, None, 8, weight.shape[1], element=element)]
-
-
-def _list_binary(weight: Packed) -> list[StoredMatrix]:
-    codes, columns = _tensor(weight, "codes"), weight.shape[1]
-    if weight.format.symmetric:
-        # -scale, scale
-        return [StoredMatrix(codes, _tensor(weight, "scale"), None, 1, columns, centre=0.5, factor=2.0)]
-    low, high = _tensor(weight, "low"), _tensor(weight, "high")
-    return [StoredMatrix(codes, high, low, 1, columns, element="two_values")]
 
 
 def _list_double_rounding(weight: Packed) -> list[StoredMatrix]:
@@ -97,10 +109,19 @@ def _list_nested(weight: Packed) -> list[StoredMatrix]:
     return planes
 
 
+def _list_column_parts(weight: Packed) -> list[StoredMatrix]:
+    tensors, planes = _tensors(weight), []
+    for name, part, columns in list_parts(weight.format, read_column_mask(tensors, weight.shape)):
+        plane = _describe_codes(part_of(tensors, name), part, len(columns))
+        planes.append(plane._replace(part=ColumnPart(columns.to(torch.int32), weight.shape[1])))
+    return planes
+
+
 _PLANES: dict[str, Callable[[Packed], list[StoredMatrix]]] = {
-    "int": _list_integers,
-    "binary": _list_binary,
+    "int": _list_one,
+    "binary": _list_one,
     "element": _list_small_floats,
     "double_rounding": _list_double_rounding,
     "nested": _list_nested,
+    "column_mixture": _list_column_parts,
 }

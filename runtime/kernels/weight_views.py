@@ -23,11 +23,11 @@ _CPU = torch.device("cpu")
 
 
 class _View(NamedTuple):
-    """The view of a weight as it is stored, the width that it is read at, and where its tensors are."""
+    """The view of a weight as it is stored, the width that it is read at, and the tensors that it was made of."""
 
     matrix: Matrix
     width: int
-    places: tuple[int, ...]
+    source: tuple[tuple[int, int], ...]
 
 
 class _Execution(NamedTuple):
@@ -41,7 +41,8 @@ class _Execution(NamedTuple):
 def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
     """Returns the kernels' view of a weight if it and ``device`` are the CPU and they know its format, else None.
 
-    The view is kept with the weight, and made anew when its tensors have moved or it is read at another width.
+    The view is kept with the weight, and made anew when its tensors have moved or were written to, or it is read
+    at another width.
 
     Args:
         weight: The packed weight.
@@ -56,12 +57,12 @@ def find_matrix(weight: Packed, device: torch.device) -> Matrix | None:
     if not reads_stored(weight.format):
         return None
     kept: _View | None = weight.__dict__.get(_VIEW)
-    places = tuple(tensor.data_ptr() for tensor in tensors)
-    if kept is None or kept.width != weight.width or kept.places != places:
+    source = _identify(weight)
+    if kept is None or kept.width != weight.width or kept.source != source:
         if not all(tensor.is_contiguous() for tensor in tensors):
             return None
         matrix = _describe(weight, None if execution is None else execution.memory)
-        kept = weight.__dict__[_VIEW] = _View(matrix, weight.width, places)
+        kept = weight.__dict__[_VIEW] = _View(matrix, weight.width, source)
     return kept.matrix
 
 

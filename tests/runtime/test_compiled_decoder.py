@@ -44,6 +44,7 @@ FORMATS = (
     "nested4_6_channel",
     "mxfp8_e4m3",
     "fp8_e5m2_channel",
+    "int4_top12int8_channel",
 )
 
 

@@ -92,9 +92,9 @@ int bitplan_step(const bitplan::Decoder* decoder, const bitplan::Step* step, int
 
 // Writes the float32 rows of a weight: all of them, or those at `indices`.
 void bitplan_dequantize(const bitplan::Matrix* weight, const int64_t* indices, int64_t count, float* out, int threads) {
-#pragma omp parallel for num_threads(threads) if (count * weight->columns > (1 << 16))
+#pragma omp parallel for num_threads(threads) if (count * weight->inputs > (1 << 16))
   for (int64_t i = 0; i < count; ++i)
-    bitplan::dequantize_row(*weight, indices ? indices[i] : i, out + i * weight->columns);
+    bitplan::dequantize_row(*weight, indices ? indices[i] : i, out + i * weight->inputs);
 }
 
 // Bytes of a weight in the layout of lookup.h, or 0 where no kernel at the level reads it.

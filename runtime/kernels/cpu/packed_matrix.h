@@ -2,7 +2,7 @@
 //
 // A row of W is a little-endian bit stream of codes; weight[n, k] = scale[n, g] * (code[n, k] - zero_point[n, g]) with
 // g = k / group_size. The kernels read that stream as it is; those of lookup.h have a layout of their own. A weight may
-// be the sum of several such planes, each times a factor of its own.
+// be the sum of several such planes, each times a factor of its own, of all its columns or of some.
 //
 // Activations are rounded to 16 bits within blocks of a row: x[k] ~ step[b] * v[k], |v| <= kLargestActivation. A block
 // never spans two groups, so with exact integer sums
@@ -10,7 +10,6 @@
 //   y[n] = sum_b step[b] * scale[n, g] * (sum_k code[n, k] v[k] - zero_point[n, g] * sum_k v[k]).
 #pragma once
 #include <stdint.h>
-#include <string.h>
 
 namespace bitplan {
 
@@ -50,7 +49,9 @@ struct Matrix {
   ScaleType scale_type;   // kHalfScale but of small floats
   float centre;           // what is taken off codes that have no zero points, a half integer for one
   float factor;           // of this plane in the weight
-  const Matrix* next;     // the plane that is added to this one, or null; of the same rows and columns
+  const int32_t* index;   // [columns], which columns of the weight the plane has, or null for all of them in order
+  int64_t inputs;         // columns of the weight
+  const Matrix* next;     // the plane that is added to this one, or null; of the same rows and inputs
 
   int64_t row_bytes() const { return (columns * bits + 7) / 8; }
   int64_t groups() const { return columns / group_size; }
@@ -115,12 +116,10 @@ inline int block_of(const Matrix& w) { return w.groups() == 1 ? kRowBlock : w.gr
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// 2^(exponent - 127).
-inline float power_of_two(uint8_t exponent) {
-  const uint32_t word = exponent ? static_cast<uint32_t>(exponent) << 23 : 1u << 22;
-  float value;
-  memcpy(&value, &word, sizeof value);
-  return value;
+// The bits of 2^(exponent - 127) in float32; the least is a subnormal number.
+inline int32_t power_bits(uint8_t exponent) {
+  const int32_t normal = static_cast<int32_t>(exponent) << 23, least = 1 << 22;
+  return normal > least ? normal : least;
 }
 
 // A code or zero point out of a bit stream of `bytes` bytes.

@@ -59,12 +59,17 @@ float widen_small(uint8_t code, Element element) {
   return 256.0f * widen(static_cast<uint16_t>((code & 0x80) << 8 | (code & 0x7f) << 7));
 }
 
+float read_scale(const Matrix& w, int64_t group) {
+  if (w.scale_type == kHalfScale) return widen(w.scale[group]);
+  const int32_t power = power_bits(w.power()[group]);
+  float value;
+  memcpy(&value, &power, sizeof value);
+  return value;
+}
+
 void read_small_floats(const Matrix& w, int64_t row, float* out) {
-  for (int64_t k = 0; k < w.columns; ++k) {
-    const int64_t group = row * w.groups() + k / w.group_size;
-    const float scale = w.scale_type == kHalfScale ? widen(w.scale[group]) : power_of_two(w.power()[group]);
-    out[k] = scale * widen_small(w.codes[row * w.columns + k], w.element);
-  }
+  for (int64_t k = 0; k < w.columns; ++k)
+    out[k] = read_scale(w, row * w.groups() + k / w.group_size) * widen_small(w.codes[row * w.columns + k], w.element);
 }
 
 // The values of a row of one plane, without its factor.
@@ -106,12 +111,11 @@ void read_plane_row(const Matrix& w, int64_t row, float* out) {
 }  // namespace
 
 void dequantize_row(const Matrix& w, int64_t row, float* out) {
-  read_plane_row(w, row, out);
-  for (int64_t k = 0; k < w.columns; ++k) out[k] *= w.factor;
-  std::vector<float> plane(w.next ? w.columns : 0);
-  for (const Matrix* next = w.next; next; next = next->next) {
-    read_plane_row(*next, row, plane.data());
-    for (int64_t k = 0; k < w.columns; ++k) out[k] += next->factor * plane[k];
+  std::vector<float> values(w.inputs);
+  memset(out, 0, w.inputs * sizeof(float));
+  for (const Matrix* plane = &w; plane; plane = plane->next) {
+    read_plane_row(*plane, row, values.data());
+    for (int64_t k = 0; k < plane->columns; ++k) out[plane->index ? plane->index[k] : k] += plane->factor * values[k];
   }
 }
 

@@ -31,7 +31,7 @@ const Kernels* kernels_of(const Matrix& w, int level, bool decode) {
 Task plan_task(const Matrix& plane, const Product& product, int level) {
   const bool decode = product.tokens <= kDecodeTokens;
   const Output out = {product.out, plane.rows, product.bias, 0, plane.factor};
-  Task task = {&plane, product.x, product.tokens, out, kernels_of(plane, level, decode), {}, 0, 1, 0};
+  Task task = {&plane, product.x, product.x, product.tokens, out, kernels_of(plane, level, decode), {}, 0, 1, 0};
   task.activations.tokens = product.tokens;
   task.activations.columns = plane.columns;
   if (task.kernels) task.kernels->shape(plane, task.activations, decode);
@@ -40,17 +40,21 @@ Task plan_task(const Matrix& plane, const Product& product, int level) {
 }
 
 bool round_alike(const Task& a, const Task& b) {
-  return a.x == b.x && a.tokens == b.tokens && a.kernels == b.kernels && a.activations.columns == b.activations.columns &&
-         a.activations.block == b.activations.block && a.activations.interleave == b.activations.interleave;
+  return a.inputs == b.inputs && a.plane->index == b.plane->index && a.tokens == b.tokens && a.kernels == b.kernels &&
+         a.activations.columns == b.activations.columns && a.activations.block == b.activations.block &&
+         a.activations.interleave == b.activations.interleave;
 }
 
-// The task that rounds what task `index` reads. Only a few before it are looked at: it is enough for the planes of
+// The task that gathers and rounds what task `index` reads. Only a few before it are looked at: it is enough for the planes of
 // projections of the same states, and thousands of experts stay cheap.
 int64_t find_source(const Task* tasks, int64_t index) {
-  if (!tasks[index].kernels) return index;
   for (int64_t i = index - 1; i >= 0 && i >= index - kTasksLookedAt; --i)
     if (tasks[i].source == i && round_alike(tasks[index], tasks[i])) return i;
   return index;
+}
+
+int64_t gathered_bytes(const Task& task) {
+  return task.plane->index ? divide_up(task.tokens * task.plane->columns * int64_t(sizeof(float)), 64) * 64 : 0;
 }
 
 int64_t rounded_bytes(const Task& task) {
@@ -58,7 +62,14 @@ int64_t rounded_bytes(const Task& task) {
   return divide_up(a.tokens * (a.value_stride + 3 * a.block_stride * int64_t(sizeof(float))), 64) * 64;
 }
 
-bool rounds(const Task* tasks, int64_t index) { return tasks[index].kernels && tasks[index].source == index; }
+// The columns of some tokens' inputs that a plane has.
+void gather(const Task& task, int64_t first_token, int64_t last_token) {
+  const Matrix& w = *task.plane;
+  for (int64_t t = first_token; t < last_token; ++t) {
+    float* x = const_cast<float*>(task.x) + t * w.columns;
+    for (int64_t k = 0; k < w.columns; ++k) x[k] = task.inputs[t * w.inputs + w.index[k]];
+  }
+}
 
 void multiply_rows(const Task& task, int64_t first_row, int64_t last_row, float* scratch) {
   if (first_row >= last_row || task.tokens == 0) return;
@@ -120,17 +131,21 @@ void plan_tasks(const Product* products, int64_t count, int level, Task* tasks) 
 
 int64_t rounded_bytes(const Task* tasks, int64_t count) {
   int64_t bytes = 0;
-  for (int64_t i = 0; i < count; ++i) bytes += rounds(tasks, i) ? rounded_bytes(tasks[i]) : 0;
+  for (int64_t i = 0; i < count; ++i)
+    if (tasks[i].source == i) bytes += gathered_bytes(tasks[i]) + rounded_bytes(tasks[i]);
   return bytes;
 }
 
 void place_activations(Task* tasks, int64_t count, uint8_t* memory) {
   for (int64_t i = 0; i < count; ++i) {
     Activations& a = tasks[i].activations;
-    if (!rounds(tasks, i)) {
+    if (tasks[i].source != i) {
       a = tasks[tasks[i].source].activations;
+      tasks[i].x = tasks[tasks[i].source].x;
       continue;
     }
+    if (tasks[i].plane->index) tasks[i].x = reinterpret_cast<float*>(memory);
+    memory += gathered_bytes(tasks[i]);
     a.values = memory;
     a.step = reinterpret_cast<float*>(memory + a.tokens * a.value_stride);
     a.sum = a.step + a.tokens * a.block_stride;
@@ -156,9 +171,10 @@ int useful_threads(const Task* tasks, int64_t count, int threads) {
 
 void round_share(const Task* tasks, int64_t count, int thread, int threads) {
   for (int64_t i = 0; i < count; ++i) {
-    const Activations& a = tasks[i].activations;
-    if (!rounds(tasks, i)) continue;
-    tasks[i].kernels->quantize(tasks[i].x, a, a.tokens * thread / threads, a.tokens * (thread + 1) / threads);
+    if (tasks[i].source != i) continue;
+    const int64_t first = tasks[i].tokens * thread / threads, last = tasks[i].tokens * (thread + 1) / threads;
+    if (tasks[i].plane->index) gather(tasks[i], first, last);
+    if (tasks[i].kernels) tasks[i].kernels->quantize(tasks[i].x, tasks[i].activations, first, last);
   }
 }
 

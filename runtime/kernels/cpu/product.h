@@ -40,14 +40,15 @@ struct Product {
 // for each row: what the first has written, the next adds to.
 struct Task {
   const Matrix* plane;
-  const float* x;
+  const float* inputs;  // [tokens, inputs]
+  const float* x;       // [tokens, columns]: the inputs, or those columns of them that the plane has
   int64_t tokens;
   Output out;
   const Kernels* kernels;  // null: portable
   Activations activations;
   int64_t cost;    // of one row
   int64_t planes;  // of the product from this one on, itself included
-  int64_t source;  // the task that rounds these activations in this layout: itself, or one before it
+  int64_t source;  // the task that gathers and rounds what this one reads, in the same layout: itself, or one before it
 };
 
 // How many tasks so many products are.

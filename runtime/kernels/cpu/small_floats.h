@@ -17,12 +17,13 @@ namespace bitplan {
 namespace {
 
 typedef int32_t Integers __attribute__((vector_size(4 * BITPLAN_LANES), may_alias));
+typedef int32_t Word __attribute__((may_alias));
 typedef float UnalignedFloats __attribute__((vector_size(4 * BITPLAN_LANES), aligned(4), may_alias));
 typedef int32_t UnalignedIntegers __attribute__((vector_size(4 * BITPLAN_LANES), aligned(1), may_alias));
 
 constexpr int kLanes = BITPLAN_LANES, kParts = 4, kStep = kParts * kLanes;
-// Rows that share the reading of one token's activations.
-constexpr int kMostRows = 4;
+// Rows that share the reading of activations: of one token, and of four.
+constexpr int kDecodeRows = 4, kPrefillRows = 2;
 // A line is fetched several times on its way, see avx512_decode.cpp.
 constexpr int kFetches = 2;
 constexpr int64_t kAhead = 4096;
@@ -99,21 +100,19 @@ BITPLAN_INLINE void multiply_rows(const Matrix& w, const uint8_t* codes, const f
       sums[r][t] = sum_lanes(total[r][t]) * (SCALING == kByRow ? factors[r * ahead] : 1.0f);
 }
 
-void read_factors(const Matrix& w, int64_t row, float* factors) {
+int64_t factor_floats(const Matrix& w) { return w.groups() + 2 * kLanes; }
+
+// Of some rows, each behind the factors of the one before.
+void read_factors(const Matrix& w, int64_t row, int rows, float* factors) {
   const int64_t groups = w.groups();
-  if (w.scale_type == kHalfScale) {
-    for (int64_t g = 0; g < groups; g += kLanes)
-      store(factors + g, load_scale(w.scale + row * groups + g, groups - g));
-    return;
-  }
-  const uint8_t* exponents = w.power() + row * groups;
-  for (int64_t g = 0; g < groups; ++g) {
-    const float factor = power_of_two(exponents[g]);
-    memcpy(factors + g, &factor, sizeof factor);
+  for (int r = 0; r < rows; ++r, factors += factor_floats(w)) {
+    const int64_t first = (row + r) * groups;
+    if (w.scale_type == kHalfScale)
+      for (int64_t g = 0; g < groups; g += kLanes) store(factors + g, load_scale(w.scale + first + g, groups - g));
+    else
+      for (int64_t g = 0; g < groups; ++g) reinterpret_cast<Word*>(factors)[g] = power_bits(w.power()[first + g]);
   }
 }
-
-int64_t factor_floats(const Matrix& w) { return w.groups() + 2 * kLanes; }
 
 template <Element ELEMENT, int ROWS, int TOKENS, Scaling SCALING, bool FETCHES>
 void write_rows(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t row,
@@ -146,11 +145,11 @@ Write find_write(const Matrix& w) {
 template <int TOKENS>
 void decode_range(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t first_row,
                   int64_t last_row, float* scratch) {
-  constexpr int kRows = TOKENS == 1 ? kMostRows : 1;
+  constexpr int kRows = TOKENS == 1 ? kDecodeRows : 1;
   const Write write = find_write<kRows, TOKENS, true>(w), write_one = find_write<1, TOKENS, true>(w);
   for (int64_t row = first_row; row < last_row;) {
     const int rows = row + kRows <= last_row ? kRows : 1;
-    for (int r = 0; r < rows; ++r) read_factors(w, row + r, scratch + r * factor_floats(w));
+    read_factors(w, row, rows, scratch);
     (rows == kRows ? write : write_one)(w, a, token, out, row, scratch);
     row += rows;
   }
@@ -165,15 +164,20 @@ void decode(const Matrix& w, const Activations& a, int64_t token, int tokens, co
   range(w, a, token, out, first_row, last_row, scratch);
 }
 
+template <int ROWS>
+void prefill_rows(const Matrix& w, const Activations& a, const Output& out, int64_t row, float* scratch) {
+  const Write write_four = find_write<ROWS, 4, false>(w), write_one = find_write<ROWS, 1, false>(w);
+  read_factors(w, row, ROWS, scratch);
+  int64_t t = 0;
+  for (; t + 4 <= a.tokens; t += 4) write_four(w, a, t, out, row, scratch);
+  for (; t < a.tokens; ++t) write_one(w, a, t, out, row, scratch);
+}
+
 void prefill(const Matrix& w, const Activations& a, const Output& out, int64_t first_row, int64_t last_row,
              float* scratch) {
-  const Write write_four = find_write<1, 4, false>(w), write_one = find_write<1, 1, false>(w);
-  for (int64_t row = first_row; row < last_row; ++row) {
-    read_factors(w, row, scratch);
-    int64_t t = 0;
-    for (; t + 4 <= a.tokens; t += 4) write_four(w, a, t, out, row, scratch);
-    for (; t < a.tokens; ++t) write_one(w, a, t, out, row, scratch);
-  }
+  int64_t row = first_row;
+  for (; row + kPrefillRows <= last_row; row += kPrefillRows) prefill_rows<kPrefillRows>(w, a, out, row, scratch);
+  for (; row < last_row; ++row) prefill_rows<1>(w, a, out, row, scratch);
 }
 
 void shape(const Matrix& w, Activations& a, bool) {
@@ -212,7 +216,7 @@ void scale_tokens(const float* x, const Activations& a, int64_t first_token, int
   }
 }
 
-int64_t scratch_floats(const Matrix& w, const Activations&) { return kMostRows * factor_floats(w); }
+int64_t scratch_floats(const Matrix& w, const Activations&) { return kDecodeRows * factor_floats(w); }
 
 }  // namespace
 

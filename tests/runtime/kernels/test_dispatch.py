@@ -41,7 +41,11 @@ def reference(linear: QuantizedLinear, x: Tensor) -> Tensor:
 
 WITH_KERNELS = [
     *(n for n, f in FORMATS.items() if f.kind in ("int", "binary") and f.scale_type == "fp16" and f.fits(384)),
-    *(name for name, f in FORMATS.items() if f.kind in ("double_rounding", "nested") or f.element in ("e4m3", "e5m2")),
+    *(
+        name
+        for name, f in FORMATS.items()
+        if f.kind in ("double_rounding", "nested", "column_mixture") or f.element in ("e4m3", "e5m2")
+    ),
 ]
 
 

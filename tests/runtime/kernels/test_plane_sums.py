@@ -10,8 +10,17 @@ from runtime.apply import pack_weight
 from runtime.formats import FORMATS
 from runtime.kernels.build import find_compiler
 from runtime.kernels.cpu import CpuKernels, Product, load_kernels
-from runtime.kernels.matrices import MOST_PLANES, Matrix, StoredMatrix, describe_floats, describe_matrix, sum_planes
+from runtime.kernels.matrices import (
+    MOST_PLANES,
+    ColumnPart,
+    Matrix,
+    StoredMatrix,
+    describe_floats,
+    describe_matrix,
+    sum_planes,
+)
 from runtime.kernels.stored_planes import stored_planes
+from runtime.packed import QuantizedLinear
 from runtime.packing import unpack_codes
 from tests.runtime.kernels.stored_weights import (
     FLOAT_EPS,
@@ -83,6 +92,36 @@ def test_products_of_any_shape(kernels: CpuKernels, data: st.DataObject, rows: i
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.level)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), rows=st.integers(1, 70), inputs=st.integers(2, 500), tokens=st.integers(1, 9))
+def test_planes_of_some_columns(kernels: CpuKernels, data: st.DataObject, rows: int, inputs: int, tokens: int) -> None:
+    order = torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs)).to(torch.int32)
+    split = data.draw(st.integers(1, inputs - 1))
+    parts = [ColumnPart(index.contiguous(), inputs) for index in (order[:split], order[split:])]
+    cases = [
+        Case(bits=data.draw(st.integers(1, 8)), group_size=None, symmetric=False, rows=rows, columns=len(part.columns))
+        for part in parts
+    ]
+    planes = [plane._replace(part=part) for plane, part in zip(draw_planes(cases, [1.0, -0.5]), parts, strict=True)]
+    weight = sum_planes([describe_matrix(plane) for plane in planes])
+    x, dense, bound = draw_activations(tokens, inputs), torch.zeros(rows, inputs, dtype=torch.float64), 0.0
+    for case, plane, part in zip(cases, planes, parts, strict=True):
+        dense[:, part.columns] = read_in_float64(plane)
+        bound = bound + bound_sum([case], [plane], x[:, part.columns])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            (y,) = kernels.multiply([Product(x, weight)])
+            assert (
+                (y.double() - x.double() @ dense.T).abs() <= bound + 2.0**-22 * (x.double().abs() @ dense.abs().T)
+            ).all()
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.allclose(kernels.dequantize(weight).double(), dense, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.level)
 def test_planes_of_other_kinds_and_of_an_execution_layout_are_added(kernels: CpuKernels) -> None:
     case = Case(bits=2, group_size=64, symmetric=True, rows=150, columns=384)
     (stored,) = draw_planes([case], [0.5])
@@ -125,7 +164,19 @@ def test_threads_share_the_rows(kernels: CpuKernels) -> None:
 
 @pytest.mark.parametrize("level", [kernels.level for kernels in KERNELS])
 @pytest.mark.parametrize(
-    "format_name", ["nested4_8_g32", "nested4_6_channel", "nested8_g64", "nested8_channel", "int1_g32", "int1_g32_sym"]
+    "format_name",
+    [
+        "nested4_8_g32",
+        "nested4_6_channel",
+        "nested8_g64",
+        "nested8_channel",
+        "int1_g32",
+        "int1_g32_sym",
+        "int1_top20int4_g64",
+        "int1_top20int4_channel",
+        "int4_top12int8_g64",
+        "int4_top12int8_channel",
+    ],
 )
 def test_planes_of_stored_weights_add_up_to_them_at_every_width(format_name: str, level: str) -> None:
     kernels = load_kernels(level)
@@ -140,3 +191,17 @@ def test_planes_of_stored_weights_add_up_to_them_at_every_width(format_name: str
         x = draw_activations(2, 384)
         (y,) = kernels.multiply([Product(x, view)])
         assert (y - x.double() @ dense.double().T).norm() <= 2e-4 * (x.double() @ dense.double().T).norm()
+
+
+def test_columns_that_were_written_to_are_read_anew() -> None:
+    """The mask of a mixture is overwritten where it lies: the view holds which columns it names."""
+    weights = [
+        pack_weight(torch.randn(19, 384, generator=torch.Generator().manual_seed(seed)), FORMATS["int4_top12int8_g64"])
+        for seed in (1, 2)
+    ]
+    x = draw_activations(2, 384)
+    linears = [QuantizedLinear(weight) for weight in weights]
+    before, expected = (linear(x) for linear in linears)
+    linears[0].load_state_dict(linears[1].state_dict())
+    assert torch.equal(linears[0](x), expected)
+    assert not torch.allclose(before, expected)
