@@ -62,7 +62,7 @@ def decode_group_mixture(
     """Returns the groups of both parts in their places, and the outliers in theirs."""
     whole = _join_groups(tensors, format_, shape, rows, torch.float32)
     if "outlier" in tensors:
-        whole.scatter_(1, _read_index(tensors, rows), pick(tensors["outlier"], rows).to(torch.float32))
+        whole.scatter_(1, read_outlier_index(tensors, rows), pick(tensors["outlier"], rows).to(torch.float32))
     return whole
 
 
@@ -75,23 +75,12 @@ def group_mixture_codes(
 
 def group_mixture_grid(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> ColumnGrid:
     """Returns of each column the grids of its rows' groups; outliers stay what they are."""
-    mixture, groups = mixture_of(format_), format_.group_count(shape[1])
-    mask, length = unpack_codes(tensors["mask"], 1, groups).bool(), shape[1] // groups
-    places = _places(mask, torch.arange(shape[0]))
-    steps = torch.empty(3, shape[0], groups)
-    parts = [
-        part for part in zip(("wide", "narrow"), (mixture.wide, mixture.narrow), places, strict=True) if part[2].numel()
-    ]
-    for part_name, part, chosen in parts:
-        scale, zero_point = read_steps(part_of(tensors, part_name), part, None)
-        assert zero_point is not None
-        top = torch.full(scale.shape, float((1 << part.bits) - 1))
-        for whole, values in zip(steps, (scale, zero_point, top), strict=True):
-            whole.scatter_(1, chosen, values.to(torch.float32))
-    scales, zero_points, tops = steps.transpose(1, 2).contiguous()
+    groups = format_.group_count(shape[1])
+    length, parts = shape[1] // groups, _list_parts(tensors, format_, shape)
+    scales, zero_points, tops = (steps.T.contiguous() for steps in read_group_steps(tensors, format_, shape))
     outliers = torch.full(shape, torch.nan)
     if "outlier" in tensors:
-        outliers.scatter_(1, _read_index(tensors, None), tensors["outlier"].to(torch.float32))
+        outliers.scatter_(1, read_outlier_index(tensors, None), tensors["outlier"].to(torch.float32))
 
     def round_column(j: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
         codes, values = round_to_steps(numbers, scales[j // length], zero_points[j // length], tops[j // length])
@@ -108,7 +97,28 @@ def group_mixture_grid(tensors: StoredTensors, format_: Format, shape: tuple[int
     return ColumnGrid(round_column=round_column, with_codes=with_codes)
 
 
-def _read_index(tensors: StoredTensors, rows: Tensor | None) -> Tensor:
+def read_group_steps(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the scale, the zero point and the largest code of every group, [out_features, groups] float32 each."""
+    steps = torch.empty(3, shape[0], format_.group_count(shape[1]))
+    for part_name, part, chosen in _list_parts(tensors, format_, shape):
+        scale, zero_point = read_steps(part_of(tensors, part_name), part, None)
+        assert zero_point is not None
+        top = torch.full(scale.shape, float((1 << part.bits) - 1))
+        for whole, values in zip(steps, (scale, zero_point, top), strict=True):
+            whole.scatter_(1, chosen, values.to(torch.float32))
+    scale, zero_point, top = steps
+    return scale, zero_point, top
+
+
+def _list_parts(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> list[tuple[str, Format, Tensor]]:
+    """Returns name, format and places [out_features, count] of the groups of the parts that are there."""
+    mixture, groups = mixture_of(format_), format_.group_count(shape[1])
+    places = _places(unpack_codes(tensors["mask"], 1, groups).bool(), torch.arange(shape[0]))
+    parts = zip(("wide", "narrow"), (mixture.wide, mixture.narrow), places, strict=True)
+    return [part for part in parts if part[2].numel()]
+
+
+def read_outlier_index(tensors: StoredTensors, rows: Tensor | None) -> Tensor:
     """Returns the columns [n, count] int64 of the outliers."""
     octets = pick(tensors["outlier_index"], rows).to(torch.int64)
     return octets[..., 0] | octets[..., 1] << 8

@@ -3,7 +3,8 @@
     value = step[i, g] * level[i, j] - least[i, g],      level an integer of a span of at most 256
 
 Block floats of few bits, ternary digits, menus of types and llama.cpp's blocks all have it, exactly: their elements are
-integers times a power of two. Floats of 8 bits span more, sums of binary planes have no common step: those have none.
+integers times a power of two. So have groups of two widths, but their outliers. Floats of 8 bits span more, sums of
+binary planes have no common step: those have none.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from runtime.codecs.chosen_type import chosen_type_codes, list_types
 from runtime.codecs.codec import StoredTensors
 from runtime.codecs.ggml_layouts import GGML_LAYOUTS
 from runtime.codecs.ggml_search import part_steps
+from runtime.codecs.group_mixture import group_mixture_codes, read_group_steps
 from runtime.codecs.integer import integer_codes, read_steps
 from runtime.codecs.scaled_elements import read_scales, scaled_codes
 from runtime.codecs.ternary import ternary_codes
@@ -151,6 +153,17 @@ def _read_ggml(tensors: StoredTensors, format_: Format, shape: Shape) -> WeightL
     return WeightLevels(levels=levels, step=step.flatten(1), least=None if least is None else least.flatten(1))
 
 
+def _span_group_mixture(format_: Format) -> tuple[int, int] | None:
+    assert format_.mixture is not None
+    return None if format_.mixture.outlier_share else _span_integer(format_.mixture.wide)
+
+
+def _read_group_mixture(tensors: StoredTensors, format_: Format, shape: Shape) -> WeightLevels:
+    step, zero, _ = read_group_steps(tensors, format_, shape)
+    levels = group_mixture_codes(tensors, format_, shape).to(torch.int16)
+    return WeightLevels(levels=levels, step=step, least=step * zero)
+
+
 # By kind of format.
 _SPANS: dict[str, Callable[[Format], tuple[int, int] | None]] = {
     "int": _span_integer,
@@ -158,6 +171,7 @@ _SPANS: dict[str, Callable[[Format], tuple[int, int] | None]] = {
     "ternary": lambda _: (-1, 1),
     "chosen_type": _span_chosen,
     "ggml": _span_ggml,
+    "group_mixture": _span_group_mixture,
 }
 _READERS: dict[str, Callable[[StoredTensors, Format, Shape], WeightLevels]] = {
     "int": _read_integer,
@@ -165,4 +179,5 @@ _READERS: dict[str, Callable[[StoredTensors, Format, Shape], WeightLevels]] = {
     "ternary": _read_ternary,
     "chosen_type": _read_chosen,
     "ggml": _read_ggml,
+    "group_mixture": _read_group_mixture,
 }

@@ -1,6 +1,7 @@
 """Execution layouts of weights that the CPU kernels cannot read as they are stored.
 
     levels    formats whose values are multiples of steps (``runtime.codecs.levels``): codes, steps and shifts
+    mixture   groups of two widths: levels, and of each outlier its column and what it is more than its level
     planes    sums of binary planes: of each plane its bits, its scales, and the same for the tables of ``cpu/lookup.h``
     floats    floats of fewer than 8 bits with more levels than 8 bits have: the codes of e5m2 that have their values
 
@@ -8,19 +9,31 @@ A layout fills memory that the caller sets aside, its parts aligned.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from runtime.codecs.column_mixture import mixture_of
+from runtime.codecs.group_mixture import decode_group_mixture, read_outlier_index
 from runtime.codecs.levels import find_span, group_count, read_levels
 from runtime.codecs.scaled_elements import codebook_of
 from runtime.formats import Format
 from runtime.kernels.cpu import CpuKernels
-from runtime.kernels.matrices import Levels, Matrix, StoredMatrix, describe_levels, describe_matrix, sum_planes
+from runtime.kernels.matrices import (
+    Levels,
+    Matrix,
+    StoredMatrix,
+    describe_levels,
+    describe_matrix,
+    describe_sparse,
+    sum_planes,
+)
 from runtime.kernels.stored_planes import Packed
 from runtime.packing import pack_codes, unpack_codes
 from runtime.powers import power_of_two
+from runtime.storage import ROWS_OF_A_MASK
 from runtime.stored_tensor import packed_row_bytes
 
 _ALIGNMENT_BYTES = 64
@@ -61,6 +74,8 @@ def make_layout(weight: Packed, memory: Tensor, kernels: CpuKernels) -> Matrix:
 def _find_layout(format_: Format) -> _Layout | None:
     if format_.kind == "planes" or (format_.kind == "binary" and format_.scale_type == "pow2"):
         return _Layout(_plane_parts, _fill_planes)
+    if format_.kind == "group_mixture":
+        return _Layout(_mixture_parts, _fill_mixture)
     if find_span(format_) is not None:
         return _Layout(_level_parts, _fill_levels)
     return _Layout(_float_parts, _fill_floats) if (format_.kind, format_.element) == ("element", "e3m2") else None
@@ -73,11 +88,16 @@ def _room_bytes(size: int) -> int:
 def _list_blocks(weight: Packed) -> Iterator[tuple[slice, dict[str, Tensor]]]:
     """Yields the stored tensors of some rows at a time."""
     rows, columns = weight.shape
-    each = max(1, _BLOCK_WEIGHTS // columns)
+    each = max(ROWS_OF_A_MASK, _BLOCK_WEIGHTS // columns // ROWS_OF_A_MASK * ROWS_OF_A_MASK)
+    masks = -(-rows // ROWS_OF_A_MASK)
     for start in range(0, rows, each):
         block = slice(start, min(start + each, rows))
-        # What is one for the whole weight has another length.
-        yield block, {n: t[block] if len(t) == rows else t for n, t in weight._buffers.items() if t is not None}
+        tensors = {name: t for name, t in weight._buffers.items() if t is not None}
+        # What is one for the whole weight has another length; masks are one for some rows.
+        taken = {name: t[block] for name, t in tensors.items() if len(t) == rows}
+        if masks < rows and "mask" in tensors:
+            taken["mask"] = tensors["mask"][start // ROWS_OF_A_MASK : -(-block.stop // ROWS_OF_A_MASK)]
+        yield block, {**tensors, **taken}
 
 
 def _level_bits(format_: Format) -> int:
@@ -92,7 +112,11 @@ def _level_parts(format_: Format, shape: tuple[int, int], kernels: CpuKernels) -
 
 
 def _fill_levels(weight: Packed, parts: list[Tensor], kernels: CpuKernels) -> Matrix:
-    (rows, columns), format_ = weight.shape, weight.format
+    return _lay_out_levels(weight, weight.format, parts)
+
+
+def _lay_out_levels(weight: Packed, format_: Format, parts: list[Tensor]) -> Matrix:
+    rows, columns = weight.shape
     bits, span = _level_bits(format_), find_span(format_)
     assert span is not None
     codes = parts[0].view(rows, -1)
@@ -103,6 +127,32 @@ def _fill_levels(weight: Packed, parts: list[Tensor], kernels: CpuKernels) -> Ma
         step[block] = found.step
         shift[block] = -span[0] * found.step + (0.0 if found.least is None else found.least)
     return describe_levels(Levels(codes, step, shift, bits, columns))
+
+
+def _without_outliers(format_: Format) -> Format:
+    return replace(format_, mixture=replace(mixture_of(format_), outlier_share=0.0))
+
+
+def _mixture_parts(format_: Format, shape: tuple[int, int], kernels: CpuKernels) -> list[int]:
+    groups = format_.group_count(shape[1])
+    mixture, length = mixture_of(format_), shape[1] // groups
+    outliers = shape[0] * mixture.outlier_count((groups - mixture.wide_count(groups)) * length)
+    return [*_level_parts(_without_outliers(format_), shape, kernels), 4 * outliers, 4 * outliers]
+
+
+def _fill_mixture(weight: Packed, parts: list[Tensor], kernels: CpuKernels) -> Matrix:
+    format_, levels = weight.format, _lay_out_levels(weight, _without_outliers(weight.format), parts[:3])
+    if not parts[3].numel():
+        return levels
+    index, value = parts[3].view(torch.int32), parts[4].view(torch.float32)
+    index, value = (part.view(weight.shape[0], -1) for part in (index, value))
+    for block, tensors in _list_blocks(weight):
+        found = read_outlier_index(tensors, None)
+        index[block] = found
+        within = {name: tensor for name, tensor in tensors.items() if name != "outlier"}
+        inliers = decode_group_mixture(within, format_, (len(found), weight.shape[1]))
+        value[block] = tensors["outlier"].to(torch.float32) - inliers.gather(1, found)
+    return sum_planes([levels, describe_sparse(index, value, weight.shape[1])])
 
 
 def _plane_parts(format_: Format, shape: tuple[int, int], kernels: CpuKernels) -> list[int]:

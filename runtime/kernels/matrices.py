@@ -19,7 +19,7 @@ MOST_PLANES = 8
 _NULL = 0
 # What codes are, by the number the library knows it under.
 _FLOATS = {torch.bfloat16: 1, torch.float16: 2}
-_ELEMENTS = {"int": 0, "two_values": 3, "levels": 4, "e4m3": 5, "e5m2": 6}
+_ELEMENTS = {"int": 0, "two_values": 3, "levels": 4, "e4m3": 5, "e5m2": 6, "sparse": 7}
 _SCALE_TYPES = {torch.float16: 0, torch.uint8: 1}
 
 
@@ -163,3 +163,24 @@ def describe_levels(levels: Levels) -> Matrix:
     )
     matrix.levels = levels
     return matrix
+
+
+def describe_sparse(index: Tensor, value: Tensor, columns: int) -> Matrix:
+    """Returns the library's view of a weight of few numbers, the others zero; valid while the tensors are.
+
+    Args:
+        index: [rows, count] int32, the columns of the numbers of each row.
+        value: [rows, count] float32.
+        columns: Of the weight.
+    """
+    rows, count = index.shape
+    return Matrix(
+        codes=index.data_ptr(),
+        scale=value.data_ptr(),
+        rows=rows,
+        columns=columns,
+        group_size=count,
+        element=_ELEMENTS["sparse"],
+        factor=1.0,
+        inputs=columns,
+    )

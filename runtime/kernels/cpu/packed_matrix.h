@@ -18,8 +18,18 @@ enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // What the codes of a weight are: integers with scales; 16-bit floating point numbers, which stand for themselves; one bit
 // that chooses between two values of its group, weight = low + (high - low) * code; levels, weight = step * code - shift
-// with both of these in float32; or floats of 8 bits, all of them finite, with scales.
-enum Element : int32_t { kInteger = 0, kBfloat16 = 1, kFloat16 = 2, kBinary = 3, kLevels = 4, kE4m3 = 5, kE5m2 = 6 };
+// with both of these in float32; floats of 8 bits, all of them finite, with scales; or none: of a row as many numbers in
+// float32 as a group has, each in a column of its own, and zeros.
+enum Element : int32_t {
+  kInteger = 0,
+  kBfloat16 = 1,
+  kFloat16 = 2,
+  kBinary = 3,
+  kLevels = 4,
+  kE4m3 = 5,
+  kE5m2 = 6,
+  kSparse = 7
+};
 inline bool is_float(Element element) { return element == kBfloat16 || element == kFloat16; }
 inline bool is_small_float(Element element) { return element == kE4m3 || element == kE5m2; }
 
@@ -53,12 +63,15 @@ struct Matrix {
   int64_t inputs;         // columns of the weight
   const Matrix* next;     // the plane that is added to this one, or null; of the same rows and inputs
 
-  int64_t row_bytes() const { return (columns * bits + 7) / 8; }
+  int64_t row_bytes() const { return element == kSparse ? 8 * group_size : (columns * bits + 7) / 8; }
   int64_t groups() const { return columns / group_size; }
   int64_t zero_point_bytes() const { return (groups() * bits + 7) / 8; }
   const uint16_t* low() const { return reinterpret_cast<const uint16_t*>(zero_point); }
   const uint8_t* power() const { return reinterpret_cast<const uint8_t*>(scale); }
   const float* step() const { return reinterpret_cast<const float*>(scale); }
+  // Of sparse ones, the columns [rows, group_size] and the numbers there.
+  const int32_t* places() const { return reinterpret_cast<const int32_t*>(codes); }
+  const float* numbers() const { return reinterpret_cast<const float*>(scale); }
   const float* shift() const { return reinterpret_cast<const float*>(zero_point); }
 };
 

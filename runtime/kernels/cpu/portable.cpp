@@ -78,6 +78,11 @@ void read_plane_row(const Matrix& w, int64_t row, float* out) {
     widen_row(w, row, out);
     return;
   }
+  if (w.element == kSparse) {
+    memset(out, 0, w.columns * sizeof(float));
+    for (int64_t i = row * w.group_size; i < (row + 1) * w.group_size; ++i) out[w.places()[i]] += w.numbers()[i];
+    return;
+  }
   if (is_small_float(w.element)) {
     read_small_floats(w, row, out);
     return;
@@ -108,6 +113,17 @@ void read_plane_row(const Matrix& w, int64_t row, float* out) {
   }
 }
 
+void multiply_sparse(const Matrix& w, const float* x, int64_t tokens, const Output& out, int64_t first_row,
+                     int64_t last_row) {
+  for (int64_t row = first_row; row < last_row; ++row)
+    for (int64_t t = 0; t < tokens; ++t) {
+      float sum = 0;
+      for (int64_t i = row * w.group_size; i < (row + 1) * w.group_size; ++i)
+        sum += w.numbers()[i] * x[t * w.columns + w.places()[i]];
+      out.write(t, row, sum);
+    }
+}
+
 }  // namespace
 
 void dequantize_row(const Matrix& w, int64_t row, float* out) {
@@ -121,6 +137,10 @@ void dequantize_row(const Matrix& w, int64_t row, float* out) {
 
 void portable_multiply(const Matrix& w, const float* x, int64_t tokens, const Output& out, int64_t first_row,
                        int64_t last_row, float* scratch) {
+  if (w.element == kSparse) {
+    multiply_sparse(w, x, tokens, out, first_row, last_row);
+    return;
+  }
   for (int64_t row = first_row; row < last_row; ++row) {
     read_plane_row(w, row, scratch);
     for (int64_t t = 0; t < tokens; ++t) out.write(t, row, multiply_rows(scratch, x + t * w.columns, w.columns));

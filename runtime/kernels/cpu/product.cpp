@@ -17,6 +17,7 @@ bool has_vector_layout(const Matrix& w) {
 }
 
 const Kernels* kernels_of(const Matrix& w, int level, bool decode) {
+  if (w.element == kSparse) return nullptr;
 #if defined(__x86_64__)
   if (is_float(w.element)) return level == kAvx512 ? &kAvx512Floats : level == kAvx2 ? &kAvx2Floats : nullptr;
   if (!has_vector_layout(w)) return nullptr;

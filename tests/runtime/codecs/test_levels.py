@@ -8,7 +8,7 @@ from runtime.codecs.levels import find_span, read_levels
 from runtime.formats import FORMATS
 
 ROWS, COLUMNS = 7, 768
-KINDS = ("int", "element", "ternary", "chosen_type", "ggml")
+KINDS = ("int", "element", "ternary", "chosen_type", "ggml", "group_mixture")
 WITH_LEVELS = [name for name, f in FORMATS.items() if f.kind in KINDS and find_span(f) and f.fits(COLUMNS)]
 
 
@@ -29,15 +29,27 @@ def test_levels_times_steps_are_the_values_of_the_codec(name: str) -> None:
     values = grouped * found.step.unsqueeze(-1)
     if found.least is not None:
         values = values - found.least.unsqueeze(-1)
-    if format_.kind == "int":
+    if format_.kind in ("int", "group_mixture"):
         # The codec subtracts before it multiplies: other roundings of the same numbers.
-        largest = found.step.unsqueeze(-1) * (1 << format_.bits)
+        largest = found.step.unsqueeze(-1) * (span[1] + 1)
         assert ((values.view_as(grouped) - expected.view_as(grouped)).abs() <= 2.0**-22 * largest).all()
     else:
         assert torch.equal(values.flatten(1), expected)
 
 
-@pytest.mark.parametrize("name", ["mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e3m2", "fp4_g64", "bcq2_g64", "bf16", "int1_g64"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mxfp8_e4m3",
+        "mxfp8_e5m2",
+        "mxfp6_e3m2",
+        "fp4_g64",
+        "bcq2_g64",
+        "bf16",
+        "int1_g64",
+        "int2_mix25int4_g64_outliers",
+    ],
+)
 def test_formats_of_wide_spans_or_without_a_step_have_none(name: str) -> None:
     assert find_span(FORMATS[name]) is None
 
@@ -50,6 +62,7 @@ def test_formats_of_wide_spans_or_without_a_step_have_none(name: str) -> None:
         ("bitmod4_g64", (-16, 16)),
         ("q4_k", (0, 15)),
         ("iq4_nl", (-127, 113)),
+        ("int2_mix25int4_g64", (0, 15)),
     ],
 )
 def test_spans(name: str, span: tuple[int, int]) -> None:

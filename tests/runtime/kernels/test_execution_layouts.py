@@ -18,6 +18,7 @@ KERNELS = available_kernels()
 pytestmark = pytest.mark.skipif(not KERNELS and find_compiler() is None, reason="no C++ compiler is here")
 PLANES = [name for name, f in FORMATS.items() if f.kind == "planes" or (f.kind, f.scale_type) == ("binary", "pow2")]
 FLOATS = ["fp6_e3m2_g32", "fp6_e3m2_channel", "mxfp6_e3m2"]
+MIXTURES = [name for name, f in FORMATS.items() if f.kind == "group_mixture"]
 OF_LEVELS = ["mxfp4", "nvfp4", "int5_g32_pow2", "ternary_g32", "bitmod3_g64", "q4_1"]
 
 
@@ -36,7 +37,7 @@ def make_linear(format_name: str, rows: int = 37, columns: int = 512) -> Quantiz
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.level)
-@pytest.mark.parametrize("format_name", [*PLANES, *OF_LEVELS, *FLOATS])
+@pytest.mark.parametrize("format_name", [*PLANES, *OF_LEVELS, *FLOATS, *MIXTURES])
 def test_a_layout_holds_the_weight_and_its_products_are_near_those_in_float64(
     format_name: str, kernels: CpuKernels
 ) -> None:
@@ -72,6 +73,14 @@ def test_every_power_of_two_is_a_scale_of_planes(exponents: tuple[int, int], ker
     scale = linear.weight.get_buffer("scale")
     scale.copy_(torch.linspace(*exponents, scale.numel()).round().to(torch.int8).view(scale.shape))
     assert torch.equal(kernels.dequantize(lay_out(linear, kernels)), linear.weight())
+
+
+@pytest.mark.parametrize("format_name", ["int2_mix25int4_g64_outliers", "fp6_e3m2_channel"])
+def test_a_weight_that_is_laid_out_in_several_blocks_of_rows(format_name: str) -> None:
+    kernels = load_kernels()
+    assert kernels is not None
+    linear = make_linear(format_name, rows=150, columns=32768)
+    assert torch.allclose(kernels.dequantize(lay_out(linear, kernels)), linear.weight(), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("format_name", ["bcq3_g64", "mxfp4"])
