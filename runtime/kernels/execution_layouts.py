@@ -3,6 +3,7 @@
     levels    formats whose values are multiples of steps (``runtime.codecs.levels``): codes, steps and shifts
     mixture   groups of two widths: levels, and of each outlier its column and what it is more than its level
     planes    sums of binary planes: of each plane its bits, its scales, and the same for the tables of ``cpu/lookup.h``
+    halves    floats whose type is chosen by row or group: float16 numbers and scales in float32
     floats    floats of fewer than 8 bits with more levels than 8 bits have: the codes of e5m2 that have their values
 
 A layout fills memory that the caller sets aside, its parts aligned.
@@ -15,10 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from runtime.codecs.chosen_type import decode_chosen_type
+from runtime.codecs.codec import StoredTensors
 from runtime.codecs.column_mixture import mixture_of
 from runtime.codecs.group_mixture import decode_group_mixture, read_outlier_index
 from runtime.codecs.levels import find_span, group_count, read_levels
 from runtime.codecs.scaled_elements import codebook_of
+from runtime.codecs.searched_float import decode_searched_float
 from runtime.formats import Format
 from runtime.kernels.cpu import CpuKernels
 from runtime.kernels.matrices import (
@@ -78,6 +82,8 @@ def _find_layout(format_: Format) -> _Layout | None:
         return _Layout(_mixture_parts, _fill_mixture)
     if find_span(format_) is not None:
         return _Layout(_level_parts, _fill_levels)
+    if format_.kind in _HALVES:
+        return _Layout(_half_parts, _fill_halves)
     return _Layout(_float_parts, _fill_floats) if (format_.kind, format_.element) == ("element", "e3m2") else None
 
 
@@ -212,3 +218,35 @@ def _fill_floats(weight: Packed, parts: list[Tensor], kernels: CpuKernels) -> Ma
     for block, tensors in _list_blocks(weight):
         codes[block] = table[unpack_codes(tensors["codes"], weight.format.bits, columns).to(torch.int32)]
     return describe_matrix(StoredMatrix(codes, scale, None, 8, columns, element="e5m2"))
+
+
+def _half_parts(format_: Format, shape: tuple[int, int], kernels: CpuKernels) -> list[int]:
+    return [2 * shape[0] * shape[1], 4 * shape[0] * format_.group_count(shape[1])]
+
+
+def _fill_halves(weight: Packed, parts: list[Tensor], kernels: CpuKernels) -> Matrix:
+    (rows, columns), format_ = weight.shape, weight.format
+    codes, scale = parts[0].view(rows, -1), parts[1].view(torch.float32).view(rows, -1)
+    for block, tensors in _list_blocks(weight):
+        decode, read_scales = _HALVES[format_.kind]
+        scale[block] = read_scales(tensors, format_)
+        dense = decode(tensors, format_, (block.stop - block.start, columns))
+        # Quotients are within some roundings of float32 of numbers of at most 11 bits: these are the nearest ones.
+        halves = (dense.view(*scale[block].shape, -1) / scale[block].unsqueeze(-1)).to(torch.float16)
+        codes[block] = halves.flatten(1).view(torch.uint8)
+    return describe_matrix(StoredMatrix(codes, scale, None, 16, columns, element="scaled_float16"))
+
+
+def _read_searched_scales(tensors: StoredTensors, format_: Format) -> Tensor:
+    """Returns the scales of elements over a power of two that makes the largest of their split nearly 2^15."""
+    # The largest of E exponent and M mantissa bits is a power of two times 2 - 2^-M; with the sign there are 1 + E + M.
+    largest = 1 - power_of_two(tensors["exponent"].to(torch.int32) - format_.bits)
+    return tensors["scale"].to(torch.float32) / (largest * 2.0**15).unsqueeze(-1)
+
+
+# By kind of format: what reads a weight, and the scales over which its numbers are float16.
+_Decode = Callable[[StoredTensors, Format, tuple[int, int]], Tensor]
+_HALVES: dict[str, tuple[_Decode, Callable[[StoredTensors, Format], Tensor]]] = {
+    "searched_float": (decode_searched_float, _read_searched_scales),
+    "chosen_type": (decode_chosen_type, lambda tensors, _: tensors["scale"].to(torch.float32)),
+}

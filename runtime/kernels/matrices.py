@@ -19,8 +19,8 @@ MOST_PLANES = 8
 _NULL = 0
 # What codes are, by the number the library knows it under.
 _FLOATS = {torch.bfloat16: 1, torch.float16: 2}
-_ELEMENTS = {"int": 0, "two_values": 3, "levels": 4, "e4m3": 5, "e5m2": 6, "sparse": 7}
-_SCALE_TYPES = {torch.float16: 0, torch.uint8: 1}
+_ELEMENTS = {"int": 0, "two_values": 3, "levels": 4, "e4m3": 5, "e5m2": 6, "sparse": 7, "scaled_float16": 8}
+_SCALE_TYPES = {torch.float16: 0, torch.uint8: 1, torch.float32: 2}
 
 
 class Matrix(ctypes.Structure):
@@ -56,9 +56,10 @@ class StoredMatrix(NamedTuple):
     """A weight, or a plane of one, in its stored layout, as ``reference.dequantize_stored`` documents it.
 
     Codes are integers; or ``element`` is "two_values": one bit chooses between two values of its group, ``scale`` holds
-    the higher ones and ``zero_point`` the lower ones in float16; or it is the name of a float of 8 bits, and scales may
-    be powers of two in E8M0. ``centre`` is the zero point of all groups where these have none, None for 2**(bits - 1);
-    all is multiplied by ``factor``. ``part`` is there where these are some of the weight's columns.
+    the higher ones and ``zero_point`` the lower ones in float16; or it is the name of a float of 8 bits, or
+    "scaled_float16", whose scales may be powers of two in E8M0, or float32, too. ``centre`` is the zero point of all
+    groups where these have none, None for 2**(bits - 1); all is multiplied by ``factor``. ``part`` is there where these
+    are some of the weight's columns.
     """
 
     codes: Tensor

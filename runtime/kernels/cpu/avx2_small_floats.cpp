@@ -1,4 +1,4 @@
-// Weights of floats of 8 bits with AVX2.
+// Weights of floats of 8 and of 16 bits with scales, with AVX2.
 #if defined(__x86_64__)
 #include "avx2.h"
 

@@ -1,4 +1,4 @@
-// Weights of floats of 8 bits with AVX-512.
+// Weights of floats of 8 and of 16 bits with scales, with AVX-512.
 #if defined(__x86_64__)
 #include "avx512.h"
 

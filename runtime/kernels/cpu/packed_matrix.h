@@ -18,7 +18,7 @@ enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // What the codes of a weight are: integers with scales; 16-bit floating point numbers, which stand for themselves; one bit
 // that chooses between two values of its group, weight = low + (high - low) * code; levels, weight = step * code - shift
-// with both of these in float32; floats of 8 bits, all of them finite, with scales; or none: of a row as many numbers in
+// with both of these in float32; floats of 8 or 16 bits, all of them finite, with scales; or none: of a row as many numbers in
 // float32 as a group has, each in a column of its own, and zeros.
 enum Element : int32_t {
   kInteger = 0,
@@ -28,13 +28,16 @@ enum Element : int32_t {
   kLevels = 4,
   kE4m3 = 5,
   kE5m2 = 6,
-  kSparse = 7
+  kSparse = 7,
+  kScaledFloat16 = 8
 };
 inline bool is_float(Element element) { return element == kBfloat16 || element == kFloat16; }
-inline bool is_small_float(Element element) { return element == kE4m3 || element == kE5m2; }
+inline bool is_small_float(Element element) {
+  return element == kE4m3 || element == kE5m2 || element == kScaledFloat16;
+}
 
-// Of the scales of small floats: float16, or an exponent e in a byte that stands for 2^(e - 127) (E8M0).
-enum ScaleType : int32_t { kHalfScale = 0, kPowerScale = 1 };
+// Of the scales of small floats: float16, an exponent e in a byte that stands for 2^(e - 127) (E8M0), or float32.
+enum ScaleType : int32_t { kHalfScale = 0, kPowerScale = 1, kFloatScale = 2 };
 
 // 127 * 256 + 127: the largest v that splits into v = 256 * high + low with signed 8-bit parts.
 constexpr int kLargestActivation = 32639;
@@ -121,7 +124,7 @@ extern const Kernels kAvx2Kernels;
 // Of 16-bit floating point.
 extern const Kernels kAvx512Floats;
 extern const Kernels kAvx2Floats;
-// Of floats of 8 bits.
+// Of floats of 8 and of 16 bits with scales.
 extern const Kernels kAvx512SmallFloats;
 extern const Kernels kAvx2SmallFloats;
 

@@ -61,6 +61,7 @@ float widen_small(uint8_t code, Element element) {
 
 float read_scale(const Matrix& w, int64_t group) {
   if (w.scale_type == kHalfScale) return widen(w.scale[group]);
+  if (w.scale_type == kFloatScale) return w.step()[group];
   const int32_t power = power_bits(w.power()[group]);
   float value;
   memcpy(&value, &power, sizeof value);
@@ -68,8 +69,12 @@ float read_scale(const Matrix& w, int64_t group) {
 }
 
 void read_small_floats(const Matrix& w, int64_t row, float* out) {
-  for (int64_t k = 0; k < w.columns; ++k)
-    out[k] = read_scale(w, row * w.groups() + k / w.group_size) * widen_small(w.codes[row * w.columns + k], w.element);
+  const auto* halves = reinterpret_cast<const uint16_t*>(w.codes) + row * w.columns;
+  const uint8_t* codes = w.codes + row * w.columns;
+  for (int64_t k = 0; k < w.columns; ++k) {
+    const float number = w.element == kScaledFloat16 ? widen(halves[k]) : widen_small(codes[k], w.element);
+    out[k] = read_scale(w, row * w.groups() + k / w.group_size) * number;
+  }
 }
 
 // The values of a row of one plane, without its factor.

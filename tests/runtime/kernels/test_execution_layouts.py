@@ -17,6 +17,7 @@ from tests.runtime.kernels.stored_weights import FLOAT_EPS, ROW_BLOCK, available
 KERNELS = available_kernels()
 pytestmark = pytest.mark.skipif(not KERNELS and find_compiler() is None, reason="no C++ compiler is here")
 PLANES = [name for name, f in FORMATS.items() if f.kind == "planes" or (f.kind, f.scale_type) == ("binary", "pow2")]
+HALVES = [name for name, f in FORMATS.items() if f.kind == "searched_float" or name.startswith("intfp8")]
 FLOATS = ["fp6_e3m2_g32", "fp6_e3m2_channel", "mxfp6_e3m2"]
 MIXTURES = [name for name, f in FORMATS.items() if f.kind == "group_mixture"]
 OF_LEVELS = ["mxfp4", "nvfp4", "int5_g32_pow2", "ternary_g32", "bitmod3_g64", "q4_1"]
@@ -37,7 +38,7 @@ def make_linear(format_name: str, rows: int = 37, columns: int = 512) -> Quantiz
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.level)
-@pytest.mark.parametrize("format_name", [*PLANES, *OF_LEVELS, *FLOATS, *MIXTURES])
+@pytest.mark.parametrize("format_name", [*PLANES, *OF_LEVELS, *FLOATS, *MIXTURES, *HALVES])
 def test_a_layout_holds_the_weight_and_its_products_are_near_those_in_float64(
     format_name: str, kernels: CpuKernels
 ) -> None:

@@ -1,4 +1,4 @@
-"""Products of weights in floats of 8 bits, of every instruction set at hand, against float64."""
+"""Products of weights in floats of 8 or 16 bits with scales, of every instruction set at hand, against float64."""
 
 import pytest
 import torch
@@ -14,29 +14,39 @@ from runtime.powers import power_of_two
 from tests.runtime.kernels.stored_weights import FLOAT_EPS, available_kernels, draw_activations
 
 KERNELS = available_kernels()
+HALF = "scaled_float16"
+ELEMENT_NAMES = ["e4m3", "e5m2", HALF]
 pytestmark = pytest.mark.skipif(not KERNELS and find_compiler() is None, reason="no C++ compiler is here")
 
 
 def values_of(element: str) -> Tensor:
     """Returns the value of each code in float32; codes that stand for no finite number are NaN or infinite."""
+    if element == HALF:
+        return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16).to(torch.float32)
     return torch.tensor(ELEMENTS[element].values)
 
 
+def as_bytes(codes: Tensor, element: str) -> Tensor:
+    """Returns codes [rows, columns] of any integer type as they are stored."""
+    return codes.to(torch.int16).contiguous().view(torch.uint8) if element == HALF else codes.to(torch.uint8)
+
+
 def draw_weight(
-    element: str, powers: bool, rows: int, columns: int, groups: int, seed: int = 0
+    element: str, scale_type: str, rows: int, columns: int, groups: int, seed: int = 0
 ) -> tuple[StoredMatrix, Tensor]:
-    """Returns a weight of random finite codes and scales, and its values, which are exact in float64."""
+    """Returns a weight of random finite codes and scales, and its values in float64."""
     generator = torch.Generator().manual_seed(seed)
     finite = torch.isfinite(values_of(element)).nonzero()[:, 0]
     codes = finite[torch.randint(0, len(finite), (rows, columns), generator=generator)]
-    if powers:
+    if scale_type == "e8m0":
         scale = torch.randint(100, 140, (rows, groups), generator=generator, dtype=torch.uint8)
         factor = power_of_two(scale.to(torch.int32) - 127)
     else:
-        scale = (torch.rand(rows, groups, generator=generator) + 0.1).to(torch.float16)
+        scale = (torch.rand(rows, groups, generator=generator) + 0.1).to(getattr(torch, scale_type))
         factor = scale.to(torch.float32)
     dense = values_of(element)[codes].double().view(rows, groups, -1) * factor.double().unsqueeze(-1)
-    return StoredMatrix(codes.to(torch.uint8), scale, None, 8, columns, element=element), dense.flatten(1)
+    bits = 16 if element == HALF else 8
+    return StoredMatrix(as_bytes(codes, element), scale, None, bits, columns, element=element), dense.flatten(1)
 
 
 def bound_error(dense: Tensor, x: Tensor) -> Tensor:
@@ -47,8 +57,8 @@ def bound_error(dense: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.level)
 @settings(max_examples=80, deadline=None)
 @given(
-    element=st.sampled_from(["e4m3", "e5m2"]),
-    powers=st.booleans(),
+    element=st.sampled_from(ELEMENT_NAMES),
+    scale_type=st.sampled_from(["float16", "e8m0", "float32"]),
     group_size=st.sampled_from([16, 32, 48, 64, 128, 256, None]),
     rows=st.integers(1, 40),
     groups=st.integers(1, 9),
@@ -59,7 +69,7 @@ def bound_error(dense: Tensor, x: Tensor) -> Tensor:
 def test_products_of_any_shape(
     kernels: CpuKernels,
     element: str,
-    powers: bool,
+    scale_type: str,
     group_size: int | None,
     rows: int,
     groups: int,
@@ -68,7 +78,7 @@ def test_products_of_any_shape(
     biased: bool,
 ) -> None:
     columns, groups = (columns, 1) if group_size is None else (groups * group_size, groups)
-    stored, dense = draw_weight(element, powers, rows, columns, groups, rows)
+    stored, dense = draw_weight(element, scale_type, rows, columns, groups, rows)
     x = draw_activations(tokens, columns)
     bias = torch.linspace(-3, 3, rows) if biased else None
     (y,) = kernels.multiply([Product(x, describe_matrix(stored), bias)])
@@ -78,13 +88,13 @@ def test_products_of_any_shape(
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.level)
-@pytest.mark.parametrize("element", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("element", ELEMENT_NAMES)
 def test_every_finite_code_is_read_as_it_is(kernels: CpuKernels, element: str) -> None:
     values = values_of(element)
-    codes = torch.isfinite(values).nonzero()[:, 0].to(torch.uint8).unsqueeze(-1)
-    scale = torch.ones(len(codes), 1, dtype=torch.float16)
-    matrix = describe_matrix(StoredMatrix(codes, scale, None, 8, 1, element=element))
-    expected = values[codes.to(torch.int32)].T
+    codes = torch.isfinite(values).nonzero()
+    scale, stored = torch.ones(len(codes), 1, dtype=torch.float16), as_bytes(codes, element)
+    matrix = describe_matrix(StoredMatrix(stored, scale, None, 8 * stored.shape[1], 1, element=element))
+    expected = values[codes].T
     assert torch.equal(kernels.dequantize(matrix), expected.T)
     for tokens in (1, 4, 7):
         (y,) = kernels.multiply([Product(torch.ones(tokens, 1), matrix)])
@@ -104,10 +114,12 @@ def test_scales_that_are_powers_of_two(kernels: CpuKernels, exponent: int) -> No
 @pytest.mark.parametrize("factor", [0.0, 1e-25, 1e-9, 1e9, 1e30])
 def test_activations_of_any_magnitude_meet_weights_of_any(kernels: CpuKernels, factor: float) -> None:
     # Rows of the largest and of the smallest codes.
-    for element, largest in (("e4m3", 0x7E), ("e5m2", 0x7B)):
-        codes = torch.tensor([[largest], [1], [0x81]], dtype=torch.uint8).expand(3, 192).contiguous()
-        stored = StoredMatrix(codes, torch.ones(3, 3, dtype=torch.float16), None, 8, 192, element=element)
-        dense = values_of(element)[codes.to(torch.int32)].double()
+    for element, largest, least in (("e4m3", 0x7E, 0x81), ("e5m2", 0x7B, 0x81), (HALF, 0x7BFF, 0x8001)):
+        codes = torch.tensor([[largest], [1], [least]]).expand(3, 192).contiguous()
+        bits = 16 if element == HALF else 8
+        scale = torch.ones(3, 3, dtype=torch.float16)
+        stored = StoredMatrix(as_bytes(codes, element), scale, None, bits, 192, element=element)
+        dense = values_of(element)[codes].double()
         for tokens in (1, 5):
             x = draw_activations(tokens, 192) * factor
             (y,) = kernels.multiply([Product(x, describe_matrix(stored))])
@@ -117,7 +129,7 @@ def test_activations_of_any_magnitude_meet_weights_of_any(kernels: CpuKernels, f
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.level)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_so_and_stays_with_its_token(kernels: CpuKernels, bad: float) -> None:
-    stored, _ = draw_weight("e4m3", False, 9, 160, 5)
+    stored, _ = draw_weight("e4m3", "float16", 9, 160, 5)
     for tokens in (2, 6):
         x = draw_activations(tokens, 160)
         x[1, 77] = bad
