@@ -233,7 +233,7 @@ def _fill_halves(weight: Packed, parts: list[Tensor], kernels: CpuKernels) -> Ma
         dense = decode(tensors, format_, (block.stop - block.start, columns))
         # Quotients are within some roundings of float32 of numbers of at most 11 bits: these are the nearest ones.
         halves = (dense.view(*scale[block].shape, -1) / scale[block].unsqueeze(-1)).to(torch.float16)
-        codes[block] = halves.flatten(1).view(torch.uint8)
+        codes[block] = halves.flatten().view(torch.uint8).view(codes[block].shape)
     return describe_matrix(StoredMatrix(codes, scale, None, 16, columns, element="scaled_float16"))
 
 

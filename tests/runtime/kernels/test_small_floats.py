@@ -28,7 +28,9 @@ def values_of(element: str) -> Tensor:
 
 def as_bytes(codes: Tensor, element: str) -> Tensor:
     """Returns codes [rows, columns] of any integer type as they are stored."""
-    return codes.to(torch.int16).contiguous().view(torch.uint8) if element == HALF else codes.to(torch.uint8)
+    if element != HALF:
+        return codes.to(torch.uint8)
+    return codes.to(torch.int16).flatten().view(torch.uint8).view(len(codes), -1)
 
 
 def draw_weight(
