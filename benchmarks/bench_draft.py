@@ -45,12 +45,11 @@ READING = (
     "## Why drafts do not pay here",
     "",
     "A pass over four tokens costs two to three passes over one: at four bits the kernels are bound by their "
-    "instructions, not by the reading of weights, which is all that the tokens share. And a draft costs a third of a "
+    "instructions, not by the reading of weights, which is all that the tokens share. And a draft costs half of a "
     "pass at the full width. So little is to be gained even if every draft were kept, and at the share that is kept "
     "nothing is. Tried: 1 to 6 drafts; verification of up to four tokens at once and of more in parts of four (five at "
     "once take the way of prompts, which took 1.6 times as long); a full width of 6 bits, at which no more drafts are "
-    "kept. About half of a pass over one token at the full width is spent around its products, layer by layer. Without "
-    "that the full width would be nearer to plain integers, and drafts would save still less.",
+    "kept.",
 )
 
 
