@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from runtime.candidates import Candidates
 from runtime.costs import CostTable, visit_share
@@ -25,6 +25,8 @@ from runtime.kernels.cpu import Product
 from runtime.kernels.dispatch import selected_kernels
 from runtime.kernels.weight_views import find_matrix
 from runtime.packed import PackedWeight, QuantizedEmbedding, QuantizedLinear
+from runtime.packing import pack_codes
+from runtime.storage import ROWS_OF_A_MASK, Mixture
 from runtime.units import Unit, Weight
 from runtime.weight_memory import gather_weights_
 
@@ -143,9 +145,22 @@ def _median_us(calls: Sequence[Callable[[], object]]) -> float:
     return statistics.median(seconds) * 1e6
 
 
+def _make_mask(format_: Format, mixture: Mixture, shape: tuple[int, int]) -> Tensor:
+    """Returns a mask of as many wide columns or groups as the format has, the first ones."""
+    if format_.kind == "column_mixture":
+        length = format_.group_size or 1
+        wide = torch.arange(shape[1]) < mixture.wide_count(shape[1] // length) * length
+        return pack_codes(wide.to(torch.uint8)[None], 1)[0]
+    groups = format_.group_count(shape[1])
+    wide = torch.arange(groups) < mixture.wide_count(groups)
+    return pack_codes(wide.to(torch.uint8).expand(-(-shape[0] // ROWS_OF_A_MASK), -1), 1)
+
+
 def _module(shape: tuple[int, int], format_: Format, reads_rows: bool) -> nn.Module:
     weight = PackedWeight(format_, shape)
     # Zeros, not empty memory: pages must be there before they are timed.
     for name, buffer in list(weight.named_buffers()):
         setattr(weight, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    if format_.mixture is not None and "mask" in weight.tensors:
+        weight.mask = _make_mask(format_, format_.mixture, shape)
     return QuantizedEmbedding(weight) if reads_rows else QuantizedLinear(weight)

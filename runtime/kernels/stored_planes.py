@@ -20,7 +20,7 @@ from runtime.formats import Format
 from runtime.kernels.matrices import ColumnPart, StoredMatrix
 
 # Floats of 8 bits that the kernels read, and how scales of them are stored.
-SMALL_FLOATS, SMALL_FLOAT_SCALES = ("e4m3", "e5m2"), ("fp16", "e8m0")
+_SMALL_FLOATS, _SMALL_FLOAT_SCALES = ("e4m3", "e5m2"), ("fp16", "e8m0")
 
 
 class Packed(Protocol):
@@ -40,7 +40,7 @@ def has_stored_planes(format_: Format) -> bool:
         parts = format_.mixture.wide, format_.mixture.narrow
         return format_.kind == "column_mixture" and all(map(has_codes, parts))
     if format_.kind == "element":
-        return format_.element in SMALL_FLOATS and format_.scale_type in SMALL_FLOAT_SCALES
+        return format_.element in _SMALL_FLOATS and format_.scale_type in _SMALL_FLOAT_SCALES
     return format_.kind in _PLANES and format_.scale_type == "fp16"
 
 
@@ -50,7 +50,11 @@ def has_codes(format_: Format) -> bool:
 
 
 def stored_planes(weight: Packed) -> list[StoredMatrix]:
-    """Returns the planes of a weight whose format ``has_stored_planes``."""
+    """Returns the planes of a weight whose format ``has_stored_planes``.
+
+    Raises:
+        ValueError: If the mask of a mixture does not name as many columns as its parts hold.
+    """
     return _PLANES[weight.format.kind](weight)
 
 
@@ -113,6 +117,14 @@ def _list_column_parts(weight: Packed) -> list[StoredMatrix]:
     tensors, planes = _tensors(weight), []
     for name, part, columns in list_parts(weight.format, read_column_mask(tensors, weight.shape)):
         plane = _describe_codes(part_of(tensors, name), part, len(columns))
+        held = part.stored_tensors((weight.shape[0], len(columns)))[0].shape
+        if plane.codes.shape != held:
+            msg = (
+                f"the mask of a mixture must name the columns that its parts hold: got {len(columns)} of the {name} "
+                f"part for codes of shape {tuple(plane.codes.shape)}, in a weight of shape {weight.shape}. "
+                "Load the checkpoint again."
+            )
+            raise ValueError(msg)
         planes.append(plane._replace(part=ColumnPart(columns.to(torch.int32), weight.shape[1])))
     return planes
 

@@ -72,6 +72,7 @@ def reads_stored(format_: Format) -> bool:
 
 
 def _describe(weight: Packed, lookup: Tensor | None) -> Matrix:
+    """Returns the view of a weight as it is stored; only those of one plane have a layout for lookups."""
     if weight.format.kind == "float":
         (values,) = weight._buffers.values()
         assert values is not None
@@ -86,8 +87,8 @@ def execution_bytes(weight: Packed, kernels: CpuKernels) -> int:
         weight: The packed weight.
         kernels: Those that will read it.
     """
-    matrix = find_matrix(weight, _CPU)
     if reads_stored(weight.format):
+        matrix = find_matrix(weight, _CPU)
         # The bytes of several planes stay where they are: a layout of some would keep the others out of large pages.
         return 0 if matrix is None or matrix.next else kernels.lookup_bytes(matrix)
     tensor = next(iter(weight._buffers.values()))

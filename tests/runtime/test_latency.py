@@ -55,3 +55,11 @@ def test_experts_that_no_token_visits_cost_nothing() -> None:
     candidates = list_candidates(find_units(build_tiny_mixtral()), ["int4_g64"])
     cost = measure_latency(candidates, expert_share=0.0).cost[:, 0]
     assert [value > 0 for value in cost] == [unit.kind != "expert" for unit in candidates.units]
+
+
+def test_mixtures_are_timed_with_as_many_wide_parts_as_they_have() -> None:
+    """A mask of zeros would name other numbers of columns and groups than the codes have."""
+    units = [unit for unit in find_units(build_tiny_llama()) if unit.name.endswith("layers.0.mlp.down_proj")]
+    candidates = list_candidates(units, ["int4_top12int8_g64", "int4_top12int8_channel", "int2_mix25int4_g32"])
+    assert candidates.allowed.all()
+    assert (measure_latency(candidates, expert_share=1.0).cost > 0).all()

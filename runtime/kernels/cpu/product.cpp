@@ -46,8 +46,8 @@ bool round_alike(const Task& a, const Task& b) {
          a.activations.interleave == b.activations.interleave;
 }
 
-// The task that gathers and rounds what task `index` reads. Only a few before it are looked at: it is enough for the planes of
-// projections of the same states, and thousands of experts stay cheap.
+// The task that gathers and rounds what task `index` reads. Only a few before it are looked at: it is enough for the
+// planes of projections of the same states, and thousands of experts stay cheap.
 int64_t find_source(const Task* tasks, int64_t index) {
   for (int64_t i = index - 1; i >= 0 && i >= index - kTasksLookedAt; --i)
     if (tasks[i].source == i && round_alike(tasks[index], tasks[i])) return i;
@@ -89,8 +89,8 @@ int64_t row_cost(const Task* first) {
   return cost;
 }
 
-// The first row of a product that costs `before` or more come before, at a place where ranges of all its planes may begin:
-// what they ask for are powers of two.
+// The first row of a product that costs `before` or more come before, at a place where ranges of all its planes may
+// begin: what they ask for are powers of two.
 int64_t row_at(const Task* first, int64_t before) {
   if (before <= 0) return 0;
   int64_t multiple = 1;

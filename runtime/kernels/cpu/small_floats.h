@@ -1,6 +1,6 @@
-// Products of weights whose codes are floats of 8 or 16 bits with scales, bodies in vectors of BITPLAN_LANES floats (8 or 16). Include it
-// once in a file, after the pragma that names the instructions, with these defined: BITPLAN_SMALL_FLOATS, the table's
-// name, and Floats, sum_lanes(v), load_scale(const uint16_t*, left), spread(const float*, lanes).
+// Products of weights whose codes are floats of 8 or 16 bits with scales, bodies in vectors of BITPLAN_LANES floats (8 or
+// 16). Include it once in a file, after the pragma that names the instructions, with these defined: BITPLAN_SMALL_FLOATS,
+// the table's name, and Floats, sum_lanes(v), load_scale(const uint16_t*, left), spread(const float*, lanes).
 //
 // A code is a sign and some bits of exponent and mantissa, a float32 the same with more of both: with these bits put where
 // exponent and mantissa of a float32 meet, its value is that of the code over a power of two, subnormal codes included,
@@ -112,6 +112,8 @@ void read_factors(const Matrix& w, int64_t row, int rows, float* factors) {
   const int64_t groups = w.groups();
   for (int r = 0; r < rows; ++r, factors += factor_floats(w)) {
     const int64_t first = (row + r) * groups;
+    // Lanes behind the last group are multiplied by zeros: what is there must be finite.
+    memset(factors + groups, 0, kLanes * sizeof(float));
     if (w.scale_type == kFloatScale)
       memcpy(factors, w.step() + first, groups * sizeof(float));
     else if (w.scale_type == kHalfScale)
@@ -141,7 +143,7 @@ template <Element ELEMENT, int ROWS, int TOKENS, bool FETCHES>
 Write by_scaling(const Matrix& w) {
   if (w.groups() == 1) return write_rows<ELEMENT, ROWS, TOKENS, kByRow, FETCHES>;
   return w.group_size < parts_of(ELEMENT) * kLanes ? write_rows<ELEMENT, ROWS, TOKENS, kByLane, FETCHES>
-                              : write_rows<ELEMENT, ROWS, TOKENS, kByStep, FETCHES>;
+                                                   : write_rows<ELEMENT, ROWS, TOKENS, kByStep, FETCHES>;
 }
 
 template <int ROWS, int TOKENS, bool FETCHES>
@@ -199,8 +201,15 @@ void shape(const Matrix& w, Activations& a, bool) {
 
 // The exponent of the power of two above the largest magnitude.
 int find_exponent(const float* x, int64_t columns) {
+  Floats most{};
+  int64_t k = 0;
+  for (; k + kLanes <= columns; k += kLanes) {
+    const Floats magnitude = (Floats)((Integers)load(x + k) & 0x7fffffff);
+    most = magnitude > most ? magnitude : most;
+  }
   float largest = 0;
-  for (int64_t k = 0; k < columns; ++k) largest = fabsf(x[k]) > largest ? fabsf(x[k]) : largest;
+  for (int i = 0; i < kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
+  for (; k < columns; ++k) largest = fabsf(x[k]) > largest ? fabsf(x[k]) : largest;
   int exponent = 0;
   // What is not finite stays so.
   if (largest <= FLT_MAX) frexpf(largest, &exponent);

@@ -205,3 +205,11 @@ def test_columns_that_were_written_to_are_read_anew() -> None:
     linears[0].load_state_dict(linears[1].state_dict())
     assert torch.equal(linears[0](x), expected)
     assert not torch.allclose(before, expected)
+
+
+def test_a_mask_that_does_not_name_the_columns_of_the_parts_is_refused() -> None:
+    # Otherwise the kernels would read beyond the codes.
+    weight = pack_weight(torch.randn(8, 384, generator=torch.Generator().manual_seed(1)), FORMATS["int4_top12int8_g64"])
+    weight.get_buffer("mask").zero_()
+    with pytest.raises(ValueError, match="must name the columns that its parts hold: got 384 of the narrow part"):
+        QuantizedLinear(weight)(draw_activations(1, 384))
