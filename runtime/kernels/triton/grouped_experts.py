@@ -13,8 +13,8 @@ from torch import Tensor
 
 from runtime.kernels.triton.fragment_layout import TILE_CODES, TILE_ROWS, FragmentWeight
 from runtime.kernels.triton.grouped_experts_kernel import grouped_experts_kernel
+from runtime.kernels.triton.product_launch import INTERPRETED
 from runtime.kernels.triton.row_scaling import needs_scaled_rows, scale_rows, sum_parts
-from runtime.kernels.triton.weight_only_linear import INTERPRETED
 
 _WARPS = 2
 _STAGES = 3

@@ -17,7 +17,8 @@ from runtime.kernels.triton.fragment_layout import TILE_CODES, FragmentWeight
 from runtime.kernels.triton.integer_product_kernel import integer_product_kernel
 from runtime.kernels.triton.integer_unpacking import find_quad_step
 from runtime.kernels.triton.launch_table import MOST_ROWS, Launch, LaunchKey, find_bucket, find_launch
-from runtime.kernels.triton.weight_only_linear import find_device, sum_splits, view_words
+from runtime.kernels.triton.product_launch import find_device, sum_splits
+from runtime.kernels.triton.weight_only_linear import view_words
 
 _BLOCK = 1024
 # Sums of up to 128 * 255 in 32 bits.

@@ -104,6 +104,44 @@ def multiply_weight(
 
 
 @triton.jit
+def store_product(
+    total,
+    exponent_ptr,
+    bias_ptr,
+    out_ptr,
+    split,
+    row,
+    first_column,
+    M,
+    N,
+    HAS_EXPONENT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Writes W x' [64 * WARPS, BLOCK_M] in tile order as a block of y, or of one of its addends.
+
+    Args:
+        total: The product.
+        exponent_ptr, bias_ptr, out_ptr, M, N, HAS_EXPONENT, HAS_BIAS: As in ``weight_only_kernel``.
+        split: Which addend.
+        row: [BLOCK_M], the rows of y.
+        first_column: The first column of y.
+        BLOCK_M, WARPS: As in ``multiply_weight``.
+    """
+    y = from_tile_order(total, WARPS, BLOCK_M)
+    row_mask = row < M
+    if HAS_EXPONENT:
+        y *= power_of_two(tl.load(exponent_ptr + row, mask=row_mask, other=0))[None, :]
+    column = first_column + tl.arange(0, 64 * WARPS)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[:, None]
+    offset = (split * M + row).to(tl.int64)[None, :] * N + column[:, None]
+    mask = row_mask[None, :] & (column[:, None] < N)
+    tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def weight_only_kernel(
     x_ptr,
     words_ptr,
@@ -153,10 +191,9 @@ def weight_only_kernel(
     split = tl.program_id(2)
     first_column = tl.program_id(0) * (64 * WARPS)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = row < M
     total = multiply_weight(
         x_ptr + row.to(tl.int64) * x_stride,
-        row_mask,
+        row < M,
         words_ptr,
         scale_ptr,
         zero_ptr,
@@ -175,15 +212,10 @@ def weight_only_kernel(
         UPCAST,
         ELEMENT,
     )
-    y = from_tile_order(total, WARPS, BLOCK_M) * factor
-    if HAS_EXPONENT:
-        y *= power_of_two(tl.load(exponent_ptr + row, mask=row_mask, other=0))[None, :]
-    column = first_column + tl.arange(0, 64 * WARPS)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[:, None]
-    offset = (split * M + row).to(tl.int64)[None, :] * N + column[:, None]
-    mask = row_mask[None, :] & (column[:, None] < N)
-    tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=mask)
+    store_product(
+        total * factor, exponent_ptr, bias_ptr, out_ptr, split, row, first_column, M, N, HAS_EXPONENT, HAS_BIAS,
+        BLOCK_M, WARPS,
+    )  # fmt: skip
 
 
 @triton.jit
