@@ -18,8 +18,8 @@ enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // What the codes of a weight are: integers with scales; 16-bit floating point numbers, which stand for themselves; one bit
 // that chooses between two values of its group, weight = low + (high - low) * code; levels, weight = step * code - shift
-// with both of these in float32; floats of 8 or 16 bits, all of them finite, with scales; or none: of a row as many numbers in
-// float32 as a group has, each in a column of its own, and zeros.
+// with both of these in float32; floats of 8 or 16 bits, all of them finite, with scales. A sparse weight has no codes: of
+// each row `group_size` numbers in float32 and the columns that they are in, the others are zero.
 enum Element : int32_t {
   kInteger = 0,
   kBfloat16 = 1,
@@ -51,16 +51,17 @@ constexpr int kMostPlanes = 8;
 // One weight in its stored layout, or a plane of it; the fields are read by ctypes in the same order.
 struct Matrix {
   const uint8_t* codes;       // [rows, ceil(columns * bits / 8)]
-  const uint16_t* scale;      // [rows, columns / group_size] float16; of one bit, the higher value; of levels, the step
-  // [rows, ceil(groups * bits / 8)], or null where `centre` is the zero point of all groups; of one bit that chooses
-  // between two values, the lower one in float16; of levels, the shift.
+  // [rows, columns / group_size] float16, or of another `scale_type`; of two values, the higher one; of levels, the step.
+  const uint16_t* scale;
+  // [rows, ceil(groups * bits / 8)], or null where `centre` is the zero point of all groups; of two values, the lower one
+  // in float16; of levels, the shift.
   const uint8_t* zero_point;
   int64_t rows, columns;
   int32_t bits, group_size;
   const uint8_t* lookup;  // the same weight in the layout of lookup.h, or null
   Element element;        // of numbers in floating point: bits 16, group_size the columns, no scale
   ScaleType scale_type;   // kHalfScale but of small floats
-  float centre;           // what is taken off codes that have no zero points, a half integer for one
+  float centre;           // what is taken off codes that have no zero points; it may lie between two
   float factor;           // of this plane in the weight
   const int32_t* index;   // [columns], which columns of the weight the plane has, or null for all of them in order
   int64_t inputs;         // columns of the weight
