@@ -97,8 +97,8 @@ def pack_fragments(
         bits=bits,
         group_size=group_size,
         words=pack_words(codes, bits),
-        scale=_pad_groups(scale.to(torch.float16), in_features, group_size),
-        zero_point=None if zero_point is None else _pad_groups(zero_point, in_features, group_size),
+        scale=pad_groups(scale.to(torch.float16), in_features, group_size),
+        zero_point=None if zero_point is None else pad_groups(zero_point, in_features, group_size),
         element=element,
         factor=factor,
     )
@@ -159,7 +159,7 @@ def _to_pairs(codes: Tensor) -> Tensor:
     return split.permute(4, 5, 2, 3, 0, 6, 1, 7).reshape(PAIRS, split.shape[3], split.shape[0], 4, 4, 2)
 
 
-def _pad_groups(values: Tensor, in_features: int, group_size: int | None) -> Tensor:
+def pad_groups(values: Tensor, in_features: int, group_size: int | None) -> Tensor:
     """Returns [rows, groups] as [groups of the padded row, rows padded to a multiple of 8], padded with zeros."""
     rows, groups = values.shape
     more = 0 if group_size is None else -(-(in_features + -in_features % TILE_CODES) // group_size) - groups

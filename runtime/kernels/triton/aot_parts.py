@@ -1,0 +1,59 @@
+"""Compiles the products with sums of parts for GPUs that are not at hand."""
+
+from triton.backends.compiler import GPUTarget
+
+from runtime.kernels.triton.aot import THREADS_PER_WARP, CompiledProduct, compile_kernel
+from runtime.kernels.triton.launch_table import Launch, LaunchKey
+from runtime.kernels.triton.parted_kernel import dequantize_parts_kernel, parted_kernel
+from runtime.kernels.triton.parted_layout import CodePart
+from runtime.kernels.triton.sass import KernelCode, read_code
+
+
+def compile_parted_product(
+    key: LaunchKey, launch: Launch, parts: tuple[CodePart, ...], *, each_scaled: bool, dtype: str
+) -> CompiledProduct:
+    """Returns the product with a sum of parts compiled for ``key.architecture``.
+
+    Args:
+        key: The product; its bits are those of all parts.
+        launch: Its launch.
+        parts: What the codes stand for.
+        each_scaled: Each part has scales of its own.
+        dtype: Type of x, ``fp16`` or ``bf16``.
+    """
+    constants = {
+        **_list_constants(parts, each_scaled, key.group_size),
+        "HAS_EXPONENT": False,
+        "HAS_BIAS": False,
+        "TILES": launch.tiles,
+        "BLOCK_M": launch.block_m,
+        "WARPS": launch.warps,
+        "STAGES": launch.stages,
+        "UPCAST": False,
+    }
+    target = GPUTarget("cuda", key.architecture, THREADS_PER_WARP)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.max_registers}
+    kernel = compile_kernel(parted_kernel, constants, dtype, target, options)
+    return CompiledProduct(
+        code=read_code(kernel.asm["cubin"]),
+        shared_bytes=kernel.metadata.shared,
+        weights_per_step=64 * 64 * launch.tiles // THREADS_PER_WARP,
+    )
+
+
+def compile_parted_dequantization(
+    parts: tuple[CodePart, ...], group_size: int | None, *, each_scaled: bool, architecture: int, dtype: str
+) -> KernelCode:
+    """Returns the dequantization of a sum of parts to ``fp16`` or ``bf16``, compiled for a compute capability."""
+    constants = {**_list_constants(parts, each_scaled, group_size), "WARPS": 2}
+    target = GPUTarget("cuda", architecture, THREADS_PER_WARP)
+    kernel = compile_kernel(dequantize_parts_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype)
+    return read_code(kernel.asm["cubin"])
+
+
+def _list_constants(parts: tuple[CodePart, ...], each_scaled: bool, group_size: int | None) -> dict[str, object]:
+    return {
+        "PARTS": tuple((part.bits, part.zero, part.factor) for part in parts),
+        "SCALES": len(parts) if each_scaled else 1,
+        "GROUP_SIZE": group_size or 0,
+    }
