@@ -5,6 +5,7 @@ width, at those of its first parts.
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,11 +44,9 @@ def make_planes(weight: Packed) -> dict[int, PartedWeight] | None:
         scale = power_of_two(tensors["scale"]) / shared
     if not torch.equal(scale.to(torch.float16).to(torch.float32), scale):
         return None
-    part = CodePart(bits=1, zero=plane.zero, factor=plane.factor * shared)
     planes = [(codes >> k) & 1 for k in range(format_.bits)]
-    return {
-        format_.bits: pack_parts(planes, scale, [part] * format_.bits, group_size=format_.group_size),
-    }
+    parts = [plane] * format_.bits
+    return {format_.bits: pack_parts(planes, scale, parts, group_size=format_.group_size, factor=shared)}
 
 
 def make_nested(weight: Packed) -> dict[int, PartedWeight]:
@@ -57,7 +56,7 @@ def make_nested(weight: Packed) -> dict[int, PartedWeight]:
     centres of the width before.
     """
     format_, tensors = weight.format, stored_tensors(weight)
-    added = dict(zip(NESTED_WIDTHS, (b - a for a, b in zip((0, *NESTED_WIDTHS), NESTED_WIDTHS, strict=False)), strict=True))
+    added = {width: width - before for before, width in pairwise((0, *NESTED_WIDTHS))}
     parts = {
         width: [
             CodePart(bits=added[w], zero=(2 ** added[w] - 1) / 2, factor=2.0 ** (width - w))

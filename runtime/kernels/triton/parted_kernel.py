@@ -171,6 +171,7 @@ def parted_kernel(
     steps,
     steps_per_split,
     x_stride,
+    factor,
     PARTS: tl.constexpr,
     SCALES: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -186,8 +187,8 @@ def parted_kernel(
 
     Args:
         words_ptr, scale_ptr, tiles, PARTS, SCALES: As in ``multiply_parts``.
-        x_ptr, exponent_ptr, bias_ptr, out_ptr, M, N, row_blocks, steps, steps_per_split, x_stride, GROUP_SIZE,
-        HAS_EXPONENT, HAS_BIAS, TILES, BLOCK_M, WARPS, STAGES, UPCAST: As in ``weight_only_kernel``.
+        x_ptr, exponent_ptr, bias_ptr, out_ptr, M, N, row_blocks, steps, steps_per_split, x_stride, factor,
+        GROUP_SIZE, HAS_EXPONENT, HAS_BIAS, TILES, BLOCK_M, WARPS, STAGES, UPCAST: As in ``weight_only_kernel``.
     """
     # One program: a block of y, over one range of k.
     split = tl.program_id(2)
@@ -213,7 +214,19 @@ def parted_kernel(
         UPCAST,
     )
     store_product(
-        total, exponent_ptr, bias_ptr, out_ptr, split, row, first_column, M, N, HAS_EXPONENT, HAS_BIAS, BLOCK_M, WARPS
+        total * factor,
+        exponent_ptr,
+        bias_ptr,
+        out_ptr,
+        split,
+        row,
+        first_column,
+        M,
+        N,
+        HAS_EXPONENT,
+        HAS_BIAS,
+        BLOCK_M,
+        WARPS,
     )
 
 
@@ -224,15 +237,15 @@ def load_part_affine(
     row_block,
     row_block_mask,
     row_blocks,
-    UNIT: tl.constexpr,
+    unit,
     ZERO: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     """Returns scales, zero points and type of a part as ``pair_floats`` takes them; codes are at bit 1."""
     offset = group * row_blocks * 4 + row_block[:, None] * 4 + tl.arange(0, 4)[None, :]
     scales = tl.load(scale_ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)
-    first = (scales & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)[:, None, :] * UNIT
-    second = (scales >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)[:, None, :] * UNIT
+    first = (scales & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)[:, None, :] * unit
+    second = (scales >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)[:, None, :] * unit
     zero = tl.full((8 * WARPS, 1, 4), ZERO, tl.float16)
     return first, second, zero, zero, tl.zeros((1, 1, 1), tl.float32)
 
@@ -247,6 +260,7 @@ def dequantize_parts_kernel(
     row_blocks,
     tiles,
     out_stride,
+    factor,
     PARTS: tl.constexpr,
     SCALES: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -256,7 +270,7 @@ def dequantize_parts_kernel(
 
     Args:
         words_ptr, scale_ptr, tiles, PARTS, SCALES, GROUP_SIZE: As in ``multiply_parts``.
-        out_ptr, first_block, N, row_blocks, out_stride, WARPS: As in ``dequantize_kernel``.
+        out_ptr, first_block, N, row_blocks, out_stride, factor, WARPS: As in ``dequantize_kernel``.
     """
     first_row = tl.program_id(0) * (64 * WARPS)
     tile = tl.program_id(1)
@@ -275,7 +289,7 @@ def dequantize_parts_kernel(
         for part in tl.static_range(len(PARTS)):
             affine = load_part_affine(
                 scale_ptr, group * SCALES + (part if SCALES > 1 else 0), row_block, mask, row_blocks,
-                PARTS[part][2] / 2, 1024 + 2 * PARTS[part][1], WARPS,
+                factor * (PARTS[part][2] / 2), 1024 + 2 * PARTS[part][1], WARPS,
             )  # fmt: skip
             weight += operand(words[part], base_bits, affine, piece, PIECES, PARTS[part][0], 1, -1, tl.float16, WARPS)
         column = tile * 64 + piece * CODES + tl.arange(0, CODES)

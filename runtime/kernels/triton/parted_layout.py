@@ -1,7 +1,9 @@
 """Weights whose codes are sums of parts, as the Triton kernels read them.
 
     W = scale (factor_1 (q_1 - zero_1) + factor_2 (q_2 - zero_2) + ...)                one scale a group, or
-    W = scale_1 factor_1 (q_1 - zero_1) + scale_2 factor_2 (q_2 - zero_2) + ...        one for each part of it
+    W = scale_1 factor_1 (q_1 - zero_1) + scale_2 factor_2 (q_2 - zero_2) + ...        one for each part of it,
+
+times a factor that is the same for all.
 
 The first is a nested weight, its narrowest width part 1 and what each higher width adds another; the second a sum of
 binary planes. The parts of one row of tiles after another would cost the narrow reading its bytes, so the parts lie one
@@ -45,6 +47,7 @@ class PartedWeight:
         scale: [groups, rows padded to a multiple of 8] float16; groups of zeros follow where the row was padded. With
             scales for each part [groups * parts, ...], those of a group one after the other.
         each_scaled: Each part has scales of its own.
+        factor: What all weights are multiplied by; unlike the factors of parts it is no constant of the kernels.
     """
 
     shape: tuple[int, int]
@@ -53,6 +56,7 @@ class PartedWeight:
     words: Tensor
     scale: Tensor
     each_scaled: bool
+    factor: float = 1.0
 
     @property
     def bits(self) -> int:
@@ -66,7 +70,12 @@ class PartedWeight:
 
 
 def pack_parts(
-    codes: Sequence[Tensor], scale: Tensor, parts: Sequence[CodePart], *, group_size: int | None
+    codes: Sequence[Tensor],
+    scale: Tensor,
+    parts: Sequence[CodePart],
+    *,
+    group_size: int | None,
+    factor: float = 1.0,
 ) -> PartedWeight:
     """Returns a sum of parts in the layout of the Triton kernels.
 
@@ -75,6 +84,7 @@ def pack_parts(
         scale: [out_features, groups] float16, or [out_features, groups, parts] for parts with scales of their own.
         parts: What these codes stand for.
         group_size: Weights of one row that share scales, one of ``fits_groups``; None for the whole row.
+        factor: What all weights are multiplied by.
     """
     out_features, in_features = codes[0].shape
     assert fits_groups(group_size) and len(codes) == len(parts)
@@ -85,6 +95,7 @@ def pack_parts(
         words=torch.cat([pack_words(some, part.bits).flatten(0, 1) for some, part in zip(codes, parts, strict=True)]),
         scale=arrange_scales(scale, in_features, group_size),
         each_scaled=scale.ndim == 3,
+        factor=factor,
     )
 
 

@@ -63,7 +63,7 @@ def multiply_rows(
         y = _multiply_float32(x, out_features, few)
         return y if bias is None else y + bias
     if x.shape[0] > MOST_ROWS:
-        return _multiply_many(x, bias, out_features, dequantize)
+        return multiply_many(x, bias, out_features, dequantize)
     if scaled:
         rows = scale_rows(x)
         return few(rows.values[0], bias, x.dtype, rows.exponent[0])
@@ -75,7 +75,8 @@ def pad_rows(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.shape[1] % TILE_CODES)).contiguous()
 
 
-def _multiply_many(x: Tensor, bias: Tensor | None, N: int, dequantize: Dequantize) -> Tensor:
+def multiply_many(x: Tensor, bias: Tensor | None, N: int, dequantize: Dequantize) -> Tensor:
+    """Returns x W' + bias, [rows, N] in the type of x, float16 or bfloat16, by the dequantized weight."""
     y = torch.empty((x.shape[0], N), dtype=x.dtype, device=x.device)
     for first in range(0, N, _DEQUANTIZED_ROWS):
         last = min(N, first + _DEQUANTIZED_ROWS)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from runtime.apply import apply_formats_, pack_weight
 from runtime.elements import ELEMENTS
 from runtime.formats import FORMATS
-from runtime.kernels.triton.packed_product import find_fragments, fits_kernels, packed_linear
+from runtime.kernels.triton.packed_fragments import find_fragments, fits_kernels
+from runtime.kernels.triton.packed_product import packed_linear
 from runtime.kernels.triton.weight_only_linear import dequantize_fragments
 from runtime.loading import load_reference
 from runtime.packed import PackedWeight, QuantizedLinear

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from runtime.kernels.triton.parted_layout import CodePart, PartedWeight, pack_parts
 from runtime.kernels.triton.parted_linear import dequantize_parts, parted_linear, parted_linear_op
-from tests.gpu_kernels.interpreted.products import MANTISSA_BITS, ROUNDING
+from tests.gpu_kernels.interpreted.products import ROUNDING, find_greatest_code
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 PLANE = CodePart(bits=1, zero=0.5, factor=2.0)
@@ -52,13 +52,11 @@ def draw_weight(case: Sum, generator: torch.Generator) -> tuple[PartedWeight, Te
     scale = (torch.rand(sizes, generator=generator) * 0.02 + 1e-3).to(torch.float16)
     scale = scale if case.each_scaled else scale[..., 0]
     weight = pack_parts(codes, scale, case.parts, group_size=case.group_size)
-    mantissa = MANTISSA_BITS[case.dtype]
     dense, greatest = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     for i, (part, some) in enumerate(zip(case.parts, codes, strict=True)):
         each = (scale[..., i] if case.each_scaled else scale).double().repeat_interleave(shape[1] // groups, dim=1)
         dense += each * part.factor * (some.double() - part.zero)
-        start = max(at for at in range(0, 16, part.bits) if at + part.bits <= mantissa)
-        greatest += each * part.factor * (2.0 ** (mantissa - start) + 2**part.bits)
+        greatest += each * part.factor * find_greatest_code(part.bits, case.dtype)
     return weight, dense, greatest
 
 
