@@ -97,14 +97,15 @@ def make_format(bits: int, group_size: int | None) -> Format:
     return Format(name=f"int{bits}", kind="int", bits=bits, group_size=group_size, symmetric=False)
 
 
-def list_bytes(shapes: tuple[tuple[int, int], ...], group_size: int | None) -> list[str]:
-    """Returns the table of bytes moved over the least possible, for each width and shape, one row of x."""
+def list_bytes(shapes: Sequence[tuple[int, int]], group_sizes: Sequence[int]) -> list[str]:
+    """Returns the table of bytes moved over the least possible, for each width, shape and group, one row of x."""
     device = DEVICES["h100"]
-    names = [f"{out} x {count}" for out, count in shapes]
+    columns = [(shape, group_size) for shape in shapes for group_size in group_sizes]
+    names = [f"{out} x {count}, g{group_size}" for (out, count), group_size in columns]
     lines = [f"| bits | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for bits in BITS:
         cells = []
-        for shape in shapes:
+        for shape, group_size in columns:
             launch = find_launch(make_key(device, bits, shape, 1, group_size), device)
             traffic = count_traffic(shape, 1, make_format(bits, group_size), launch)
             partial = f" + {traffic.partial / traffic.minimum:.3f}" if traffic.partial else ""
@@ -288,15 +289,20 @@ def main() -> None:
         "",
         "## Bytes of a product over the least possible, one row of activations",
         "",
-        "Least: the weight as the checkpoint stores it, activations and result. Zero points are read as bytes,",
-        "whatever their width. After the plus: partial sums of products split over k (launches of the H100), which are",
-        "written and read again within microseconds and stay in the second-level cache.",
+        "Least: the weight as the checkpoint stores it, activations and result. Zero points are read in 1, 2, 4 or 8",
+        "bits, the least that hold them (as bytes they were 4 % of all bytes at 2 bits in groups of 64). After the",
+        "plus: partial sums of products split over k (launches of the H100), which are written and read again within",
+        "microseconds and stay in the second-level cache.",
         "",
-        *list_bytes(SHAPES, GROUP_SIZE),
+        *list_bytes(SHAPES, (GROUP_SIZE,)),
         "",
-        "Shapes of SmolLM2-135M, group 64:",
+        "Other groups:",
         "",
-        *list_bytes(SMALL_SHAPES, 64),
+        *list_bytes(SHAPES[:1], (16, 32, 64, 256)),
+        "",
+        "Shapes of SmolLM2-135M:",
+        "",
+        *list_bytes(SMALL_SHAPES, (64,)),
     ]
     options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

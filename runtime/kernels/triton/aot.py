@@ -227,6 +227,8 @@ def compile_kernel(
         "x_scale_ptr": "*fp32",
         "given_ptr": "*fp32",
         "exponent_ptr": "*i32",
+        "factor_ptr": "*fp16",
+        "left_ptr": "*fp16",
         "bias_ptr": f"*{dtype}",
         "out_ptr": f"*{out}",
         "partial_ptr": "*fp32",

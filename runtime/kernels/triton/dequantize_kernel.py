@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.triton.fragment_unpacking import operand
-from runtime.kernels.triton.group_product import load_words
+from runtime.kernels.triton.group_product import load_words, load_zero_rows
 
 
 @triton.jit
@@ -48,12 +48,7 @@ def load_affine(
         zero = tl.full((8 * WARPS, 1, 4), 1024 + (1 << (BITS - 1)), tl.float16)
         return scale0, scale1, zero, zero, like
     else:
-        c = tl.arange(0, 2)[None, :]
-        zeros = tl.load(zero_ptr + group * row_blocks * 2 + row_block[:, None] * 2 + c, mask=mask, other=0)
-        zeros = zeros.to(tl.uint32, bitcast=True)
-        # Byte 2 (v mod 2) + j of word v // 2.
-        even = tl.reshape(tl.join(zeros & 0xFF, (zeros >> 16) & 0xFF), (8 * WARPS, 4))
-        odd = tl.reshape(tl.join((zeros >> 8) & 0xFF, zeros >> 24), (8 * WARPS, 4))
+        even, odd = load_zero_rows(zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, WARPS)
         zero0 = (even | 0x6400).to(tl.uint16).to(tl.float16, bitcast=True)[:, None, :]
         zero1 = (odd | 0x6400).to(tl.uint16).to(tl.float16, bitcast=True)[:, None, :]
         return scale0, scale1, zero0, zero1, like

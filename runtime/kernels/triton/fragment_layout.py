@@ -14,6 +14,9 @@ need two of each for every pair.
 
 ``words`` [tiles, b, r, q, v] int32: the four words v that a thread reads at once are 16 neighbouring bytes, and a warp
 reads 512. Rows are padded to a multiple of 8, the length of a row to one of 64, both with code 0.
+
+Zero points of b bits take 1, 2, 4 or 8 (``find_zero_bits``), row after row from the low bits of a word: as bytes, those
+of two bits would be 4 % of all that is read in groups of 64.
 """
 
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ TILE_CODES = 64
 TILE_ROWS = 8
 PAIRS = 16
 _HALF_BITS = 16
+_WORD_BITS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,8 @@ class FragmentWeight:
         group_size: Weights of one row that share a scale: 16, 32, 64, a multiple of 128, or None for the whole row.
         words: [tiles, bits, ceil(out_features / 8), 4, 4] int32, the codes.
         scale: [groups, rows padded to a multiple of 8] float16; groups of zeros follow where the row was padded.
-        zero_point: The same shape in uint8, or None when zero is at the code 2**(bits - 1), or at 1/2 for one bit.
+        zero_point: [groups, words of the padded rows] int32, or None when zero is at the code 2**(bits - 1), or at
+            1/2 for one bit.
         element: Mantissa bits of codes that are floats, sign and exponent before them, whose bias is 15: what another
             bias makes of them is in the factor. -1 for integers.
         factor: What all weights are multiplied by.
@@ -98,7 +103,7 @@ def pack_fragments(
         group_size=group_size,
         words=pack_words(codes, bits),
         scale=pad_groups(scale.to(torch.float16), in_features, group_size),
-        zero_point=None if zero_point is None else pad_groups(zero_point, in_features, group_size),
+        zero_point=None if zero_point is None else pack_zeros(pad_groups(zero_point, in_features, group_size), bits),
         element=element,
         factor=factor,
     )
@@ -157,6 +162,29 @@ def _to_pairs(codes: Tensor) -> Tensor:
     # [r, v, j, tile, t, h, q, l] -> [t, h, j, tile, r, q, v, l]
     split = padded.view(padded.shape[0] // TILE_ROWS, 4, 2, padded.shape[1] // TILE_CODES, 4, 2, 4, 2)
     return split.permute(4, 5, 2, 3, 0, 6, 1, 7).reshape(PAIRS, split.shape[3], split.shape[0], 4, 4, 2)
+
+
+def find_zero_bits(bits: int) -> int:
+    """Returns in how many bits a zero point of ``bits`` bits is kept: the next power of two, so that none is split."""
+    return 1 << (bits - 1).bit_length()
+
+
+def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
+    """Returns zero points [groups, rows] as words [groups, ceil(rows / those of a word)] int32."""
+    width = find_zero_bits(bits)
+    each = _WORD_BITS // width
+    padded = torch.nn.functional.pad(zeros, (0, -zeros.shape[1] % each)).to(torch.int32)
+    words = torch.zeros_like(padded[:, ::each])
+    for i in range(each):
+        words |= padded[:, i::each] << (i * width)
+    return words
+
+
+def unpack_zeros(words: Tensor, bits: int, rows: int) -> Tensor:
+    """Returns the zero points [groups, rows] uint8 that ``pack_zeros`` packed."""
+    width = find_zero_bits(bits)
+    fields = [(words >> low) & ((1 << width) - 1) for low in range(0, _WORD_BITS, width)]
+    return torch.stack(fields, dim=-1).flatten(1)[:, :rows].to(torch.uint8)
 
 
 def pad_groups(values: Tensor, in_features: int, group_size: int | None) -> Tensor:

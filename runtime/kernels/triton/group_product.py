@@ -14,7 +14,10 @@ and lies where it is needed. Results are computed transposed, W x': 16 rows of t
 import triton
 import triton.language as tl
 
+from runtime.kernels.triton.fragment_layout import find_zero_bits
 from runtime.kernels.triton.fragment_unpacking import operand, to_tile_order
+
+zero_bits = triton.constexpr_function(find_zero_bits)
 
 
 @triton.constexpr_function
@@ -52,12 +55,38 @@ def load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS: t
 
 
 @triton.jit
-def load_zero_codes(zero_ptr, group, row_block, row_block_mask, row_blocks, WARPS: tl.constexpr):
+def load_zero_rows(zero_ptr, group, row_block, row_block_mask, row_blocks, BITS: tl.constexpr, WARPS: tl.constexpr):
+    """Returns the zero points of a group as they are stored, of rows j = 0 and of j = 1: uint32 [8 * WARPS, 4] of v."""
+    WIDTH: tl.constexpr = zero_bits(BITS)
+    if WIDTH == 8:
+        offset = group * row_blocks * 2 + row_block[:, None] * 2 + tl.arange(0, 2)[None, :]
+        words = tl.load(zero_ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)
+        # Byte 2 (v mod 2) + j of word v // 2.
+        even = tl.join(words & 0xFF, (words >> 16) & 0xFF)
+        odd = tl.join((words >> 8) & 0xFF, words >> 24)
+    else:
+        # Several blocks of 8 rows share a word, which each loads for itself: only whole words are copied ahead.
+        SHARED: tl.constexpr = 4 // WIDTH
+        offset = group * tl.cdiv(row_blocks, SHARED) + row_block // SHARED
+        word = tl.load(zero_ptr + offset, mask=row_block_mask, other=0).to(tl.uint32, bitcast=True)
+        if SHARED > 1:
+            word = word >> (row_block % SHARED * (8 * WIDTH))
+        MASK: tl.constexpr = (1 << WIDTH) - 1
+        even = tl.join(
+            tl.join(word & MASK, (word >> 4 * WIDTH) & MASK),
+            tl.join((word >> 2 * WIDTH) & MASK, (word >> 6 * WIDTH) & MASK),
+        )
+        odd = tl.join(
+            tl.join((word >> WIDTH) & MASK, (word >> 5 * WIDTH) & MASK),
+            tl.join((word >> 3 * WIDTH) & MASK, (word >> 7 * WIDTH) & MASK),
+        )
+    return tl.reshape(even, (8 * WARPS, 4)), tl.reshape(odd, (8 * WARPS, 4))
+
+
+@triton.jit
+def load_zero_codes(zero_ptr, group, row_block, row_block_mask, row_blocks, BITS: tl.constexpr, WARPS: tl.constexpr):
     """Returns the zero points of a group as they are stored, uint32 [64 * WARPS] in tile order."""
-    offset = group * row_blocks * 2 + row_block[:, None] * 2 + tl.arange(0, 2)[None, :]
-    words = tl.load(zero_ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)
-    even = tl.join(words & 0xFF, (words >> 16) & 0xFF)
-    odd = tl.join((words >> 8) & 0xFF, words >> 24)
+    even, odd = load_zero_rows(zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, WARPS)
     return to_tile_order(tl.join(even, odd), WARPS)
 
 
@@ -80,7 +109,7 @@ def load_zero(
         ZERO: tl.constexpr = 0.5 if BITS == 1 else 1 << (BITS - 1)
         return tl.full((64 * WARPS,), (1 << MANTISSA) + (1 << POSITION) * ZERO, tl.float32)
     else:
-        zero = load_zero_codes(zero_ptr, group, row_block, row_block_mask, row_blocks, WARPS)
+        zero = load_zero_codes(zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, WARPS)
         # The float 2**e has 127 + e in its exponent, and its mantissa begins at bit 23 - e for whole numbers.
         BASE_BITS: tl.constexpr = (127 + MANTISSA) << 23
         return ((zero << (23 - MANTISSA + POSITION)) | BASE_BITS).to(tl.float32, bitcast=True)

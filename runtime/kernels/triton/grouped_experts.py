@@ -64,9 +64,7 @@ def gather_experts(weights: list[FragmentWeight]) -> FragmentExperts:
         (
             weight.words.flatten(),
             weight.scale.flatten().view(torch.int32),
-            torch.empty(0, dtype=torch.int32, device=device)
-            if weight.zero_point is None
-            else weight.zero_point.flatten().view(torch.int32),
+            _list_zeros(weight),
         )
         for weight in weights
     ]
@@ -216,6 +214,14 @@ def run_experts(
     by_token[slot_order] = torch.where(flat[slot_order].unsqueeze(1) < experts, outer, 0)
     weighted = by_token.view(tokens, k, -1) * routing_weights.unsqueeze(-1).to(outer.dtype)
     return weighted.sum(dim=1)
+
+
+def _list_zeros(weight: FragmentWeight) -> Tensor:
+    """Returns the zero points of an expert; those of the next begin at an even word, for reads of two."""
+    if weight.zero_point is None:
+        return torch.empty(0, dtype=torch.int32, device=weight.words.device)
+    words = weight.zero_point.flatten()
+    return torch.nn.functional.pad(words, (0, words.numel() % 2))
 
 
 def _find_kind(weight: FragmentWeight) -> Kind:

@@ -69,7 +69,7 @@ def scale_integers(
         ZERO: tl.constexpr = 1 if BITS == 1 else 1 << (BITS - 1)
         whole = products[0] - ZERO * sums
     else:
-        zero = load_zero_codes(zero_ptr, group, row_block, row_block_mask, row_blocks, WARPS).to(tl.int32)
+        zero = load_zero_codes(zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, WARPS).to(tl.int32)
         if BITS == 8:
             zero -= 128
         whole = products[0] - zero[:, None] * sums

@@ -124,8 +124,8 @@ def find_launch(key: LaunchKey, device: Device) -> Launch:
     # Four warps or more would make compute capability 9.0 and 10.0 use instructions that take no operand from registers
     # without copies.
     # 32 rows of x take all registers: enough below compute capability 9.0, where codes fill their words evenly and
-    # nothing but one sum is kept.
-    even = key.bits in (1, 2, 4) and key.activation_bits == 16
+    # nothing but one sum is kept; not where a tile has several groups, and hence scales.
+    even = key.bits in (1, 2, 4) and key.activation_bits == 16 and key.group_size not in (16, 32)
     most_rows = 32 if device.architecture < 90 and even else 16
     block_m = min(key.rows, most_rows)
     warps = 2 if key.out_features > TILE_CODES else 1

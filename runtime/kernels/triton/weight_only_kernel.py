@@ -48,7 +48,7 @@ def multiply_weight(
         x_mask: [BLOCK_M], the rows that exist.
         words_ptr: [tiles, BITS, row_blocks, 4, 4] int32 (``fragment_layout``).
         scale_ptr: [groups, row_blocks, 4] int32, two float16 scales a word.
-        zero_ptr: [groups, row_blocks, 2] int32, four zero points a word; not read when SYMMETRIC.
+        zero_ptr: [groups, words] int32, 4, 8, 16 or 32 zero points a word; not read when SYMMETRIC.
         first_row_block: The program's first block of 8 rows of W.
         last_row_block: Where the rows end that may be read.
         row_blocks: Blocks of 8 rows of W.
@@ -79,7 +79,6 @@ def multiply_weight(
     for step in tl.range(first_step, last_step, num_stages=STAGES):
         for part in tl.static_range(PARTS):
             group = step * PARTS + part if PARTS > 1 else (step * 64 * TILES // GROUP_SIZE if GROUP_SIZE else 0)
-            scale = load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS)
             none = tl.zeros((64 * WARPS, BLOCK_M), tl.float32)
             products = (none, tl.zeros((16 * WARPS, BLOCK_M), tl.float32))
             for tile in tl.static_range(TILES):
@@ -90,6 +89,7 @@ def multiply_weight(
                 products = add_products(
                     products, words, base_bits, x, part, PARTS, BITS, POSITION, ELEMENT, WARPS, UPCAST
                 )
+            scale = load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS)
             if ELEMENT < 0:
                 zero = load_zero(
                     zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, MANTISSA, POSITION, SYMMETRIC, WARPS

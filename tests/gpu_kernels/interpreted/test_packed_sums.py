@@ -118,16 +118,16 @@ def test_nested_weights_are_read_at_each_width(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, *BLOCKS])
 def test_no_format_is_read_at_more_bytes_than_it_is_stored_in(name: str) -> None:
-    """But for padding: parts of columns, of 8 rows each, become whole tiles."""
+    """But for padding: parts of columns become whole tiles."""
     format_ = FORMATS[name]
-    weight = draw_weight(name, rows=8, columns=640)
+    weight = draw_weight(name, rows=16, columns=640)
     assert packed_linear(draw(0, 640), weight, None) is not None
     kept = weight.__dict__["_fragments"][1]
     stored_bytes = format_.storage_bytes(weight.shape)
     if isinstance(kept, ColumnParts):
         read_bytes = sum(part.read_bytes for part in kept.parts)
         stored = zip((format_.mixture.wide, format_.mixture.narrow), kept.parts, strict=True)
-        stored_bytes = sum(some.storage_bytes((8, part.shape[1] + -part.shape[1] % 64)) for some, part in stored)
+        stored_bytes = sum(some.storage_bytes((16, part.shape[1] + -part.shape[1] % 64)) for some, part in stored)
     elif isinstance(kept, ResidualBlocks):
         read_bytes = sum(tensor.nbytes for tensor in (kept.words, kept.left, kept.right))
     else:
@@ -138,7 +138,8 @@ def test_no_format_is_read_at_more_bytes_than_it_is_stored_in(name: str) -> None
     if format_.kind == "nested":
         # The scales of lower widths are not read.
         stored_bytes -= weight.scale_4.nbytes + weight.scale_6.nbytes
-    assert read_bytes == stored_bytes
+    # Zero points of a row are stored as whole bytes.
+    assert read_bytes <= stored_bytes if format_.kind == "column_mixture" else read_bytes == stored_bytes
 
 
 def test_powers_of_two_beyond_float16_are_in_the_factor() -> None:

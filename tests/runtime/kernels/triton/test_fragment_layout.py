@@ -6,12 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from runtime.formats import FORMATS
 from runtime.kernels.triton.fragment_layout import (
     PAIRS,
+    fits_groups,
     list_fields,
     pack_fragments,
     pack_words,
+    pack_zeros,
     unpack_words,
+    unpack_zeros,
 )
 
 
@@ -68,16 +72,47 @@ def test_scales_and_zero_points_are_transposed_and_padded() -> None:
     weight = pack_fragments(draw_codes(13, 96, 4), scale, zero, bits=4, group_size=32)
     assert weight.zero_point is not None
     # 96 codes are padded to two tiles of 64, so there is a fourth group that the kernels read.
-    assert weight.scale.shape == weight.zero_point.shape == (4, 16)
+    assert weight.scale.shape == (4, 16)
     assert torch.equal(weight.scale[:3, :13], scale.t())
-    assert torch.equal(weight.zero_point[:3, :13], zero.t())
+    assert torch.equal(unpack_zeros(weight.zero_point, 4, 13)[:3], zero.t())
     assert float(weight.scale[3:].sum() + weight.scale[:, 13:].sum()) == 0.0
-    assert weight.read_bytes == 4 * 2 * 16 * 64 // 8 + 4 * 16 * 2 + 4 * 16
+    assert weight.read_bytes == 4 * 2 * 16 * 64 // 8 + 4 * 16 * 2 + 4 * 16 // 2
     symmetric = pack_fragments(draw_codes(13, 96, 4), scale, None, bits=4, group_size=32)
-    assert symmetric.read_bytes == weight.read_bytes - 4 * 16
-    # The kernels read both as whole 32-bit words, one group included.
+    assert symmetric.read_bytes == weight.read_bytes - 4 * 16 // 2
+    # The kernels read scales as whole 32-bit words, one group included.
     single = pack_fragments(draw_codes(3, 97, 4), scale[:3, :1], zero[:3, :1], bits=4, group_size=None)
     assert single.scale.view(torch.int32).shape == (1, 4)
+
+
+@pytest.mark.parametrize(("bits", "width"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (6, 8), (7, 8), (8, 8)])
+def test_zero_points_follow_each_other_in_words(bits: int, width: int) -> None:
+    # 37 rows fill no whole words: row 33 of group 1 lies (33 mod fields) fields above the lowest bit of its word.
+    zeros = torch.zeros((2, 37), dtype=torch.uint8)
+    zeros[1, 33] = (1 << bits) - 1
+    words, each = pack_zeros(zeros, bits), 32 // width
+    assert words.dtype == torch.int32
+    assert words.shape == (2, -(-37 // each))
+    expected = torch.zeros_like(words)
+    expected[1, 33 // each] = torch.tensor(((1 << bits) - 1) << (33 % each * width)).to(torch.int32)
+    assert torch.equal(words, expected)
+    drawn = draw_codes(2, 37, bits)
+    assert torch.equal(unpack_zeros(pack_zeros(drawn, bits), bits, 37), drawn)
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (576, 576), (192, 576), (576, 1536)])
+def test_no_more_is_read_than_is_stored(shape: tuple[int, int]) -> None:
+    """Every integer format, within 3 % of what the checkpoint stores: zero points of 3 and of 5 to 7 bits grow."""
+    for format_ in FORMATS.values():
+        if format_.kind != "int" or not fits_groups(format_.group_size) or shape[1] % (format_.group_size or 1):
+            continue
+        groups = format_.group_count(shape[1])
+        # Shapes alone: nothing is packed on the meta device.
+        scale = torch.empty((shape[0], groups), dtype=torch.float16, device="meta")
+        zero = None if format_.symmetric else scale.to(torch.uint8)
+        codes = torch.empty(shape, dtype=torch.uint8, device="meta")
+        weight = pack_fragments(codes, scale, zero, bits=format_.bits, group_size=format_.group_size)
+        if format_.scale_type == "fp16":
+            assert weight.read_bytes <= 1.03 * format_.storage_bytes(shape), format_.name
 
 
 def test_what_the_kernels_cannot_take_is_refused() -> None:
