@@ -1,11 +1,19 @@
-"""Compiles the products with sums of parts for GPUs that are not at hand."""
+"""Compiles the products with sums of parts and residual blocks for GPUs that are not at hand."""
+
+from typing import Any
 
 from triton.backends.compiler import GPUTarget
 
-from runtime.kernels.triton.aot import THREADS_PER_WARP, CompiledProduct, compile_kernel
+from runtime.kernels.triton.aot import (
+    THREADS_PER_AMD_WARP,
+    THREADS_PER_WARP,
+    CompiledProduct,
+    compile_kernel,
+)
 from runtime.kernels.triton.launch_table import Launch, LaunchKey
 from runtime.kernels.triton.parted_kernel import dequantize_parts_kernel, parted_kernel
 from runtime.kernels.triton.parted_layout import CodePart
+from runtime.kernels.triton.residual_blocks_kernel import residual_blocks_kernel
 from runtime.kernels.triton.sass import KernelCode, read_code
 
 
@@ -21,24 +29,32 @@ def compile_parted_product(
         each_scaled: Each part has scales of its own.
         dtype: Type of x, ``fp16`` or ``bf16``.
     """
-    constants = {
-        **_list_constants(parts, each_scaled, key.group_size),
-        "HAS_EXPONENT": False,
-        "HAS_BIAS": False,
-        "TILES": launch.tiles,
-        "BLOCK_M": launch.block_m,
-        "WARPS": launch.warps,
-        "STAGES": launch.stages,
-        "UPCAST": False,
-    }
-    target = GPUTarget("cuda", key.architecture, THREADS_PER_WARP)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.max_registers}
-    kernel = compile_kernel(parted_kernel, constants, dtype, target, options)
-    return CompiledProduct(
-        code=read_code(kernel.asm["cubin"]),
-        shared_bytes=kernel.metadata.shared,
-        weights_per_step=64 * 64 * launch.tiles // THREADS_PER_WARP,
-    )
+    constants = _list_product_constants(parts, each_scaled, key.group_size, launch)
+    return _compile_product(parted_kernel, constants, dtype, key.architecture, launch)
+
+
+def compile_parted_product_amd(
+    launch: Launch, parts: tuple[CodePart, ...], group_size: int | None, *, each_scaled: bool, architecture: str
+) -> str:
+    """Returns the assembly of the product of float16 with a sum of parts for an AMD architecture."""
+    target = GPUTarget("hip", architecture, THREADS_PER_AMD_WARP)
+    # Half as many warps of twice the threads: a thread's share of the words stays 16 bytes.
+    options = {"num_warps": launch.warps * THREADS_PER_WARP // THREADS_PER_AMD_WARP, "num_stages": launch.stages}
+    constants = _list_product_constants(parts, each_scaled, group_size, launch)
+    return str(compile_kernel(parted_kernel, constants, "fp16", target, options).asm["amdgcn"])
+
+
+def compile_residual_product(launch: Launch, *, architecture: int, rank: int, x_parts: int) -> CompiledProduct:
+    """Returns the product with residual blocks compiled for a compute capability.
+
+    Args:
+        launch: Its launch.
+        architecture: Compute capability times ten.
+        rank: Rank of the magnitudes.
+        x_parts: 2 for float32 activations, else 1.
+    """
+    constants = {"RANK": rank, "X_PARTS": x_parts, **_list_launch_constants(launch)}
+    return _compile_product(residual_blocks_kernel, constants, "fp16", architecture, launch)
 
 
 def compile_parted_dequantization(
@@ -49,6 +65,36 @@ def compile_parted_dequantization(
     target = GPUTarget("cuda", architecture, THREADS_PER_WARP)
     kernel = compile_kernel(dequantize_parts_kernel, constants, dtype, target, {"num_warps": 4}, out=dtype)
     return read_code(kernel.asm["cubin"])
+
+
+def _compile_product(
+    function: Any, constants: dict[str, object], dtype: str, architecture: int, launch: Launch
+) -> CompiledProduct:
+    target = GPUTarget("cuda", architecture, THREADS_PER_WARP)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.max_registers}
+    kernel = compile_kernel(function, constants, dtype, target, options)
+    return CompiledProduct(
+        code=read_code(kernel.asm["cubin"]),
+        shared_bytes=kernel.metadata.shared,
+        weights_per_step=64 * 64 * launch.tiles // THREADS_PER_WARP,
+    )
+
+
+def _list_product_constants(
+    parts: tuple[CodePart, ...], each_scaled: bool, group_size: int | None, launch: Launch
+) -> dict[str, object]:
+    of_weight = _list_constants(parts, each_scaled, group_size)
+    return {**of_weight, "HAS_EXPONENT": False, "HAS_BIAS": False, **_list_launch_constants(launch)}
+
+
+def _list_launch_constants(launch: Launch) -> dict[str, object]:
+    return {
+        "TILES": launch.tiles,
+        "BLOCK_M": launch.block_m,
+        "WARPS": launch.warps,
+        "STAGES": launch.stages,
+        "UPCAST": False,
+    }
 
 
 def _list_constants(parts: tuple[CodePart, ...], each_scaled: bool, group_size: int | None) -> dict[str, object]:

@@ -115,7 +115,7 @@ def _(
 
 def _multiply(x: Tensor, parts: list[FragmentWeight], bias: Tensor | None, N: int) -> Tensor:
     """Returns x W' + bias for x [rows, in_features] with its columns in the order of the parts."""
-    pieces = x.split([part.shape[1] for part in parts], dim=1)
+    pieces = torch.split(x, [part.shape[1] for part in parts], dim=1)
     if x.dtype == torch.float32:
         y = sum(triton_linear(piece, part) for piece, part in zip(pieces, parts, strict=True))
         assert isinstance(y, Tensor)
@@ -136,7 +136,7 @@ def _multiply_few(pieces: tuple[Tensor, ...], parts: list[FragmentWeight], bias:
     splits = [launch.splits for launch in launches]
 
     def launch_splits(out: Tensor, added: Tensor | None) -> None:
-        addends = out.split(splits)
+        addends = torch.split(out, splits)
         for part, launch, addend, (x, exponent) in zip(parts, launches, addends, read, strict=True):
             launch_weight_only(part, launch, addend, x, added, exponent)
 

@@ -12,7 +12,7 @@ from runtime.kernels.triton.packed_fragments import make_fragments
 from runtime.storage import Format
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Part:
     """Some columns of a packed weight, which are a packed weight by themselves."""
 
