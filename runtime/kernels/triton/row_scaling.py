@@ -49,7 +49,7 @@ def scale_rows(x: Tensor, factors: Tensor | None = None) -> ScaledRows:
     values = torch.empty((parts, rows, count + -count % TILE_CODES), dtype=torch.float16, device=x.device)
     exponent = torch.empty((parts, rows), dtype=torch.int32, device=x.device)
     if rows:
-        scale_rows_kernel[(rows,)](
+        scale_rows_kernel[(len(x), repeated)](
             x,
             x if factors is None else factors.contiguous(),
             values,
@@ -58,7 +58,6 @@ def scale_rows(x: Tensor, factors: Tensor | None = None) -> ScaledRows:
             count,
             values.shape[2],
             x.stride(0),
-            repeated,
             HAS_FACTORS=factors is not None,
             PARTS=parts,
             BLOCK=_BLOCK,

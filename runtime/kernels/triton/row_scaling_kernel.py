@@ -40,29 +40,27 @@ def scale_rows_kernel(
     K,
     padded_K,
     x_stride,
-    factors,
     HAS_FACTORS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes one row of x, or its products with a row of factors, as PARTS rows of float16; grid (rows).
+    """Writes one row of x, or its products with a row of factors, as PARTS rows of float16; grid (rows, factors).
 
     Args:
-        x_ptr: [M, K], or [M / factors, K] where there are factors.
+        x_ptr: [rows, K]; with factors each row makes as many rows, one after the other, M in all.
         factor_ptr: [factors, K] float16; read when HAS_FACTORS.
         out_ptr: [PARTS, M, padded_K] float16; zero where there is no element of x.
         exponent_ptr: [PARTS, M] int32, of the power of two that a row is multiplied by.
-        M, K: Rows of x, elements of a row.
+        M, K: Rows that are written, elements of a row.
         padded_K: Elements of a row that is written.
         x_stride: Elements from one row of x to the next.
-        factors: How many rows are made of each row of x, one after the other; 1 without factors.
         HAS_FACTORS: Multiply each row of x by each row of factors.
         PARTS: 2 for rows that are as exact as float32, 1 for those rounded to float16.
         BLOCK: Elements that are taken at once.
     """
-    row = tl.program_id(0)
-    x_row = x_ptr + (row // factors).to(tl.int64) * x_stride
-    factor_row = factor_ptr + (row % factors).to(tl.int64) * K
+    row = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    x_row = x_ptr + tl.program_id(0).to(tl.int64) * x_stride
+    factor_row = factor_ptr + tl.program_id(1).to(tl.int64) * K
     element = tl.arange(0, BLOCK)
     greatest = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, K, BLOCK):

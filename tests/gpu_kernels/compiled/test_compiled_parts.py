@@ -72,9 +72,15 @@ class Variant:
 VARIANTS = [
     Variant(name="bcq2", parts=(PLANE,) * 2, each_scaled=True),
     Variant(name="bcq3", parts=(PLANE,) * 3, each_scaled=True),
-    Variant(name="bcq4", parts=(PLANE,) * 4, each_scaled=True, dtype="bf16"),
     Variant(
-        name="bcq4", parts=(PLANE,) * 4, each_scaled=True, architecture=80, rows=64, group_size=64, in_features=576
+        name="bcq4",
+        parts=(PLANE,) * 4,
+        each_scaled=True,
+        architecture=80,
+        rows=64,
+        group_size=64,
+        in_features=576,
+        dtype="bf16",
     ),
     Variant(name="bcq3", parts=(PLANE,) * 3, each_scaled=True, architecture=120),
     Variant(name="nested8", parts=NESTED, dtype="bf16"),
