@@ -40,7 +40,7 @@ def encode_group_mixture(weight: Tensor, format_: Format, importance: Tensor | N
     wide, narrow = INTEGER.encode(weight, mixture.wide, h), INTEGER.encode(weight, mixture.narrow, h)
     mask = _choose_groups(weight, format_, h, wide=wide, narrow=narrow)
     tensors = {"mask": pack_codes(mask.to(torch.uint8), 1)}
-    places = _places(mask, torch.arange(len(weight)))
+    places = list_group_places(mask, torch.arange(len(weight)))
     count = mixture.outlier_count(weight.shape[1] // groups * places[1].shape[1])
     if count:
         index, inliers = _take_outliers(weight, places[1], count, groups, h)
@@ -62,7 +62,7 @@ def decode_group_mixture(
     """Returns the groups of both parts in their places, and the outliers in theirs."""
     whole = _join_groups(tensors, format_, shape, rows, torch.float32)
     if "outlier" in tensors:
-        whole.scatter_(1, _read_index(tensors, rows), pick(tensors["outlier"], rows).to(torch.float32))
+        whole.scatter_(1, read_outlier_columns(tensors, rows), pick(tensors["outlier"], rows).to(torch.float32))
     return whole
 
 
@@ -77,7 +77,7 @@ def group_mixture_grid(tensors: StoredTensors, format_: Format, shape: tuple[int
     """Returns of each column the grids of its rows' groups; outliers stay what they are."""
     mixture, groups = mixture_of(format_), format_.group_count(shape[1])
     mask, length = unpack_codes(tensors["mask"], 1, groups).bool(), shape[1] // groups
-    places = _places(mask, torch.arange(shape[0]))
+    places = list_group_places(mask, torch.arange(shape[0]))
     steps = torch.empty(3, shape[0], groups)
     parts = [
         part for part in zip(("wide", "narrow"), (mixture.wide, mixture.narrow), places, strict=True) if part[2].numel()
@@ -91,7 +91,7 @@ def group_mixture_grid(tensors: StoredTensors, format_: Format, shape: tuple[int
     scales, zero_points, tops = steps.transpose(1, 2).contiguous()
     outliers = torch.full(shape, torch.nan)
     if "outlier" in tensors:
-        outliers.scatter_(1, _read_index(tensors, None), tensors["outlier"].to(torch.float32))
+        outliers.scatter_(1, read_outlier_columns(tensors, None), tensors["outlier"].to(torch.float32))
 
     def round_column(j: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
         codes, values = round_to_steps(numbers, scales[j // length], zero_points[j // length], tops[j // length])
@@ -108,7 +108,7 @@ def group_mixture_grid(tensors: StoredTensors, format_: Format, shape: tuple[int
     return ColumnGrid(round_column=round_column, with_codes=with_codes)
 
 
-def _read_index(tensors: StoredTensors, rows: Tensor | None) -> Tensor:
+def read_outlier_columns(tensors: StoredTensors, rows: Tensor | None) -> Tensor:
     """Returns the columns [n, count] int64 of the outliers."""
     octets = pick(tensors["outlier_index"], rows).to(torch.int64)
     return octets[..., 0] | octets[..., 1] << 8
@@ -130,7 +130,7 @@ def _join_groups(
     mixture, groups = mixture_of(format_), format_.group_count(shape[1])
     device = tensors["mask"].device
     mask = unpack_codes(tensors["mask"], 1, groups).bool()
-    places = _places(mask, torch.arange(shape[0], device=device) if rows is None else rows)
+    places = list_group_places(mask, torch.arange(shape[0], device=device) if rows is None else rows)
     length = shape[1] // groups
     whole = torch.empty((len(places[0]), groups, length), dtype=dtype, device=device)
     for part_name, part, chosen in zip(("wide", "narrow"), (mixture.wide, mixture.narrow), places, strict=True):
@@ -158,7 +158,7 @@ def _choose_groups(weight: Tensor, format_: Format, h: Tensor, *, wide: StoredTe
     return torch.zeros((blocks, groups), dtype=torch.bool).scatter_(1, best, True)
 
 
-def _places(mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def list_group_places(mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the wide and the narrow groups of rows [n], rising, [n, count] each; all blocks have as many."""
     of_blocks = (m.nonzero()[:, 1].view(len(mask), -1) for m in (mask, ~mask))
     wide, narrow = (places[rows // ROWS_OF_A_MASK] for places in of_blocks)

@@ -13,6 +13,7 @@ from runtime.kernels.triton.integer_linear import fits_integers, triton_integer_
 from runtime.kernels.triton.kept_layout import Packed, can_multiply
 from runtime.kernels.triton.packed_columns import multiply_columns
 from runtime.kernels.triton.packed_fragments import find_fragments, fits_kernels
+from runtime.kernels.triton.packed_group_mixture import multiply_mixed_groups
 from runtime.kernels.triton.packed_parts import PARTED_KINDS, multiply_parted
 from runtime.kernels.triton.packed_residuals import multiply_residual_blocks
 from runtime.kernels.triton.weight_only_linear import triton_linear
@@ -51,6 +52,7 @@ PRODUCTS: dict[str, Callable[[Tensor, Packed, Tensor | None], Tensor | None]] = 
     **dict.fromkeys(("int", "element", "binary"), multiply_fragments),
     **dict.fromkeys(PARTED_KINDS, multiply_parted),
     "column_mixture": multiply_columns,
+    "group_mixture": multiply_mixed_groups,
     "residual_blocks": multiply_residual_blocks,
 }
 

@@ -60,7 +60,7 @@ def multiply_rows(
         dequantize: (float16 or bfloat16, (first, last) rows, the first a multiple of 8) -> these rows of the weight.
     """
     if x.dtype == torch.float32:
-        y = _multiply_float32(x, out_features, few)
+        y = multiply_float32(x, out_features, few)
         return y if bias is None else y + bias
     if x.shape[0] > MOST_ROWS:
         return multiply_many(x, bias, out_features, dequantize)
@@ -85,7 +85,8 @@ def multiply_many(x: Tensor, bias: Tensor | None, N: int, dequantize: Dequantize
     return y
 
 
-def _multiply_float32(x: Tensor, N: int, few: MultiplyFew) -> Tensor:
+def multiply_float32(x: Tensor, N: int, few: MultiplyFew) -> Tensor:
+    """Returns x W' [rows, N] for any number of float32 rows, as two float16 rows each."""
     scaled = scale_rows(x)
     parts, exponents = scaled.values.flatten(0, 1), scaled.exponent.flatten()
     pieces = []
