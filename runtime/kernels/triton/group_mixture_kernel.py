@@ -32,13 +32,18 @@ def count_ones(bits):
 
 @triton.jit
 def find_wide(flags_ptr, starts_ptr, group, row_block, row_block_mask, row_blocks):
-    """Returns which blocks of 8 rows are wide in a group, and the place of the group among their wide ones."""
+    """Returns (wide, place) of a group and of the next one, the first being even.
+
+    ``wide`` [8 * WARPS] says which blocks of 8 rows are wide in it, ``place`` where it is among their wide groups.
+    """
     offset = group // 32 * tl.cdiv(row_blocks, 2) + row_block // 2
     flags = tl.load(flags_ptr + offset, mask=row_block_mask, other=0).to(tl.uint32, bitcast=True)
     start = tl.load(starts_ptr + offset, mask=row_block_mask, other=0)
     bit = tl.cast(group % 32, tl.uint32)
     before = flags & ((tl.full((), 1, tl.uint32) << bit) - 1)
-    return ((flags >> bit) & 1) != 0, start + count_ones(before).to(tl.int32)
+    place = start + count_ones(before).to(tl.int32)
+    wide = (flags >> bit) & 1
+    return (wide != 0, place), ((flags >> (bit + 1)) & 1 != 0, place + wide.to(tl.int32))
 
 
 @triton.jit
@@ -48,6 +53,37 @@ def load_low_word(low_ptr, place, wide, row_block, row_blocks):
     start = (place * row_blocks + row_block) * 16
     words = tl.load(low_ptr + (start[:, None, None] + thread), mask=wide[:, None, None], other=0)
     return words.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def multiply_part(
+    words,
+    base_bits,
+    x,
+    sums,
+    scale,
+    zero,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+    POSITION: tl.constexpr,
+    WARPS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Returns scale * STEP (q - zero) x' of one group of codes of 2 bits, [64 * WARPS, BLOCK_M] in tile order.
+
+    Args:
+        words: The words of a tile, as ``load_words`` returns them.
+        base_bits: The exponent of BASE.
+        x: [64 // PIECES, BLOCK_M].
+        sums: Sums of x, [64 * WARPS, BLOCK_M].
+        scale, zero: [64 * WARPS] float32, the zero points as BASE + STEP zero.
+        PIECE, PIECES: Which piece of the tile of how many.
+        POSITION: Where the codes are put in their floats.
+        WARPS, UPCAST: As in ``multiply_weight``.
+    """
+    codes = operand(words, base_bits, (), PIECE, PIECES, 2, POSITION, -1, x.dtype, WARPS)
+    products = multiply_add(codes, x, tl.zeros(sums.shape, tl.float32), UPCAST)
+    return scale[:, None] * (products - zero[:, None] * sums)
 
 
 @triton.jit
@@ -104,21 +140,17 @@ def group_mixture_kernel(
     # Kept in a register of each thread, as in ``multiply_weight``.
     base_bits = ((row_block >> 31) | BASE_BITS).to(tl.uint32, bitcast=True)[:, None, None]
     ones = tl.full((16 * WARPS, GROUP_SIZE), 1.0, tl.float32 if UPCAST else DTYPE)
-    none = tl.zeros((64 * WARPS, BLOCK_M), tl.float32)
-    total = none
+    total = tl.zeros((64 * WARPS, BLOCK_M), tl.float32)
     for step in tl.range(split * steps_per_split, tl.minimum(steps, (split + 1) * steps_per_split), num_stages=STAGES):
         words = load_words(words_ptr, step, row_block, row_block_mask, row_blocks, 2)
-        first, first_place = find_wide(flags_ptr, starts_ptr, step * PIECES, row_block, row_block_mask, row_blocks)
+        found = find_wide(flags_ptr, starts_ptr, step * PIECES, row_block, row_block_mask, row_blocks)
         if PIECES == 2:
-            second, second_place = find_wide(flags_ptr, starts_ptr, step * 2 + 1, row_block, row_block_mask, row_blocks)
-            places, wides = (first_place, second_place), (first, second)
-            halves = places
+            first, second = found[0][1], found[1][1]
         else:
-            places, wides = (first_place, first_place), (first, first)
-            halves = (2 * first_place, 2 * first_place + 1)
+            first, second = 2 * found[0][1], 2 * found[0][1] + 1
         low_words = (
-            load_low_word(low_words_ptr, halves[0], wides[0], row_block, row_blocks),
-            load_low_word(low_words_ptr, halves[1], wides[1], row_block, row_blocks),
+            load_low_word(low_words_ptr, first, found[0][0], row_block, row_blocks),
+            load_low_word(low_words_ptr, second, found[PIECES - 1][0], row_block, row_blocks),
         )
         for piece in tl.static_range(PIECES):
             group = step * PIECES + piece
@@ -127,19 +159,16 @@ def group_mixture_kernel(
             sums = multiply_add(ones, x, tl.zeros((16 * WARPS, BLOCK_M), tl.float32), UPCAST)
             # Tile order counts v slowest, so four copies of the sums lie one below the other.
             sums = tl.reshape(tl.broadcast_to(sums[None, :, :], (4, 16 * WARPS, BLOCK_M)), (64 * WARPS, BLOCK_M))
-            high = operand(words, base_bits, (), piece, PIECES, 2, POSITION, -1, DTYPE, WARPS)
-            low = operand(low_words, base_bits, (), piece, PIECES, 2, POSITION, -1, DTYPE, WARPS)
             scale = load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS).to(tl.float32)
             zero = load_zero(
                 zero_ptr, group, row_block, row_block_mask, row_blocks, 2, MANTISSA, POSITION, False, WARPS
             )
-            total += scale[:, None] * (multiply_add(high, x, none, UPCAST) - zero[:, None] * sums)
-            zero = load_zero(
-                low_zero_ptr, places[piece], row_block, wides[piece], row_blocks, 2, MANTISSA, POSITION, False, WARPS
-            )
-            wide = to_tile_order(tl.broadcast_to(wides[piece][:, None], (8 * WARPS, 8)), WARPS)
-            quarter = tl.where(wide, scale * 0.25, 0.0)
-            total += quarter[:, None] * (multiply_add(low, x, none, UPCAST) - zero[:, None] * sums)
+            total += multiply_part(words, base_bits, x, sums, scale, zero, piece, PIECES, POSITION, WARPS, UPCAST)
+            wide, place = found[piece]
+            zero = load_zero(low_zero_ptr, place, row_block, wide, row_blocks, 2, MANTISSA, POSITION, False, WARPS)
+            of_rows = to_tile_order(tl.broadcast_to(wide[:, None], (8 * WARPS, 8)), WARPS)
+            scale = tl.where(of_rows, scale * 0.25, 0.0)
+            total += multiply_part(low_words, base_bits, x, sums, scale, zero, piece, PIECES, POSITION, WARPS, UPCAST)
     store_product(
         total * (1.0 / (1 << POSITION)),
         exponent_ptr,

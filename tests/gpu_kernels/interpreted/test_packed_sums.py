@@ -11,6 +11,7 @@ from torch import Tensor
 from runtime.apply import pack_weight
 from runtime.formats import FORMATS
 from runtime.kernels.triton.column_linear import ColumnParts
+from runtime.kernels.triton.group_mixture_layout import MixedGroups
 from runtime.kernels.triton.packed_product import packed_linear
 from runtime.kernels.triton.residual_linear import ResidualBlocks
 from runtime.packed import PackedWeight
@@ -19,7 +20,7 @@ from tests.gpu_kernels.interpreted.products import ROUNDING, find_greatest_code
 
 # Additions one after the other: the codes of a step, then groups, parts and splits.
 CHAIN = 128 + 64
-KINDS = ("planes", "nested", "double_rounding", "column_mixture")
+KINDS = ("planes", "nested", "double_rounding", "column_mixture", "group_mixture")
 NAMES = [name for name, format_ in FORMATS.items() if format_.kind in KINDS and format_.fits(128)]
 BLOCKS = [name for name, format_ in FORMATS.items() if format_.kind == "residual_blocks"]
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -43,6 +44,9 @@ def find_greatest_terms(weight: PackedWeight, dtype: torch.dtype) -> float:
         return sum(
             part.factor * float(part.scale.abs().max()) * find_greatest_code(part.bits, dtype) for part in kept.parts
         )
+    if isinstance(kept, MixedGroups):
+        outliers = float(kept.outlier.abs().max()) if kept.outlier.numel() else 0.0
+        return 1.25 * float(kept.scale.abs().max()) * find_greatest_code(2, dtype) + outliers
     read = kept[weight.width]
     floats = sum(part.factor * find_greatest_code(part.bits, dtype) for part in read.parts)
     return floats * read.factor * float(read.scale.abs().max())
@@ -66,7 +70,15 @@ def test_every_format_multiplies_as_its_reference(name: str) -> None:
 @pytest.mark.parametrize("dtype", TYPES, ids=["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize(
     "name",
-    ["bcq3_g64", "dual_binary_g64", "nested8_g64", "nested4_6_g32", "int4_top12int8_g64", "int1_top20int4_channel"],
+    [
+        "bcq3_g64",
+        "dual_binary_g64",
+        "nested8_g64",
+        "nested4_6_g32",
+        "int4_top12int8_g64",
+        "int1_top20int4_g64",
+        "int2_mix25int4_g64_outliers",
+    ],
 )
 def test_every_type_of_activations(name: str, dtype: torch.dtype) -> None:
     weight = draw_weight(name, rows=70, columns=192)
@@ -128,6 +140,10 @@ def test_no_format_is_read_at_more_bytes_than_it_is_stored_in(name: str) -> None
         read_bytes = sum(part.read_bytes for part in kept.parts)
         stored = zip((format_.mixture.wide, format_.mixture.narrow), kept.parts, strict=True)
         stored_bytes = sum(some.storage_bytes((16, part.shape[1] + -part.shape[1] % 64)) for some, part in stored)
+    elif isinstance(kept, MixedGroups):
+        # Flags are stored as whole bytes of a row, and where each 32 of them begin is not stored.
+        read_bytes = kept.read_bytes - kept.flags.nbytes - kept.starts.nbytes + weight.mask.nbytes
+        assert kept.flags.nbytes == kept.starts.nbytes == 4 and weight.mask.nbytes <= 4
     elif isinstance(kept, ResidualBlocks):
         read_bytes = sum(tensor.nbytes for tensor in (kept.words, kept.left, kept.right))
     else:
@@ -139,7 +155,8 @@ def test_no_format_is_read_at_more_bytes_than_it_is_stored_in(name: str) -> None
         # The scales of lower widths are not read.
         stored_bytes -= weight.scale_4.nbytes + weight.scale_6.nbytes
     # Zero points of a row are stored as whole bytes.
-    assert read_bytes <= stored_bytes if format_.kind == "column_mixture" else read_bytes == stored_bytes
+    has_zero_points = format_.kind in ("column_mixture", "group_mixture")
+    assert read_bytes <= stored_bytes if has_zero_points else read_bytes == stored_bytes
 
 
 def test_powers_of_two_beyond_float16_are_in_the_factor() -> None:
@@ -149,6 +166,23 @@ def test_powers_of_two_beyond_float16_are_in_the_factor() -> None:
     # 2**-39 of the greatest is the least float16 beside it.
     weight.scale[0, 0, 0] -= 60
     assert packed_linear(draw(3, 128), weight, None) is None
+
+
+@pytest.mark.parametrize("name", ["int2_mix25int4_g32", "int2_mix25int4_g32_outliers"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (9, 96), (67, 1056)])
+def test_mixed_groups_of_any_number(name: str, rows: int, columns: int) -> None:
+    """One group, which is narrow; an odd number; more than a word of flags holds, in several blocks of rows."""
+    weight = draw_weight(name, rows=rows, columns=columns)
+    check_product(weight, draw(2, columns, seed=1).to(torch.float16), draw(rows, seed=2).to(torch.float16))
+
+
+def test_mixed_groups_whose_scales_are_too_great_are_left_to_others() -> None:
+    weight = draw_weight("int2_mix25int4_g32")
+    x = draw(2, 128, seed=1)
+    assert packed_linear(draw(65, 128), weight, None) is None
+    assert packed_linear(x, weight, None) is not None
+    weight.scale_wide.fill_(2.0**14)
+    assert packed_linear(x, weight, None) is None
 
 
 def bound_blocks(weight: PackedWeight, x: Tensor) -> Tensor:
