@@ -1,4 +1,4 @@
-"""Compiles the products with sums of parts and residual blocks for GPUs that are not at hand."""
+"""Compiles the products with sums of parts, mixed groups and residual blocks for GPUs that are not at hand."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from runtime.kernels.triton.aot import (
     CompiledProduct,
     compile_kernel,
 )
+from runtime.kernels.triton.group_mixture_kernel import group_mixture_kernel, outlier_kernel
 from runtime.kernels.triton.launch_table import Launch, LaunchKey
 from runtime.kernels.triton.parted_kernel import dequantize_parts_kernel, parted_kernel
 from runtime.kernels.triton.parted_layout import CodePart
@@ -55,6 +56,30 @@ def compile_residual_product(launch: Launch, *, architecture: int, rank: int, x_
     """
     constants = {"RANK": rank, "X_PARTS": x_parts, **_list_launch_constants(launch)}
     return _compile_product(residual_blocks_kernel, constants, "fp16", architecture, launch)
+
+
+def compile_group_mixture(key: LaunchKey, launch: Launch, *, dtype: str) -> CompiledProduct:
+    """Returns the product with groups of 2 and of 4 bits compiled for ``key.architecture``.
+
+    Args:
+        key: The product, of 2 bits.
+        launch: Its launch.
+        dtype: Type of x, ``fp16`` or ``bf16``.
+    """
+    constants = {
+        "GROUP_SIZE": key.group_size,
+        "HAS_EXPONENT": False,
+        "HAS_BIAS": False,
+        **_list_launch_constants(launch),
+    }
+    return _compile_product(group_mixture_kernel, constants, dtype, key.architecture, launch)
+
+
+def compile_outliers(*, architecture: int, dtype: str) -> KernelCode:
+    """Returns the product with outliers compiled for a compute capability."""
+    target = GPUTarget("cuda", architecture, THREADS_PER_WARP)
+    kernel = compile_kernel(outlier_kernel, {"BLOCK": 128}, dtype, target, {"num_warps": 4})
+    return read_code(kernel.asm["cubin"])
 
 
 def compile_parted_dequantization(

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from runtime.kernels.triton.devices import Device
 from runtime.kernels.triton.group_mixture_kernel import group_mixture_kernel, outlier_kernel
 from runtime.kernels.triton.group_mixture_layout import HIGH_BITS, MixedGroups
 from runtime.kernels.triton.launch_table import Launch, LaunchKey, find_bucket, find_launch
@@ -108,11 +109,17 @@ def _plan(weight: MixedGroups, x: Tensor) -> Launch:
         in_features=weight.shape[1],
         group_size=weight.group_size,
     )
-    return limit_block(find_launch(key, device))
+    return plan_mixture(key, device)
 
 
-def limit_block(launch: Launch) -> Launch:
-    """Returns a launch with as many rows of x in a program as fit the registers of two parts, a tile in a step."""
+def plan_mixture(key: LaunchKey, device: Device) -> Launch:
+    """Returns how a product with groups of 2 and of 4 bits is launched: few rows of x in a program, a tile in a step.
+
+    Args:
+        key: The product, of 2 bits.
+        device: What the prior reckons with.
+    """
+    launch = find_launch(key, device)
     return replace(launch, block_m=min(_MOST_BLOCK_ROWS, launch.block_m), tiles=1)
 
 

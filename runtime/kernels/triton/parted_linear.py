@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from runtime.kernels.triton.devices import Device
 from runtime.kernels.triton.fragment_layout import TILE_CODES, TILE_ROWS
 from runtime.kernels.triton.launch_table import Launch, LaunchKey, find_bucket, find_launch
 from runtime.kernels.triton.parted_kernel import dequantize_parts_kernel, parted_kernel
@@ -145,7 +146,7 @@ def _multiply_few(
         in_features=weight.shape[1],
         group_size=weight.group_size,
     )
-    launch = limit_block(find_launch(key, device))
+    launch = plan_parts(key, device)
 
     def launch_splits(out: Tensor, added: Tensor | None) -> None:
         launch_product(parted_kernel, out, x, added, exponent, launch, **_list_arguments(weight))
@@ -160,8 +161,9 @@ def _multiply_few(
     )
 
 
-def limit_block(launch: Launch) -> Launch:
-    """Returns a launch with as many rows of x in a program as fit the registers of a sum of parts."""
+def plan_parts(key: LaunchKey, device: Device) -> Launch:
+    """Returns how a product with a sum of parts is launched: few rows of x in a program; the bits are those of all."""
+    launch = find_launch(key, device)
     return replace(launch, block_m=min(_MOST_BLOCK_ROWS, launch.block_m))
 
 
