@@ -38,11 +38,8 @@ def compile_parted_product_amd(
     launch: Launch, parts: tuple[CodePart, ...], group_size: int | None, *, each_scaled: bool, architecture: str
 ) -> str:
     """Returns the assembly of the product of float16 with a sum of parts for an AMD architecture."""
-    target = GPUTarget("hip", architecture, THREADS_PER_AMD_WARP)
-    # Half as many warps of twice the threads: a thread's share of the words stays 16 bytes.
-    options = {"num_warps": launch.warps * THREADS_PER_WARP // THREADS_PER_AMD_WARP, "num_stages": launch.stages}
     constants = _list_product_constants(parts, each_scaled, group_size, launch)
-    return str(compile_kernel(parted_kernel, constants, "fp16", target, options).asm["amdgcn"])
+    return _compile_amd(parted_kernel, constants, launch, architecture)
 
 
 def compile_residual_product(launch: Launch, *, architecture: int, rank: int, x_parts: int) -> CompiledProduct:
@@ -58,6 +55,12 @@ def compile_residual_product(launch: Launch, *, architecture: int, rank: int, x_
     return _compile_product(residual_blocks_kernel, constants, "fp16", architecture, launch)
 
 
+def compile_residual_product_amd(launch: Launch, *, architecture: str, rank: int) -> str:
+    """Returns the assembly of the product of float16 with residual blocks for an AMD architecture."""
+    constants = {"RANK": rank, "X_PARTS": 1, **_list_launch_constants(launch)}
+    return _compile_amd(residual_blocks_kernel, constants, launch, architecture)
+
+
 def compile_group_mixture(key: LaunchKey, launch: Launch, *, dtype: str) -> CompiledProduct:
     """Returns the product with groups of 2 and of 4 bits compiled for ``key.architecture``.
 
@@ -66,13 +69,13 @@ def compile_group_mixture(key: LaunchKey, launch: Launch, *, dtype: str) -> Comp
         launch: Its launch.
         dtype: Type of x, ``fp16`` or ``bf16``.
     """
-    constants = {
-        "GROUP_SIZE": key.group_size,
-        "HAS_EXPONENT": False,
-        "HAS_BIAS": False,
-        **_list_launch_constants(launch),
-    }
+    constants = _list_mixture_constants(key.group_size, launch)
     return _compile_product(group_mixture_kernel, constants, dtype, key.architecture, launch)
+
+
+def compile_group_mixture_amd(launch: Launch, group_size: int, *, architecture: str) -> str:
+    """Returns the assembly of the product of float16 with groups of 2 and of 4 bits for an AMD architecture."""
+    return _compile_amd(group_mixture_kernel, _list_mixture_constants(group_size, launch), launch, architecture)
 
 
 def compile_outliers(*, architecture: int, dtype: str) -> KernelCode:
@@ -103,6 +106,18 @@ def _compile_product(
         shared_bytes=kernel.metadata.shared,
         weights_per_step=64 * 64 * launch.tiles // THREADS_PER_WARP,
     )
+
+
+def _compile_amd(function: Any, constants: dict[str, object], launch: Launch, architecture: str) -> str:
+    target = GPUTarget("hip", architecture, THREADS_PER_AMD_WARP)
+    # Half as many warps of twice the threads: a thread's share of the words stays 16 bytes.
+    options = {"num_warps": launch.warps * THREADS_PER_WARP // THREADS_PER_AMD_WARP, "num_stages": launch.stages}
+    return str(compile_kernel(function, constants, "fp16", target, options).asm["amdgcn"])
+
+
+def _list_mixture_constants(group_size: int | None, launch: Launch) -> dict[str, object]:
+    of_launch = _list_launch_constants(launch)
+    return {"GROUP_SIZE": group_size, "HAS_EXPONENT": False, "HAS_BIAS": False, **of_launch}
 
 
 def _list_product_constants(

@@ -66,16 +66,14 @@ def _(x: Tensor, tensors: list[Tensor], bias: Tensor | None, group_size: int, ou
 
 
 def _multiply_float32(weight: MixedGroups, x: Tensor, bias: Tensor | None) -> Tensor:
-    def few(some: Tensor, added: Tensor | None, out_dtype: torch.dtype, exponent: Tensor | None = None) -> Tensor:
-        launch = _plan(weight, some)
+    def few(x: Tensor, bias: Tensor | None, out_dtype: torch.dtype, exponent: Tensor | None = None) -> Tensor:
+        launch = _plan(weight, x)
 
-        def launch_splits(out: Tensor, bias_of_out: Tensor | None) -> None:
-            launch_product(group_mixture_kernel, out, some, bias_of_out, exponent, launch, **_list_arguments(weight))
+        def launch_splits(out: Tensor, added: Tensor | None) -> None:
+            launch_product(group_mixture_kernel, out, x, added, exponent, launch, **_list_arguments(weight))
 
-        shape = (some.shape[0], weight.shape[0])
-        return multiply_split(
-            launch_splits, added, splits=launch.splits, shape=shape, dtype=out_dtype, device=some.device
-        )
+        shape = (x.shape[0], weight.shape[0])
+        return multiply_split(launch_splits, bias, splits=launch.splits, shape=shape, dtype=out_dtype, device=x.device)
 
     y = multiply_float32(x, weight.shape[0], few)
     if len(weight.outlier) and len(x):

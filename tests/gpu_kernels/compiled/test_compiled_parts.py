@@ -16,11 +16,13 @@ import pytest
 from runtime.kernels.triton.aot import CompiledProduct, compile_row_scaling
 from runtime.kernels.triton.aot_parts import (
     compile_group_mixture,
+    compile_group_mixture_amd,
     compile_outliers,
     compile_parted_dequantization,
     compile_parted_product,
     compile_parted_product_amd,
     compile_residual_product,
+    compile_residual_product_amd,
 )
 from runtime.kernels.triton.devices import DEVICES
 from runtime.kernels.triton.group_mixture_linear import plan_mixture
@@ -215,15 +217,33 @@ def test_golden_counts_are_those_of_the_parts() -> None:
     assert golden[str(Blocks())] <= 2.6
 
 
+def check_amd_code(text: str, loads: int) -> None:
+    assert re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text) == ["0", "0"]
+    assert "v_mfma_f32_16x16x16_f16" in text
+    assert text.count("global_load_dwordx4") >= loads
+    assert "v_cvt_f32_u32" not in text
+    assert "v_cvt_f16_u16" not in text
+
+
 def test_sums_of_parts_compile_for_amd() -> None:
     variant = Variant(name="bcq3", parts=(PLANE,) * 3, each_scaled=True, rows=16)
     launch = replace(variant.find_launch()[1], stages=3)
     text = compile_parted_product_amd(launch, variant.parts, 128, each_scaled=True, architecture="gfx942")
+    check_amd_code(text, 3 * launch.tiles)
+
+
+def test_mixed_groups_compile_for_amd() -> None:
+    launch = replace(Mixture(group_size=64, rows=16).find_launch()[1], stages=3)
+    check_amd_code(compile_group_mixture_amd(launch, 64, architecture="gfx942"), 4)
+
+
+def test_residual_blocks_compile_for_amd() -> None:
+    launch = replace(Blocks().find_launch(), stages=3)
+    text = compile_residual_product_amd(launch, architecture="gfx942", rank=16)
+    # An index is divided by the number of splits, by way of floats, once a program.
     assert re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text) == ["0", "0"]
     assert "v_mfma_f32_16x16x16_f16" in text
-    assert text.count("global_load_dwordx4") >= 3 * launch.tiles
-    assert "v_cvt_f32_u32" not in text
-    assert "v_cvt_f16_u16" not in text
+    assert text.count("global_load_dwordx4") >= launch.tiles
 
 
 @pytest.mark.parametrize(

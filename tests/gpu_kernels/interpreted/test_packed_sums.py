@@ -14,7 +14,7 @@ from runtime.kernels.triton.column_linear import ColumnParts
 from runtime.kernels.triton.group_mixture_layout import MixedGroups
 from runtime.kernels.triton.packed_product import packed_linear
 from runtime.kernels.triton.residual_linear import ResidualBlocks
-from runtime.packed import PackedWeight
+from runtime.packed import PackedWeight, QuantizedLinear
 from runtime.read_widths import read_at_width
 from tests.gpu_kernels.interpreted.products import ROUNDING, find_greatest_code
 
@@ -157,6 +157,33 @@ def test_no_format_is_read_at_more_bytes_than_it_is_stored_in(name: str) -> None
     # Zero points of a row are stored as whole bytes.
     has_zero_points = format_.kind in ("column_mixture", "group_mixture")
     assert read_bytes <= stored_bytes if has_zero_points else read_bytes == stored_bytes
+
+
+ONE_OF_EACH = ["bcq3_g64", "nested4_8_g64", "int4_top12int8_g64", "int2_mix25int4_g64_outliers", "bitstack2_r16"]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_layers_use_the_kernels_and_compile_as_one_operation(name: str) -> None:
+    weight, x = draw_weight(name), draw(2, 128, seed=1)
+    layer = QuantizedLinear(weight)
+    y = layer(x)
+    assert weight.__dict__["_fragments"][1] is not None
+    assert torch.equal(packed_linear(x, weight, None), y)
+    compiled = torch.compile(lambda x: packed_linear(x, weight, None), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), y)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_the_layout_is_made_again_when_the_weight_changes(name: str) -> None:
+    weight, x = draw_weight(name), draw(2, 128, seed=1)
+    packed_linear(x, weight, None)
+    kept = weight.__dict__["_fragments"][1]
+    packed_linear(x, weight, None)
+    assert weight.__dict__["_fragments"][1] is kept
+    codes = next(tensor for tensor_name, tensor in weight.tensors.items() if tensor_name.startswith("codes"))
+    before = packed_linear(x, weight, None)
+    codes.bitwise_not_()
+    assert not torch.equal(packed_linear(x, weight, None), before)
 
 
 def test_powers_of_two_beyond_float16_are_in_the_factor() -> None:
