@@ -33,31 +33,22 @@ def multiply_parted(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor | 
     return None if read_at is None else parted_linear(x, read_at[weight.width], bias)
 
 
-def make_planes(weight: Packed) -> dict[int, PartedWeight] | None:
-    """Returns a sum of binary planes, by its only width; None if a scale is no float16 number."""
-    format_, tensors = weight.format, stored_tensors(weight)
-    codes, plane = unpack_codes(tensors["codes"], format_.bits, weight.shape[1]), _PLANES[format_.element]
-    scale, shared = tensors["scale"].to(torch.float32), 1.0
-    if format_.scale_type == "pow2":
-        # Powers of two reach beyond float16: the greatest becomes its greatest, and the least may be 2**-39 of it.
-        shared = 2.0 ** (int(tensors["scale"].amax()) - 15)
-        scale = power_of_two(tensors["scale"]) / shared
-    if not torch.equal(scale.to(torch.float16).to(torch.float32), scale):
-        return None
-    planes = [(codes >> k) & 1 for k in range(format_.bits)]
-    parts = [plane] * format_.bits
-    return {format_.bits: pack_parts(planes, scale, parts, group_size=format_.group_size, factor=shared)}
+def list_parts(format_: Format) -> dict[int, list[CodePart]]:
+    """Returns the parts of a weight by the width it is read at.
 
-
-def make_nested(weight: Packed) -> dict[int, PartedWeight]:
-    """Returns a weight whose widths are prefixes of each other, by width: the centres of equal parts of a range.
-
-    2**b parts have half-integers for centres, and so has each part of a code: its values are the differences to the
-    centres of the width before.
+    Args:
+        format_: A format of ``PARTED_KINDS``.
     """
-    format_, tensors = weight.format, stored_tensors(weight)
+    if format_.kind == "planes":
+        return {format_.bits: [_PLANES[format_.element]] * format_.bits}
+    if format_.kind == "double_rounding":
+        prefix = CodePart(bits=format_.prefix_bits, zero=2.0 ** (format_.prefix_bits - 1), factor=1.0)
+        rest = CodePart(bits=format_.rest_bits, zero=2.0 ** (format_.rest_bits - 1), factor=2.0**-format_.rest_bits)
+        return {format_.prefix_bits: [prefix], format_.bits: [prefix, rest]}
+    # The centres of 2**b equal parts of a range are half-integers, and so are their differences to the centres of the
+    # width before.
     added = {width: width - before for before, width in pairwise((0, *NESTED_WIDTHS))}
-    parts = {
+    return {
         width: [
             CodePart(bits=added[w], zero=(2 ** added[w] - 1) / 2, factor=2.0 ** (width - w))
             for w in NESTED_WIDTHS
@@ -65,20 +56,45 @@ def make_nested(weight: Packed) -> dict[int, PartedWeight]:
         ]
         for width in NESTED_WIDTHS
     }
-    codes = [unpack_codes(tensors[f"codes_{w}"], added[w], weight.shape[1]) for w in NESTED_WIDTHS]
-    return _read_at_widths(codes, {w: tensors[f"scale_{w}"] for w in NESTED_WIDTHS}, parts, format_)
+
+
+def make_planes(weight: Packed) -> dict[int, PartedWeight] | None:
+    """Returns a sum of binary planes, by its only width; None if a scale is no float16 number."""
+    format_, tensors = weight.format, stored_tensors(weight)
+    codes = unpack_codes(tensors["codes"], format_.bits, weight.shape[1])
+    scale, shared = tensors["scale"].to(torch.float32), 1.0
+    if format_.scale_type == "pow2":
+        # Powers of two reach beyond float16: the greatest becomes its greatest, and the least may be 2**-39 of it.
+        shared = 2.0 ** (int(tensors["scale"].amax()) - 15)
+        scale = power_of_two(tensors["scale"]) / shared
+    if not torch.equal(scale.to(torch.float16).to(torch.float32), scale):
+        return None
+    planes, parts = [(codes >> k) & 1 for k in range(format_.bits)], list_parts(format_)
+    return {
+        width: pack_parts(planes, scale, some, group_size=format_.group_size, factor=shared)
+        for width, some in parts.items()
+    }
+
+
+def make_nested(weight: Packed) -> dict[int, PartedWeight]:
+    """Returns a weight whose widths are prefixes of each other, by width."""
+    format_, tensors = weight.format, stored_tensors(weight)
+    parts = list_parts(format_)
+    codes = [
+        unpack_codes(tensors[f"codes_{width}"], part.bits, weight.shape[1])
+        for width, part in zip(NESTED_WIDTHS, parts[format_.bits], strict=True)
+    ]
+    return _read_at_widths(codes, {width: tensors[f"scale_{width}"] for width in NESTED_WIDTHS}, parts, format_)
 
 
 def make_double_rounding(weight: Packed) -> dict[int, PartedWeight]:
     """Returns a weight in two parts by width: the first one, and both."""
     format_, tensors = weight.format, stored_tensors(weight)
-    bits = (format_.prefix_bits, format_.rest_bits)
-    prefix = CodePart(bits=bits[0], zero=2.0 ** (bits[0] - 1), factor=1.0)
-    rest = CodePart(bits=bits[1], zero=2.0 ** (bits[1] - 1), factor=2.0 ** -bits[1])
+    parts = list_parts(format_)
     codes = [
-        unpack_codes(tensors[name], b, weight.shape[1]) for name, b in zip(("codes", "codes_rest"), bits, strict=True)
+        unpack_codes(tensors[name], part.bits, weight.shape[1])
+        for name, part in zip(("codes", "codes_rest"), parts[format_.bits], strict=True)
     ]
-    parts = {format_.prefix_bits: [prefix], format_.bits: [prefix, rest]}
     return _read_at_widths(codes, dict.fromkeys(parts, tensors["scale"]), parts, format_)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.formats import find_format
 from runtime.kernels.triton.aot import CompiledProduct, compile_row_scaling
 from runtime.kernels.triton.aot_parts import (
     compile_group_mixture,
@@ -27,19 +28,13 @@ from runtime.kernels.triton.aot_parts import (
 from runtime.kernels.triton.devices import DEVICES
 from runtime.kernels.triton.group_mixture_linear import plan_mixture
 from runtime.kernels.triton.launch_table import Launch, LaunchKey
+from runtime.kernels.triton.packed_parts import list_parts
 from runtime.kernels.triton.parted_layout import CodePart
 from runtime.kernels.triton.parted_linear import plan_parts
 from runtime.kernels.triton.residual_linear import find_residual_launch
 from runtime.kernels.triton.sass import count_copies
 
 GOLDEN = Path(__file__).with_name("golden_parted_instructions.json")
-PLANE = CodePart(bits=1, zero=0.5, factor=2.0)
-NESTED = (
-    CodePart(bits=4, zero=7.5, factor=16.0),
-    CodePart(bits=2, zero=1.5, factor=4.0),
-    CodePart(bits=2, zero=1.5, factor=1.0),
-)
-TWICE_ROUNDED = (CodePart(bits=4, zero=8.0, factor=1.0), CodePart(bits=4, zero=8.0, factor=1 / 16))
 # Of every program that a processor of the smallest of these GPUs takes.
 MOST_SHARED_BYTES = 99 * 1024
 
@@ -49,48 +44,46 @@ class Variant:
     """A product with a sum of parts to compile."""
 
     name: str
-    parts: tuple[CodePart, ...]
-    each_scaled: bool = False
     architecture: int = 90
     rows: int = 8
-    group_size: int | None = 128
     dtype: str = "fp16"
     in_features: int = 4096
 
+    @property
+    def parts(self) -> tuple[CodePart, ...]:
+        """The parts at the full width."""
+        format_ = find_format(self.name)
+        return tuple(list_parts(format_)[format_.bits])
+
+    @property
+    def each_scaled(self) -> bool:
+        """Each part has scales of its own."""
+        return find_format(self.name).kind == "planes"
+
     def __str__(self) -> str:
-        group = "channel" if self.group_size is None else f"g{self.group_size}"
-        return f"{self.name}-{self.dtype}-sm{self.architecture}-m{self.rows}-k{self.in_features}-{group}"
+        return f"{self.name}-{self.dtype}-sm{self.architecture}-m{self.rows}-k{self.in_features}"
 
     def find_launch(self) -> tuple[LaunchKey, Launch]:
         """Returns the key and the launch that the prior chooses."""
+        format_ = find_format(self.name)
         key = LaunchKey(
             architecture=self.architecture,
-            bits=sum(part.bits for part in self.parts),
+            bits=format_.bits,
             rows=self.rows,
             out_features=4096,
             in_features=self.in_features,
-            group_size=self.group_size,
+            group_size=format_.group_size,
         )
         return key, plan_parts(key, replace(DEVICES["h100"], architecture=self.architecture))
 
 
 VARIANTS = [
-    Variant(name="bcq2", parts=(PLANE,) * 2, each_scaled=True),
-    Variant(name="bcq3", parts=(PLANE,) * 3, each_scaled=True),
-    Variant(
-        name="bcq4",
-        parts=(PLANE,) * 4,
-        each_scaled=True,
-        architecture=80,
-        rows=64,
-        group_size=64,
-        in_features=576,
-        dtype="bf16",
-    ),
-    Variant(name="bcq3", parts=(PLANE,) * 3, each_scaled=True, architecture=120),
-    Variant(name="nested8", parts=NESTED, dtype="bf16"),
-    Variant(name="nested4_8", parts=TWICE_ROUNDED, rows=16, group_size=64),
-    Variant(name="nested4_8", parts=TWICE_ROUNDED, architecture=100, group_size=32),
+    Variant(name="bcq2_g128"),
+    Variant(name="bcq3_g128"),
+    Variant(name="bcq4_g64", architecture=80, rows=64, dtype="bf16", in_features=576),
+    Variant(name="nested8_g128", architecture=120, dtype="bf16"),
+    Variant(name="nested4_8_g64", rows=16),
+    Variant(name="nested4_8_g32", architecture=100),
 ]
 
 
@@ -182,7 +175,7 @@ def check_code(product: CompiledProduct, name: str, *, words: int, scales: int) 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_sums_of_parts_compile_to_what_they_should(variant: Variant) -> None:
     key, launch = variant.find_launch()
-    groups = 64 // variant.group_size if variant.group_size == 32 else 1
+    groups = 2 if key.group_size == 32 else 1
     scales = groups * (len(variant.parts) if variant.each_scaled else 1)
     check_code(compile_variant(variant), str(variant), words=key.bits * launch.tiles, scales=scales)
 
@@ -210,10 +203,9 @@ def test_golden_counts_are_those_of_the_parts() -> None:
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     assert set(golden) == {str(variant) for variant in [*VARIANTS, *BLOCKS, *MIXTURES]}
     for planes in (2, 3):
-        name = str(Variant(name=f"bcq{planes}", parts=(PLANE,) * planes))
-        assert golden[name] <= 2.6 * planes
+        assert golden[str(Variant(name=f"bcq{planes}_g128"))] <= 2.6 * planes
     # Four bits and twice two.
-    assert golden[str(Variant(name="nested8", parts=NESTED, dtype="bf16"))] <= 2.6 * 3
+    assert golden[str(Variant(name="nested8_g128", architecture=120, dtype="bf16"))] <= 2.6 * 3
     assert golden[str(Blocks())] <= 2.6
 
 
@@ -226,7 +218,7 @@ def check_amd_code(text: str, loads: int) -> None:
 
 
 def test_sums_of_parts_compile_for_amd() -> None:
-    variant = Variant(name="bcq3", parts=(PLANE,) * 3, each_scaled=True, rows=16)
+    variant = Variant(name="bcq3_g128", rows=16)
     launch = replace(variant.find_launch()[1], stages=3)
     text = compile_parted_product_amd(launch, variant.parts, 128, each_scaled=True, architecture="gfx942")
     check_amd_code(text, 3 * launch.tiles)
@@ -246,11 +238,12 @@ def test_residual_blocks_compile_for_amd() -> None:
     assert text.count("global_load_dwordx4") >= launch.tiles
 
 
-@pytest.mark.parametrize(
-    ("parts", "each_scaled"), [((PLANE,) * 3, True), (TWICE_ROUNDED, False)], ids=["bcq3", "nested4_8"]
-)
-def test_dequantization_compiles_without_spills(parts: tuple[CodePart, ...], each_scaled: bool) -> None:
-    code = compile_parted_dequantization(parts, 64, each_scaled=each_scaled, architecture=90, dtype="bf16")
+@pytest.mark.parametrize("name", ["bcq3_g64", "nested4_8_g64"])
+def test_dequantization_compiles_without_spills(name: str) -> None:
+    variant = Variant(name=name)
+    code = compile_parted_dequantization(
+        variant.parts, 64, each_scaled=variant.each_scaled, architecture=90, dtype="bf16"
+    )
     assert code.spill_bytes == 0
     assert not any(name.startswith(("I2F", "LDL", "STL")) for name in code.whole)
 
