@@ -19,7 +19,7 @@ from runtime.kernels.triton.sass import KernelCode, read_code
 
 
 def compile_parted_product(
-    key: LaunchKey, launch: Launch, parts: tuple[CodePart, ...], *, each_scaled: bool, dtype: str
+    key: LaunchKey, launch: Launch, parts: tuple[CodePart, ...], *, each_scaled: bool, dtype: str, scale: str = "fp16"
 ) -> CompiledProduct:
     """Returns the product with a sum of parts compiled for ``key.architecture``.
 
@@ -29,8 +29,9 @@ def compile_parted_product(
         parts: What the codes stand for.
         each_scaled: Each part has scales of its own.
         dtype: Type of x, ``fp16`` or ``bf16``.
+        scale: Type of the scales (``fragment_layout.SCALE_NAMES``).
     """
-    constants = _list_product_constants(parts, each_scaled, key.group_size, launch)
+    constants = {**_list_product_constants(parts, each_scaled, key.group_size, launch), "SCALE": scale}
     return _compile_product(parted_kernel, constants, dtype, key.architecture, launch)
 
 
@@ -141,5 +142,6 @@ def _list_constants(parts: tuple[CodePart, ...], each_scaled: bool, group_size: 
     return {
         "PARTS": tuple((part.bits, part.zero, part.factor) for part in parts),
         "SCALES": len(parts) if each_scaled else 1,
+        "SCALE": "fp16",
         "GROUP_SIZE": group_size or 0,
     }

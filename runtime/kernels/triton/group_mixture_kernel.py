@@ -117,12 +117,13 @@ def group_mixture_kernel(
     """Computes BLOCK_M rows and 64 * WARPS columns of y, or one addend of them; grid (columns, rows, splits).
 
     Args:
+        x_ptr, exponent_ptr, bias_ptr, out_ptr, M, N: As in ``weight_only_kernel``.
         words_ptr, scale_ptr, zero_ptr: Of the weight of 2 bits, as in ``multiply_weight``.
         low_words_ptr, low_zero_ptr, flags_ptr, starts_ptr: As in ``MixedGroups``.
-        x_ptr, exponent_ptr, bias_ptr, out_ptr, M, N, row_blocks, steps, steps_per_split, x_stride, HAS_EXPONENT,
-        HAS_BIAS, BLOCK_M, WARPS, STAGES, UPCAST: As in ``weight_only_kernel``.
+        row_blocks, steps, steps_per_split, x_stride: As in ``weight_only_kernel``.
         GROUP_SIZE: 32 or 64.
         TILES: 1.
+        HAS_EXPONENT, HAS_BIAS, BLOCK_M, WARPS, STAGES, UPCAST: As in ``weight_only_kernel``.
     """
     # One program: a block of y, over one range of k.
     split = tl.program_id(2)

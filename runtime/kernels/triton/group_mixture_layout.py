@@ -82,7 +82,7 @@ def pack_mixed_groups(
     nothing = zero_high.gather(1, outlier_column // length)
     high = high.flatten(1).scatter(1, outlier_column, nothing)
     factor = torch.where(of_rows, 1 << HIGH_BITS, 1)
-    whole = pack_fragments(high, scale.float() * factor, zero_high, bits=HIGH_BITS, group_size=length)
+    whole = pack_fragments(high, (scale * factor).to(torch.float16), zero_high, bits=HIGH_BITS, group_size=length)
     low = (codes[of_rows] & 3).view(rows, -1)
     zero_low = torch.nn.functional.pad((zero_point[of_rows] & 3).view(rows, -1), (0, 0, 0, -rows % TILE_ROWS))
     assert whole.zero_point is not None

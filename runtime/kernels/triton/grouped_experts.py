@@ -19,7 +19,7 @@ from runtime.kernels.triton.row_scaling import needs_scaled_rows, scale_rows, su
 _WARPS = 2
 _STAGES = 3
 _MOST_REGISTERS = 255
-Kind = tuple[int, int, bool, int]
+Kind = tuple[int, int, bool, int, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class FragmentExperts:
 
     Args:
         shape: (out_features, in_features) of each expert.
-        kinds: (bits, group size or 0, symmetric, tiles of a step) of each kind of weight that is there.
+        kinds: (bits, group size or 0, symmetric, tiles of a step, type of the scales) of each kind of weight there is.
         kind: [experts] int32, index into ``kinds``.
         order: [experts] int64, the experts by descending bytes.
         words, scale, zero_point: int32, the experts' tensors one after the other, as words.
@@ -228,4 +228,4 @@ def _find_kind(weight: FragmentWeight) -> Kind:
     tiles = -(-weight.shape[1] // TILE_CODES)
     in_one_group = weight.group_size is None or weight.group_size % (2 * TILE_CODES) == 0
     step = 2 if in_one_group and tiles % 2 == 0 else 1
-    return weight.bits, weight.group_size or 0, weight.zero_point is None, step
+    return weight.bits, weight.group_size or 0, weight.zero_point is None, step, weight.scale_name

@@ -14,7 +14,7 @@ from runtime.kernels.triton.kept_layout import Packed, find_kept, stored_tensors
 from runtime.kernels.triton.parted_layout import CodePart, PartedWeight, arrange_scales, count_tiles, pack_parts
 from runtime.kernels.triton.parted_linear import parted_linear
 from runtime.packing import unpack_codes
-from runtime.powers import power_of_two
+from runtime.powers import LEAST_EXPONENT, MOST_EXPONENT
 from runtime.storage import NESTED_WIDTHS, Format
 
 # Plane k is +-s_k, or 0 and s_k.
@@ -22,7 +22,7 @@ _PLANES = {"": CodePart(bits=1, zero=0.5, factor=2.0), "zero_one": CodePart(bits
 
 
 def multiply_parted(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor | None:
-    """Returns x W' + bias in the type of x, W at the width it is read at; None if a scale is no float16 number.
+    """Returns x W' + bias in the type of x, W at the width it is read at; None if a scale is none that kernels read.
 
     Args:
         x: [..., in_features] float16, bfloat16 or float32.
@@ -59,21 +59,16 @@ def list_parts(format_: Format) -> dict[int, list[CodePart]]:
 
 
 def make_planes(weight: Packed) -> dict[int, PartedWeight] | None:
-    """Returns a sum of binary planes, by its only width; None if a scale is no float16 number."""
+    """Returns a sum of binary planes by its only width; None if a scale is float32's least, which is read as zero."""
     format_, tensors = weight.format, stored_tensors(weight)
     codes = unpack_codes(tensors["codes"], format_.bits, weight.shape[1])
-    scale, shared = tensors["scale"].to(torch.float32), 1.0
+    scale = tensors["scale"]
     if format_.scale_type == "pow2":
-        # Powers of two reach beyond float16: the greatest becomes its greatest, and the least may be 2**-39 of it.
-        shared = 2.0 ** (int(tensors["scale"].amax()) - 15)
-        scale = power_of_two(tensors["scale"]) / shared
-    if not torch.equal(scale.to(torch.float16).to(torch.float32), scale):
-        return None
+        if int(scale.amin()) == LEAST_EXPONENT:
+            return None
+        scale = (scale.to(torch.int32) + MOST_EXPONENT).to(torch.uint8).view(torch.float8_e8m0fnu)
     planes, parts = [(codes >> k) & 1 for k in range(format_.bits)], list_parts(format_)
-    return {
-        width: pack_parts(planes, scale, some, group_size=format_.group_size, factor=shared)
-        for width, some in parts.items()
-    }
+    return {width: pack_parts(planes, scale, some, group_size=format_.group_size) for width, some in parts.items()}
 
 
 def make_nested(weight: Packed) -> dict[int, PartedWeight]:

@@ -14,6 +14,7 @@ from runtime.kernels.triton.group_product import (
     count_mantissa_bits,
     find_position,
     load_scale,
+    load_scale_rows,
     load_words,
     multiply_add,
 )
@@ -98,6 +99,7 @@ def multiply_parts(
     tiles,
     PARTS: tl.constexpr,
     SCALES: tl.constexpr,
+    SCALE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -110,11 +112,12 @@ def multiply_parts(
     Args:
         x_rows, x_mask, first_row_block, row_blocks, first_step, last_step: As in ``multiply_weight``.
         words_ptr: The words of one part after the other, each [tiles, bits, row_blocks, 4, 4] int32.
-        scale_ptr: [groups, SCALES, row_blocks, 4] int32, two float16 scales a word; not read where SCALES is 0.
+        scale_ptr: [groups, SCALES, row_blocks, 4] int32, two float16 scales a word, or [groups, SCALES, row_blocks, 2],
+            four bytes; not read where SCALES is 0.
         tiles: Tiles of a row.
         PARTS: (bits, zero point, factor) of each part.
         SCALES: Scales of a group: 1, as many as parts, or 0 for none at all.
-        GROUP_SIZE, TILES, BLOCK_M, WARPS, STAGES, UPCAST: As in ``multiply_weight``.
+        GROUP_SIZE, SCALE, TILES, BLOCK_M, WARPS, STAGES, UPCAST: As in ``multiply_weight``.
     """
     DTYPE: tl.constexpr = x_rows.dtype.element_ty
     MANTISSA: tl.constexpr = count_mantissa_bits(DTYPE)
@@ -150,7 +153,7 @@ def multiply_parts(
                 else:
                     if SCALES > 1 or part == 0:
                         scale = load_scale(
-                            scale_ptr, group * SCALES + part, row_block, row_block_mask, row_blocks, WARPS
+                            scale_ptr, group * SCALES + part, row_block, row_block_mask, row_blocks, WARPS, SCALE
                         ).to(tl.float32)  # fmt: skip
                     total += (find_unit(PARTS, part, MANTISSA) * scale)[:, None] * codes
     return total
@@ -171,9 +174,9 @@ def parted_kernel(
     steps,
     steps_per_split,
     x_stride,
-    factor,
     PARTS: tl.constexpr,
     SCALES: tl.constexpr,
+    SCALE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HAS_EXPONENT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -186,8 +189,9 @@ def parted_kernel(
     """Computes BLOCK_M rows and 64 * WARPS columns of y, or one addend of them; grid (columns, rows, splits).
 
     Args:
-        words_ptr, scale_ptr, tiles, PARTS, SCALES: As in ``multiply_parts``.
-        x_ptr, exponent_ptr, bias_ptr, out_ptr, M, N, row_blocks, steps, steps_per_split, x_stride, factor,
+        x_ptr, exponent_ptr, bias_ptr, out_ptr, M, N: As in ``weight_only_kernel``.
+        words_ptr, scale_ptr, tiles, PARTS, SCALES, SCALE: As in ``multiply_parts``.
+        row_blocks, steps, steps_per_split, x_stride: As in ``weight_only_kernel``.
         GROUP_SIZE, HAS_EXPONENT, HAS_BIAS, TILES, BLOCK_M, WARPS, STAGES, UPCAST: As in ``weight_only_kernel``.
     """
     # One program: a block of y, over one range of k.
@@ -206,6 +210,7 @@ def parted_kernel(
         tiles,
         PARTS,
         SCALES,
+        SCALE,
         GROUP_SIZE,
         TILES,
         BLOCK_M,
@@ -214,7 +219,7 @@ def parted_kernel(
         UPCAST,
     )
     store_product(
-        total * factor,
+        total,
         exponent_ptr,
         bias_ptr,
         out_ptr,
@@ -237,15 +242,14 @@ def load_part_affine(
     row_block,
     row_block_mask,
     row_blocks,
-    unit,
+    SCALE: tl.constexpr,
+    UNIT: tl.constexpr,
     ZERO: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     """Returns scales, zero points and type of a part as ``pair_floats`` takes them; codes are at bit 1."""
-    offset = group * row_blocks * 4 + row_block[:, None] * 4 + tl.arange(0, 4)[None, :]
-    scales = tl.load(scale_ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)
-    first = (scales & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)[:, None, :] * unit
-    second = (scales >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)[:, None, :] * unit
+    even, odd = load_scale_rows(scale_ptr, group, row_block, row_block_mask, row_blocks, SCALE, WARPS)
+    first, second = even.to(tl.float32)[:, None, :] * UNIT, odd.to(tl.float32)[:, None, :] * UNIT
     zero = tl.full((8 * WARPS, 1, 4), ZERO, tl.float16)
     return first, second, zero, zero, tl.zeros((1, 1, 1), tl.float32)
 
@@ -260,17 +264,17 @@ def dequantize_parts_kernel(
     row_blocks,
     tiles,
     out_stride,
-    factor,
     PARTS: tl.constexpr,
     SCALES: tl.constexpr,
+    SCALE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     """Writes 64 * WARPS rows and 64 columns of the weight, its parts added in float32; grid (rows, tiles).
 
     Args:
-        words_ptr, scale_ptr, tiles, PARTS, SCALES, GROUP_SIZE: As in ``multiply_parts``.
-        out_ptr, first_block, N, row_blocks, out_stride, factor, WARPS: As in ``dequantize_kernel``.
+        words_ptr, scale_ptr, tiles, PARTS, SCALES, SCALE, GROUP_SIZE: As in ``multiply_parts``.
+        out_ptr, first_block, N, row_blocks, out_stride, WARPS: As in ``dequantize_kernel``.
     """
     first_row = tl.program_id(0) * (64 * WARPS)
     tile = tl.program_id(1)
@@ -289,7 +293,7 @@ def dequantize_parts_kernel(
         for part in tl.static_range(len(PARTS)):
             affine = load_part_affine(
                 scale_ptr, group * SCALES + (part if SCALES > 1 else 0), row_block, mask, row_blocks,
-                factor * (PARTS[part][2] / 2), 1024 + 2 * PARTS[part][1], WARPS,
+                SCALE, PARTS[part][2] / 2, 1024 + 2 * PARTS[part][1], WARPS,
             )  # fmt: skip
             weight += operand(words[part], base_bits, affine, piece, PIECES, PARTS[part][0], 1, -1, tl.float16, WARPS)
         column = tile * 64 + piece * CODES + tl.arange(0, CODES)

@@ -1,9 +1,7 @@
 """Weights whose codes are sums of parts, as the Triton kernels read them.
 
     W = scale (factor_1 (q_1 - zero_1) + factor_2 (q_2 - zero_2) + ...)                one scale a group, or
-    W = scale_1 factor_1 (q_1 - zero_1) + scale_2 factor_2 (q_2 - zero_2) + ...        one for each part of it,
-
-times a factor that is the same for all.
+    W = scale_1 factor_1 (q_1 - zero_1) + scale_2 factor_2 (q_2 - zero_2) + ...        one for each part of it.
 
 The first is a nested weight, its narrowest width part 1 and what each higher width adds another; the second a sum of
 binary planes. The parts of one row of tiles after another would cost the narrow reading its bytes, so the parts lie one
@@ -17,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.kernels.triton.fragment_layout import TILE_CODES, fits_groups, pack_words, pad_groups
+from runtime.kernels.triton.fragment_layout import SCALE_NAMES, TILE_CODES, fits_groups, pack_words, pad_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +42,10 @@ class PartedWeight:
         parts: The parts, at most 8 bits in all.
         group_size: Weights of one row that share scales: 16, 32, 64, a multiple of 128, or None for the whole row.
         words: [tiles * bits of all parts, ceil(out_features / 8), 4, 4] int32, the words of one part after the other.
-        scale: [groups, rows padded to a multiple of 8] float16; groups of zeros follow where the row was padded. With
-            scales for each part [groups * parts, ...], those of a group one after the other.
+        scale: [groups, rows padded to a multiple of 8] in a type of ``SCALE_NAMES``, no E4M3; groups of zeros follow
+            where the row was padded. With scales for each part [groups * parts, ...], those of a group one after the
+            other.
         each_scaled: Each part has scales of its own.
-        factor: What all weights are multiplied by; unlike the factors of parts it is no constant of the kernels.
     """
 
     shape: tuple[int, int]
@@ -56,7 +54,6 @@ class PartedWeight:
     words: Tensor
     scale: Tensor
     each_scaled: bool
-    factor: float = 1.0
 
     @property
     def bits(self) -> int:
@@ -64,9 +61,14 @@ class PartedWeight:
         return sum(part.bits for part in self.parts)
 
     @property
+    def scale_name(self) -> str:
+        """The type of the scales, as the kernels name it."""
+        return SCALE_NAMES[self.scale.dtype]
+
+    @property
     def read_bytes(self) -> int:
         """The bytes that one pass over the weight reads."""
-        return 4 * self.words.numel() + 2 * self.scale.numel()
+        return self.words.nbytes + self.scale.nbytes
 
 
 def pack_parts(
@@ -75,16 +77,15 @@ def pack_parts(
     parts: Sequence[CodePart],
     *,
     group_size: int | None,
-    factor: float = 1.0,
 ) -> PartedWeight:
     """Returns a sum of parts in the layout of the Triton kernels.
 
     Args:
         codes: [out_features, in_features] uint8 of each part.
-        scale: [out_features, groups] float16, or [out_features, groups, parts] for parts with scales of their own.
+        scale: [out_features, groups], or [out_features, groups, parts] for parts with scales of their own; float16,
+            or powers of two in 8 bits, of which float32's least would be read as zero.
         parts: What these codes stand for.
         group_size: Weights of one row that share scales, one of ``fits_groups``; None for the whole row.
-        factor: What all weights are multiplied by.
     """
     out_features, in_features = codes[0].shape
     assert fits_groups(group_size) and len(codes) == len(parts)
@@ -95,17 +96,17 @@ def pack_parts(
         words=torch.cat([pack_words(some, part.bits).flatten(0, 1) for some, part in zip(codes, parts, strict=True)]),
         scale=arrange_scales(scale, in_features, group_size),
         each_scaled=scale.ndim == 3,
-        factor=factor,
     )
 
 
 def arrange_scales(scale: Tensor, in_features: int, group_size: int | None) -> Tensor:
     """Returns scales [out_features, groups] or [out_features, groups, parts] as ``PartedWeight.scale``."""
-    half = scale.to(torch.float16)
     if scale.ndim == 2:
-        return pad_groups(half, in_features, group_size)
-    of_parts = [pad_groups(some, in_features, group_size) for some in half.unbind(2)]
-    return torch.stack(of_parts, dim=1).flatten(0, 1)
+        return pad_groups(scale, in_features, group_size)
+    # 8-bit floats cannot be stacked: as bytes they can.
+    plain = scale.view(torch.uint8) if scale.element_size() == 1 else scale
+    of_parts = [pad_groups(some, in_features, group_size) for some in plain.unbind(2)]
+    return torch.stack(of_parts, dim=1).flatten(0, 1).view(scale.dtype)
 
 
 def count_tiles(in_features: int) -> int:

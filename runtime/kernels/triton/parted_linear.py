@@ -48,7 +48,6 @@ def parted_linear(x: Tensor, weight: PartedWeight, bias: Tensor | None = None) -
         weight.each_scaled,
         weight.group_size or 0,
         weight.shape[0],
-        weight.factor,
     )
     return y
 
@@ -65,7 +64,6 @@ def parted_linear_op(
     each_scaled: bool,
     group_size: int,
     out_features: int,
-    factor: float = 1.0,
 ) -> Tensor:
     """Returns x W' + bias; the arguments are the fields of a ``PartedWeight``, group_size 0 for the whole row."""
     parts = zip(bits, zeros, factors, strict=True)
@@ -76,7 +74,6 @@ def parted_linear_op(
         words=words,
         scale=scale,
         each_scaled=each_scaled,
-        factor=factor,
     )
     y = multiply_rows(
         x.reshape(-1, x.shape[-1]),
@@ -101,7 +98,6 @@ def _(
     each_scaled: bool,
     group_size: int,
     out_features: int,
-    factor: float = 1.0,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -174,8 +170,8 @@ def _list_arguments(weight: PartedWeight) -> dict[str, object]:
         "scale_ptr": weight.scale.view(torch.int32),
         "row_blocks": weight.words.shape[1],
         "tiles": count_tiles(weight.shape[1]),
-        "factor": weight.factor,
         "PARTS": tuple((part.bits, part.zero, part.factor) for part in weight.parts),
         "SCALES": len(weight.parts) if weight.each_scaled else 1,
+        "SCALE": weight.scale_name,
         "GROUP_SIZE": weight.group_size or 0,
     }

@@ -74,6 +74,7 @@ def residual_blocks_kernel(
         tiles,
         ((1, 0.5, 2.0),),
         0,
+        "fp16",
         0,
         TILES,
         BLOCK_M,

@@ -34,6 +34,7 @@ def multiply_weight(
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    SCALE: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WARPS: tl.constexpr,
@@ -47,7 +48,7 @@ def multiply_weight(
         x_rows: [BLOCK_M] pointers to rows of x, each as long as the padded rows of W.
         x_mask: [BLOCK_M], the rows that exist.
         words_ptr: [tiles, BITS, row_blocks, 4, 4] int32 (``fragment_layout``).
-        scale_ptr: [groups, row_blocks, 4] int32, two float16 scales a word.
+        scale_ptr: [groups, row_blocks, 4] int32, two float16 scales a word, or [groups, row_blocks, 2], four bytes.
         zero_ptr: [groups, words] int32, 4, 8, 16 or 32 zero points a word; not read when SYMMETRIC.
         first_row_block: The program's first block of 8 rows of W.
         last_row_block: Where the rows end that may be read.
@@ -56,6 +57,8 @@ def multiply_weight(
         BITS: Code width.
         GROUP_SIZE: Codes that share a scale; 0 for the whole row.
         SYMMETRIC: Zero is at the code 2**(BITS - 1), or at 1/2 for one bit.
+        SCALE: The type of the scales (``fragment_layout.SCALE_NAMES``). In the result is the power of two that E4M3
+            leaves (``group_product.load_scale_rows``).
         TILES: Tiles a step; the group size is a multiple of the step, or 16 or 32 with one tile.
         BLOCK_M: Rows of x.
         WARPS: Warps of the program.
@@ -89,7 +92,7 @@ def multiply_weight(
                 products = add_products(
                     products, words, base_bits, x, part, PARTS, BITS, POSITION, ELEMENT, WARPS, UPCAST
                 )
-            scale = load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS)
+            scale = load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS, SCALE)
             if ELEMENT < 0:
                 zero = load_zero(
                     zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, MANTISSA, POSITION, SYMMETRIC, WARPS
@@ -160,6 +163,7 @@ def weight_only_kernel(
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    SCALE: tl.constexpr,
     HAS_EXPONENT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TILES: tl.constexpr,
@@ -183,7 +187,7 @@ def weight_only_kernel(
         steps_per_split: Steps of one program.
         x_stride: Elements from one row of x to the next.
         factor: What W is multiplied by, float32.
-        BITS, GROUP_SIZE, SYMMETRIC, TILES, BLOCK_M, WARPS, STAGES, UPCAST, ELEMENT: As in ``multiply_weight``.
+        BITS, GROUP_SIZE, SYMMETRIC, SCALE, TILES, BLOCK_M, WARPS, STAGES, UPCAST, ELEMENT: As in ``multiply_weight``.
         HAS_EXPONENT: Rows of x are scaled.
         HAS_BIAS: Add the bias.
     """
@@ -205,6 +209,7 @@ def weight_only_kernel(
         BITS,
         GROUP_SIZE,
         SYMMETRIC,
+        SCALE,
         TILES,
         BLOCK_M,
         WARPS,

@@ -132,11 +132,12 @@ def dequantize_fragments(weight: FragmentWeight, dtype: torch.dtype, rows: tuple
         last - first,
         weight.words.shape[2],
         out.stride(0),
-        weight.factor,
+        weight.kernel_factor,
         BITS=weight.bits,
         GROUP_SIZE=weight.group_size or 0,
         SYMMETRIC=weight.zero_point is None,
-        EXACT=dtype == torch.float16 and weight.element < 0 and weight.factor == 1,
+        SCALE=weight.scale_name,
+        EXACT=dtype == weight.scale.dtype == torch.float16 and weight.element < 0 and weight.factor == 1,
         ELEMENT=weight.element,
         WARPS=_DEQUANTIZE_WARPS,
         # Twice as many as the rows are divided among: half a tile in float32 would not fit the registers of one.
@@ -203,10 +204,11 @@ def launch_weight_only(
         scale_ptr=scale,
         zero_ptr=zero,
         row_blocks=weight.words.shape[2],
-        factor=weight.factor,
+        factor=weight.kernel_factor,
         BITS=weight.bits,
         GROUP_SIZE=weight.group_size or 0,
         SYMMETRIC=weight.zero_point is None,
+        SCALE=weight.scale_name,
         ELEMENT=weight.element,
     )
 

@@ -49,7 +49,7 @@ def find_greatest_terms(weight: PackedWeight, dtype: torch.dtype) -> float:
         return 1.25 * float(kept.scale.abs().max()) * find_greatest_code(2, dtype) + outliers
     read = kept[weight.width]
     floats = sum(part.factor * find_greatest_code(part.bits, dtype) for part in read.parts)
-    return floats * read.factor * float(read.scale.abs().max())
+    return floats * float(read.scale.float().abs().max())
 
 
 def check_product(weight: PackedWeight, x: Tensor, bias: Tensor | None = None) -> None:
@@ -148,9 +148,6 @@ def test_no_format_is_read_at_more_bytes_than_it_is_stored_in(name: str) -> None
         read_bytes = sum(tensor.nbytes for tensor in (kept.words, kept.left, kept.right))
     else:
         read_bytes = kept[format_.bits].read_bytes
-    if format_.scale_type == "pow2":
-        # An exponent of 8 bits is read as a float16.
-        stored_bytes += weight.scale.numel()
     if format_.kind == "nested":
         # The scales of lower widths are not read.
         stored_bytes -= weight.scale_4.nbytes + weight.scale_6.nbytes
@@ -186,12 +183,13 @@ def test_the_layout_is_made_again_when_the_weight_changes(name: str) -> None:
     assert not torch.equal(packed_linear(x, weight, None), before)
 
 
-def test_powers_of_two_beyond_float16_are_in_the_factor() -> None:
-    weight = pack_weight(draw(8, 128) * 2.0**10, FORMATS["bcq2_g64_pow2"])
-    weight.scale += 30
+def test_powers_of_two_of_any_size() -> None:
+    weight = pack_weight(draw(8, 128), FORMATS["bcq2_g64_pow2"])
+    weight.scale += 70
+    weight.scale[0, 0, 0] = -126
     check_product(weight, draw(3, 128, seed=1))
-    # 2**-39 of the greatest is the least float16 beside it.
-    weight.scale[0, 0, 0] -= 60
+    # The least of all is read as zero.
+    weight.scale[0, 0, 0] = -127
     assert packed_linear(draw(3, 128), weight, None) is None
 
 
