@@ -8,7 +8,6 @@ from runtime.codecs.group_mixture import list_group_places, read_outlier_columns
 from runtime.kernels.triton.group_mixture_layout import HIGH_BITS, MixedGroups, pack_mixed_groups
 from runtime.kernels.triton.group_mixture_linear import group_mixture_linear
 from runtime.kernels.triton.kept_layout import Packed, find_kept, stored_tensors
-from runtime.kernels.triton.launch_table import MOST_ROWS
 from runtime.packing import unpack_codes
 from runtime.storage import Format
 
@@ -16,7 +15,7 @@ _GROUP_SIZES = (32, 64)
 
 
 def multiply_mixed_groups(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor | None:
-    """Returns x W' + bias in the type of x; None for many rows of x, or another weight than the kernel takes.
+    """Returns x W' + bias in the type of x; None for another weight than the kernel takes.
 
     It takes groups of 32 or 64, of 2 and of 4 bits; scales so great that four times one is no float16 are left to the
     reference.
@@ -26,9 +25,7 @@ def multiply_mixed_groups(x: Tensor, weight: Packed, bias: Tensor | None) -> Ten
         weight: A packed weight of kind ``group_mixture``.
         bias: [out_features], or None.
     """
-    if not _fits_kernel(weight.format) or x.numel() > MOST_ROWS * x.shape[-1]:
-        return None
-    mixed = find_kept(weight, make_mixed_groups)
+    mixed = find_kept(weight, make_mixed_groups) if _fits_kernel(weight.format) else None
     return None if mixed is None else group_mixture_linear(x, mixed, bias)
 
 

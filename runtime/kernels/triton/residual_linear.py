@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from runtime.kernels.triton.devices import Device
-from runtime.kernels.triton.launch_table import Launch, LaunchKey, find_bucket, find_launch
+from runtime.kernels.triton.launch_table import MOST_ROWS, Launch, LaunchKey, find_bucket, find_launch
 from runtime.kernels.triton.product_launch import INTERPRETED, find_device, sum_splits
 from runtime.kernels.triton.residual_blocks_kernel import residual_blocks_kernel
 from runtime.kernels.triton.row_scaling import ScaledRows, scale_rows
@@ -42,8 +42,8 @@ def residual_linear(x: Tensor, weight: ResidualBlocks, bias: Tensor | None = Non
     Of activations of 16 bits the products with V are rounded to float16, each within 2**-11.
 
     Args:
-        x: [..., in_features] float16, bfloat16 or float32, on the device of the weight; meant for few rows, whose
-            products with all of V are held at once.
+        x: [..., in_features] float16, bfloat16 or float32, on the device of the weight. Of 64 rows at a time the
+            products with all of V are held.
         weight: The weight [out_features, in_features].
         bias: [out_features], or None.
 
@@ -57,17 +57,12 @@ def residual_linear(x: Tensor, weight: ResidualBlocks, bias: Tensor | None = Non
 @torch.library.custom_op("bitplan::residual_linear", mutates_args=())
 def residual_linear_op(x: Tensor, words: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     """Returns x W' + bias; the arguments are the fields of ``ResidualBlocks``."""
-    rows, (blocks, N, rank) = x.reshape(-1, x.shape[-1]), left.shape
-    y = torch.empty((len(rows), N), dtype=x.dtype, device=x.device)
-    if len(rows):
-        scaled = scale_rows(rows, right.flatten(0, 1))
-        launch = find_residual_launch(
-            find_device(x.device), rows=len(scaled.values) * rank, out_features=blocks * N, in_features=x.shape[-1]
-        )
-        out = torch.empty((blocks * launch.splits, *y.shape), dtype=torch.float32, device=x.device)
-        _launch_blocks(scaled, words, left, launch, out)
-        sum_splits(out, bias, y)
-    return y.view(*x.shape[:-1], N)
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.empty((len(rows), left.shape[1]), dtype=x.dtype, device=x.device)
+    for first in range(0, len(rows), MOST_ROWS):
+        some = slice(first, first + MOST_ROWS)
+        _multiply_few(rows[some], words, left, right, bias, y[some])
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 @residual_linear_op.register_fake
@@ -93,6 +88,18 @@ def find_residual_launch(device: Device, *, rows: int, out_features: int, in_fea
         group_size=None,
     )
     return replace(find_launch(key, device), block_m=max(_LEAST_BLOCK_ROWS, triton.next_power_of_2(rows)))
+
+
+def _multiply_few(x: Tensor, words: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Writes x W' + bias to y [rows, out_features]."""
+    blocks, N, rank = left.shape
+    scaled = scale_rows(x, right.flatten(0, 1))
+    launch = find_residual_launch(
+        find_device(x.device), rows=len(scaled.values) * rank, out_features=blocks * N, in_features=x.shape[-1]
+    )
+    out = torch.empty((blocks * launch.splits, *y.shape), dtype=torch.float32, device=x.device)
+    _launch_blocks(scaled, words, left, launch, out)
+    sum_splits(out, bias, y)
 
 
 def _launch_blocks(scaled: ScaledRows, words: Tensor, left: Tensor, launch: Launch, out: Tensor) -> None:

@@ -201,10 +201,14 @@ def test_mixed_groups_of_any_number(name: str, rows: int, columns: int) -> None:
     check_product(weight, draw(2, columns, seed=1).to(torch.float16), draw(rows, seed=2).to(torch.float16))
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=["fp16", "bf16", "fp32"])
+def test_mixed_groups_and_many_rows(dtype: torch.dtype) -> None:
+    check_product(draw_weight("int2_mix25int4_g64_outliers"), draw(67, 128, seed=1).to(dtype))
+
+
 def test_mixed_groups_whose_scales_are_too_great_are_left_to_others() -> None:
     weight = draw_weight("int2_mix25int4_g32")
     x = draw(2, 128, seed=1)
-    assert packed_linear(draw(65, 128), weight, None) is None
     assert packed_linear(x, weight, None) is not None
     weight.scale_wide.fill_(2.0**14)
     assert packed_linear(x, weight, None) is None
@@ -242,3 +246,12 @@ def test_residual_blocks(name: str, rows: int, columns: int, dtype: torch.dtype)
     expected = x.double() @ weight().double().t() + bias.double()
     bound = bound_blocks(weight, x) + ROUNDING[dtype] * expected.abs()
     assert bool(((y.double() - expected).abs() <= bound).all())
+
+
+def test_residual_blocks_and_more_rows_than_are_held_at_once() -> None:
+    weight = draw_weight("bitstack1_r4", rows=9, columns=64)
+    x = draw(66, 64, seed=1).to(torch.float16)
+    y = packed_linear(x, weight, None)
+    assert y is not None
+    assert torch.equal(y[63:], packed_linear(x[63:], weight, None))
+    assert packed_linear(draw(513, 64), weight, None) is None
