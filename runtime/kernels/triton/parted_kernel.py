@@ -189,9 +189,9 @@ def parted_kernel(
     """Computes BLOCK_M rows and 64 * WARPS columns of y, or one addend of them; grid (columns, rows, splits).
 
     Args:
-        x_ptr, exponent_ptr, bias_ptr, out_ptr, M, N: As in ``weight_only_kernel``.
+        x_ptr, exponent_ptr, bias_ptr, out_ptr, M, N, row_blocks: As in ``weight_only_kernel``.
+        steps, steps_per_split, x_stride: As in ``weight_only_kernel``.
         words_ptr, scale_ptr, tiles, PARTS, SCALES, SCALE: As in ``multiply_parts``.
-        row_blocks, steps, steps_per_split, x_stride: As in ``weight_only_kernel``.
         GROUP_SIZE, HAS_EXPONENT, HAS_BIAS, TILES, BLOCK_M, WARPS, STAGES, UPCAST: As in ``weight_only_kernel``.
     """
     # One program: a block of y, over one range of k.
@@ -219,20 +219,8 @@ def parted_kernel(
         UPCAST,
     )
     store_product(
-        total,
-        exponent_ptr,
-        bias_ptr,
-        out_ptr,
-        split,
-        row,
-        first_column,
-        M,
-        N,
-        HAS_EXPONENT,
-        HAS_BIAS,
-        BLOCK_M,
-        WARPS,
-    )
+        total, exponent_ptr, bias_ptr, out_ptr, split, row, first_column, M, N, HAS_EXPONENT, HAS_BIAS, BLOCK_M, WARPS,
+    )  # fmt: skip
 
 
 @triton.jit

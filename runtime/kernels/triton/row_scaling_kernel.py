@@ -78,6 +78,6 @@ def scale_rows_kernel(
         tl.store(out_row + first + element, high, mask=mask)
         if PARTS == 2:
             low = ((x - high.to(tl.float32)) * SPLIT_SCALE).to(tl.float16)
-            tl.store(out_row + M.to(tl.int64) * padded_K + first + element, low, mask=mask)
+            tl.store(out_row + tl.cast(M, tl.int64) * padded_K + first + element, low, mask=mask)
     for part in tl.static_range(PARTS):
         tl.store(exponent_ptr + part * M + row, exponent)
