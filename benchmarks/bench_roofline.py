@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from machine import describe_machine
+from roofline_parts import list_part_products
 from roofline_traffic import BITS, count_traffic, list_bytes, make_format, make_key, scale_dtype
 
 from runtime.cache_formats import TokenBlockFormat, find_cache_formats
@@ -202,6 +203,12 @@ def main() -> None:
         "in the mantissa and the exponent's last bit, put right by two multiply-adds 3.70.",
         "",
         *list_other_codes(DEVICES["h100"]),
+        "",
+        "## Weights of several parts, 1 row of activations",
+        "",
+        "Sums of binary planes, nested weights at their full width, groups of 2 and 4 bits (low halves of codes are",
+        "read where they are, and multiplied in all rows), residual blocks (the rank is rows of activations).",
+        *tabulate(list_part_products, options.devices),
         "",
         "## Activations of 8 bits, group 128, asymmetric, 1 row",
         "",

@@ -42,7 +42,7 @@ def encode_column_mixture(weight: Tensor, format_: Format, importance: Tensor | 
     h = torch.ones(weight.shape[1]) if importance is None else importance
     mask = _choose_columns(weight, format_, h)
     tensors = {"mask": pack_codes(mask.to(torch.uint8).unsqueeze(0), 1)[0]} if bool(mask.any()) else {}
-    for part_name, part, columns in list_parts(format_, mask):
+    for part_name, part, columns in list_column_parts(format_, mask):
         encoded = PART_CODECS[part.kind].encode(weight[:, columns], part, h[columns])
         tensors.update({f"{name}_{part_name}": tensor for name, tensor in encoded.items()})
     return tensors
@@ -54,7 +54,7 @@ def decode_column_mixture(
     """Returns the columns of both parts in their places."""
     count = shape[0] if rows is None else len(rows)
     whole = torch.empty((count, shape[1]), device=tensors["codes_narrow"].device)
-    for part_name, part, columns in list_parts(format_, read_column_mask(tensors, shape)):
+    for part_name, part, columns in list_column_parts(format_, read_column_mask(tensors, shape)):
         part_shape = (shape[0], len(columns))
         whole[:, columns] = PART_CODECS[part.kind].decode(part_of(tensors, part_name), part, part_shape, rows)
     return whole
@@ -66,7 +66,7 @@ def column_mixture_codes(
     """Returns the codes as uint8, each of the width of its column."""
     count = shape[0] if rows is None else len(rows)
     whole = torch.empty((count, shape[1]), dtype=torch.uint8, device=tensors["codes_narrow"].device)
-    for part_name, part, columns in list_parts(format_, read_column_mask(tensors, shape)):
+    for part_name, part, columns in list_column_parts(format_, read_column_mask(tensors, shape)):
         part_shape = (shape[0], len(columns))
         whole[:, columns] = PART_CODECS[part.kind].codes(part_of(tensors, part_name), part, part_shape, rows)
     return whole
@@ -74,7 +74,7 @@ def column_mixture_codes(
 
 def column_mixture_grid(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> ColumnGrid:
     """Returns of each column the grid of its part."""
-    parts = list_parts(format_, read_column_mask(tensors, shape))
+    parts = list_column_parts(format_, read_column_mask(tensors, shape))
     grids: list[ColumnGrid] = []
     place_of: dict[int, tuple[ColumnGrid, int]] = {}
     for part_name, part, columns in parts:
@@ -116,7 +116,7 @@ def mixture_of(format_: Format) -> Mixture:
     return format_.mixture
 
 
-def list_parts(format_: Format, mask: Tensor) -> list[tuple[str, Format, Tensor]]:
+def list_column_parts(format_: Format, mask: Tensor) -> list[tuple[str, Format, Tensor]]:
     """Returns name, format and columns of the parts that are there."""
     mixture = mixture_of(format_)
     parts = (("wide", mixture.wide, mask.nonzero()[:, 0]), ("narrow", mixture.narrow, (~mask).nonzero()[:, 0]))

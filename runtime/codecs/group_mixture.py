@@ -40,7 +40,7 @@ def encode_group_mixture(weight: Tensor, format_: Format, importance: Tensor | N
     wide, narrow = INTEGER.encode(weight, mixture.wide, h), INTEGER.encode(weight, mixture.narrow, h)
     mask = _choose_groups(weight, format_, h, wide=wide, narrow=narrow)
     tensors = {"mask": pack_codes(mask.to(torch.uint8), 1)}
-    places = _places(mask, torch.arange(len(weight)))
+    places = list_group_places(mask, torch.arange(len(weight)))
     count = mixture.outlier_count(weight.shape[1] // groups * places[1].shape[1])
     if count:
         index, inliers = _take_outliers(weight, places[1], count, groups, h)
@@ -62,7 +62,7 @@ def decode_group_mixture(
     """Returns the groups of both parts in their places, and the outliers in theirs."""
     whole = _join_groups(tensors, format_, shape, rows, torch.float32)
     if "outlier" in tensors:
-        whole.scatter_(1, read_outlier_index(tensors, rows), pick(tensors["outlier"], rows).to(torch.float32))
+        whole.scatter_(1, read_outlier_columns(tensors, rows), pick(tensors["outlier"], rows).to(torch.float32))
     return whole
 
 
@@ -80,7 +80,7 @@ def group_mixture_grid(tensors: StoredTensors, format_: Format, shape: tuple[int
     scales, zero_points, tops = (steps.T.contiguous() for steps in read_group_steps(tensors, format_, shape))
     outliers = torch.full(shape, torch.nan)
     if "outlier" in tensors:
-        outliers.scatter_(1, read_outlier_index(tensors, None), tensors["outlier"].to(torch.float32))
+        outliers.scatter_(1, read_outlier_columns(tensors, None), tensors["outlier"].to(torch.float32))
 
     def round_column(j: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
         codes, values = round_to_steps(numbers, scales[j // length], zero_points[j // length], tops[j // length])
@@ -113,12 +113,12 @@ def read_group_steps(tensors: StoredTensors, format_: Format, shape: tuple[int, 
 def _list_parts(tensors: StoredTensors, format_: Format, shape: tuple[int, int]) -> list[tuple[str, Format, Tensor]]:
     """Returns name, format and places [out_features, count] of the groups of the parts that are there."""
     mixture, groups = mixture_of(format_), format_.group_count(shape[1])
-    places = _places(unpack_codes(tensors["mask"], 1, groups).bool(), torch.arange(shape[0]))
+    places = list_group_places(unpack_codes(tensors["mask"], 1, groups).bool(), torch.arange(shape[0]))
     parts = zip(("wide", "narrow"), (mixture.wide, mixture.narrow), places, strict=True)
     return [part for part in parts if part[2].numel()]
 
 
-def read_outlier_index(tensors: StoredTensors, rows: Tensor | None) -> Tensor:
+def read_outlier_columns(tensors: StoredTensors, rows: Tensor | None) -> Tensor:
     """Returns the columns [n, count] int64 of the outliers."""
     octets = pick(tensors["outlier_index"], rows).to(torch.int64)
     return octets[..., 0] | octets[..., 1] << 8
@@ -140,7 +140,7 @@ def _join_groups(
     mixture, groups = mixture_of(format_), format_.group_count(shape[1])
     device = tensors["mask"].device
     mask = unpack_codes(tensors["mask"], 1, groups).bool()
-    places = _places(mask, torch.arange(shape[0], device=device) if rows is None else rows)
+    places = list_group_places(mask, torch.arange(shape[0], device=device) if rows is None else rows)
     length = shape[1] // groups
     whole = torch.empty((len(places[0]), groups, length), dtype=dtype, device=device)
     for part_name, part, chosen in zip(("wide", "narrow"), (mixture.wide, mixture.narrow), places, strict=True):
@@ -168,7 +168,7 @@ def _choose_groups(weight: Tensor, format_: Format, h: Tensor, *, wide: StoredTe
     return torch.zeros((blocks, groups), dtype=torch.bool).scatter_(1, best, True)
 
 
-def _places(mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def list_group_places(mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the wide and the narrow groups of rows [n], rising, [n, count] each; all blocks have as many."""
     of_blocks = (m.nonzero()[:, 1].view(len(mask), -1) for m in (mask, ~mask))
     wide, narrow = (places[rows // ROWS_OF_A_MASK] for places in of_blocks)

@@ -19,7 +19,7 @@ from torch import Tensor
 from runtime.codecs.chosen_type import decode_chosen_type
 from runtime.codecs.codec import StoredTensors
 from runtime.codecs.column_mixture import mixture_of
-from runtime.codecs.group_mixture import decode_group_mixture, read_outlier_index
+from runtime.codecs.group_mixture import decode_group_mixture, read_outlier_columns
 from runtime.codecs.levels import find_span, group_count, read_levels
 from runtime.codecs.scaled_elements import codebook_of
 from runtime.codecs.searched_float import decode_searched_float
@@ -153,7 +153,7 @@ def _fill_mixture(weight: Packed, parts: list[Tensor], kernels: CpuKernels) -> M
     index, value = parts[3].view(torch.int32), parts[4].view(torch.float32)
     index, value = (part.view(weight.shape[0], -1) for part in (index, value))
     for block, tensors in _list_blocks(weight):
-        found = read_outlier_index(tensors, None)
+        found = read_outlier_columns(tensors, None)
         index[block] = found
         within = {name: tensor for name, tensor in tensors.items() if name != "outlier"}
         inliers = decode_group_mixture(within, format_, (len(found), weight.shape[1]))

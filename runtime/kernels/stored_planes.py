@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from runtime.codecs.codec import StoredTensors
-from runtime.codecs.column_mixture import list_parts, part_of, read_column_mask
+from runtime.codecs.column_mixture import list_column_parts, part_of, read_column_mask
 from runtime.formats import Format
 from runtime.kernels.matrices import ColumnPart, StoredMatrix
 
@@ -115,7 +115,7 @@ def _list_nested(weight: Packed) -> list[StoredMatrix]:
 
 def _list_column_parts(weight: Packed) -> list[StoredMatrix]:
     tensors, planes = _tensors(weight), []
-    for name, part, columns in list_parts(weight.format, read_column_mask(tensors, weight.shape)):
+    for name, part, columns in list_column_parts(weight.format, read_column_mask(tensors, weight.shape)):
         plane = _describe_codes(part_of(tensors, name), part, len(columns))
         held = part.stored_tensors((weight.shape[0], len(columns)))[0].shape
         if plane.codes.shape != held:

@@ -148,9 +148,9 @@ def compile_split_sum(splits: int, *, architecture: int, dtype: str) -> KernelCo
     )
 
 
-def compile_row_scaling(*, architecture: int, dtype: str) -> KernelCode:
+def compile_row_scaling(*, architecture: int, dtype: str, has_factors: bool = False) -> KernelCode:
     """Returns the scaling of rows in ``bf16`` or ``fp32``, compiled for a compute capability."""
-    constants: dict[str, object] = {"PARTS": 2 if dtype == "fp32" else 1, "BLOCK": 1024}
+    constants: dict[str, object] = {"HAS_FACTORS": has_factors, "PARTS": 2 if dtype == "fp32" else 1, "BLOCK": 1024}
     target = GPUTarget("cuda", architecture, THREADS_PER_WARP)
     return read_code(
         compile_kernel(scale_rows_kernel, constants, dtype, target, {"num_warps": 4}, out="fp16").asm["cubin"]
@@ -235,6 +235,14 @@ def compile_kernel(
         "x_scale_ptr": "*fp32",
         "given_ptr": "*fp32",
         "exponent_ptr": "*i32",
+        "factor_ptr": "*fp16",
+        "left_ptr": "*fp16",
+        "low_words_ptr": "*i32",
+        "low_zero_ptr": "*i32",
+        "flags_ptr": "*i32",
+        "starts_ptr": "*i32",
+        "outlier_ptr": "*fp16",
+        "outlier_column_ptr": "*i16",
         "bias_ptr": f"*{dtype}",
         "out_ptr": f"*{out}",
         "partial_ptr": "*fp32",

@@ -117,8 +117,8 @@ def pack_fragments(
         bits=bits,
         group_size=group_size,
         words=pack_words(codes, bits),
-        scale=_pad_groups(scale, in_features, group_size),
-        zero_point=None if zero_point is None else pack_zeros(_pad_groups(zero_point, in_features, group_size), bits),
+        scale=pad_groups(scale, in_features, group_size),
+        zero_point=None if zero_point is None else pack_zeros(pad_groups(zero_point, in_features, group_size), bits),
         element=element,
         factor=factor,
     )
@@ -202,7 +202,7 @@ def unpack_zeros(words: Tensor, bits: int, rows: int) -> Tensor:
     return torch.stack(fields, dim=-1).flatten(1)[:, :rows].to(torch.uint8)
 
 
-def _pad_groups(values: Tensor, in_features: int, group_size: int | None) -> Tensor:
+def pad_groups(values: Tensor, in_features: int, group_size: int | None) -> Tensor:
     """Returns [rows, groups] as [groups of the padded row, rows padded to a multiple of 8], padded with zeros."""
     rows, groups = values.shape
     # 8-bit floats cannot be padded: as bytes they can.

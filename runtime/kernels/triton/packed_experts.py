@@ -4,14 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from runtime.kernels.triton.grouped_experts import FragmentExperts, gather_experts, run_experts
-from runtime.kernels.triton.packed_product import (
-    PRODUCT_DTYPES,
-    Identity,
-    Packed,
-    fits_kernels,
-    identify_tensors,
-    make_fragments,
-)
+from runtime.kernels.triton.kept_layout import PRODUCT_DTYPES, Identity, Packed, identify_tensors
+from runtime.kernels.triton.packed_fragments import fits_kernels, make_fragments
 
 _KEPT = "_fragment_experts"
 

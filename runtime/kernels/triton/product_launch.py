@@ -60,10 +60,10 @@ def multiply_rows(
         dequantize: (float16 or bfloat16, (first, last) rows, the first a multiple of 8) -> these rows of the weight.
     """
     if x.dtype == torch.float32:
-        y = _multiply_float32(x, out_features, few)
+        y = multiply_float32(x, out_features, few)
         return y if bias is None else y + bias
     if x.shape[0] > MOST_ROWS:
-        return _multiply_many(x, bias, out_features, dequantize)
+        return multiply_many(x, bias, out_features, dequantize)
     if scaled:
         rows = scale_rows(x)
         return few(rows.values[0], bias, x.dtype, rows.exponent[0])
@@ -75,7 +75,8 @@ def pad_rows(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.shape[1] % TILE_CODES)).contiguous()
 
 
-def _multiply_many(x: Tensor, bias: Tensor | None, N: int, dequantize: Dequantize) -> Tensor:
+def multiply_many(x: Tensor, bias: Tensor | None, N: int, dequantize: Dequantize) -> Tensor:
+    """Returns x W' + bias, [rows, N] in the type of x, float16 or bfloat16, by the dequantized weight."""
     y = torch.empty((x.shape[0], N), dtype=x.dtype, device=x.device)
     for first in range(0, N, _DEQUANTIZED_ROWS):
         last = min(N, first + _DEQUANTIZED_ROWS)
@@ -84,7 +85,8 @@ def _multiply_many(x: Tensor, bias: Tensor | None, N: int, dequantize: Dequantiz
     return y
 
 
-def _multiply_float32(x: Tensor, N: int, few: MultiplyFew) -> Tensor:
+def multiply_float32(x: Tensor, N: int, few: MultiplyFew) -> Tensor:
+    """Returns x W' [rows, N] for any number of float32 rows, as two float16 rows each."""
     scaled = scale_rows(x)
     parts, exponents = scaled.values.flatten(0, 1), scaled.exponent.flatten()
     pieces = []

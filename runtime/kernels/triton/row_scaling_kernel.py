@@ -22,38 +22,62 @@ def power_of_two(exponent):
 
 
 @triton.jit
-def scale_rows_kernel(x_ptr, out_ptr, exponent_ptr, M, K, padded_K, x_stride, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes one row of x as PARTS rows of float16 and their exponent; grid (rows).
+def load_elements(x_row, factor_row, element, K, HAS_FACTORS: tl.constexpr):
+    """Returns elements of a row, or of its product with a row of factors, in float32; zero past the end."""
+    x = tl.load(x_row + element, mask=element < K, other=0.0).to(tl.float32)
+    if HAS_FACTORS:
+        x *= tl.load(factor_row + element, mask=element < K, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def scale_rows_kernel(
+    x_ptr,
+    factor_ptr,
+    out_ptr,
+    exponent_ptr,
+    M,
+    K,
+    padded_K,
+    x_stride,
+    HAS_FACTORS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes one row of x, or its products with a row of factors, as PARTS rows of float16; grid (rows, factors).
 
     Args:
-        x_ptr: [M, K] bfloat16 or float32.
+        x_ptr: [rows, K]; with factors each row makes as many rows, one after the other, M in all.
+        factor_ptr: [factors, K] float16; read when HAS_FACTORS.
         out_ptr: [PARTS, M, padded_K] float16; zero where there is no element of x.
         exponent_ptr: [PARTS, M] int32, of the power of two that a row is multiplied by.
-        M, K: Rows of x, elements of a row.
+        M, K: Rows that are written, elements of a row.
         padded_K: Elements of a row that is written.
         x_stride: Elements from one row of x to the next.
-        PARTS: 2 for float32, 1 for bfloat16.
+        HAS_FACTORS: Multiply each row of x by each row of factors.
+        PARTS: 2 for rows that are as exact as float32, 1 for those rounded to float16.
         BLOCK: Elements that are taken at once.
     """
-    row = tl.program_id(0)
-    x_row = x_ptr + row.to(tl.int64) * x_stride
+    row = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    x_row = x_ptr + tl.program_id(0).to(tl.int64) * x_stride
+    factor_row = factor_ptr + tl.program_id(1).to(tl.int64) * K
     element = tl.arange(0, BLOCK)
     greatest = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, K, BLOCK):
-        x = tl.load(x_row + first + element, mask=first + element < K, other=0.0).to(tl.float32)
+        x = load_elements(x_row, factor_row, first + element, K, HAS_FACTORS)
         greatest = tl.maximum(greatest, tl.abs(x))
     # A float with the exponent bits E is below 2**(E - 126). Both powers of two below must be normal floats.
     bits = tl.max(greatest, axis=0).to(tl.int32, bitcast=True)
     exponent = tl.maximum((bits >> 23) - 126 - 14, -126)
     down = power_of_two(-exponent)
     for first in tl.range(0, padded_K, BLOCK):
-        x = tl.load(x_row + first + element, mask=first + element < K, other=0.0).to(tl.float32) * down
+        x = load_elements(x_row, factor_row, first + element, K, HAS_FACTORS) * down
         mask = first + element < padded_K
         high = x.to(tl.float16)
         out_row = out_ptr + row.to(tl.int64) * padded_K
         tl.store(out_row + first + element, high, mask=mask)
         if PARTS == 2:
             low = ((x - high.to(tl.float32)) * SPLIT_SCALE).to(tl.float16)
-            tl.store(out_row + M.to(tl.int64) * padded_K + first + element, low, mask=mask)
+            tl.store(out_row + tl.cast(M, tl.int64) * padded_K + first + element, low, mask=mask)
     for part in tl.static_range(PARTS):
         tl.store(exponent_ptr + part * M + row, exponent)

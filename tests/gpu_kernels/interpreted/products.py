@@ -81,12 +81,16 @@ def draw_product(case: Case, seed: int = 0) -> Product:
 
 def bound_error(case: Case, x: Tensor, scale: Tensor, y: Tensor) -> Tensor:
     """Returns the greatest error of each element of y (see the head of this file)."""
+    chain = 128 + case.in_features // 32 + 16
+    rounding = 2 * chain * 2.0**-24 * find_greatest_code(case.bits, case.dtype) * (x.double().abs() @ scale.t())
+    return rounding + ROUNDING[case.dtype] * y.abs()
+
+
+def find_greatest_code(bits: int, dtype: torch.dtype) -> float:
+    """Returns the greatest of the floats that stand for codes, in steps, for activations of a type."""
     # Activations of types that do not hold 8 bits are float16 where codes have as many; what that loses of the greatest
     # element of a row, 2**-35 or less, is not worth a term of its own beside 2**-24.
-    mantissa = 10 if case.bits == 8 else MANTISSA_BITS[case.dtype]
+    mantissa = 10 if bits == 8 else MANTISSA_BITS[dtype]
     # The highest place of a whole code in the mantissa.
-    start = max(i for i in range(0, 16, case.bits) if i + case.bits <= mantissa)
-    greatest_code = 2.0 ** (mantissa - start) + 2**case.bits
-    chain = 128 + case.in_features // 32 + 16
-    rounding = 2 * chain * 2.0**-24 * greatest_code * (x.double().abs() @ scale.t())
-    return rounding + ROUNDING[case.dtype] * y.abs()
+    start = max(i for i in range(0, 16, bits) if i + bits <= mantissa)
+    return 2.0 ** (mantissa - start) + 2**bits

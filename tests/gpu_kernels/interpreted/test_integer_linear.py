@@ -22,7 +22,8 @@ from runtime.kernels.triton.integer_linear import (
     round_rows,
     triton_integer_linear,
 )
-from runtime.kernels.triton.packed_product import find_fragments, packed_integer_linear
+from runtime.kernels.triton.packed_fragments import find_fragments
+from runtime.kernels.triton.packed_product import packed_integer_linear
 from runtime.packed import QuantizedLinear
 from runtime.simulated_activations import simulated_activations
 from runtime.units import list_weights
