@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from allocator.store import Store
     from runtime.read_widths import set_width_
     from sensitivity.measure_config import MeasureConfig
-    from sensitivity.profile import SensitivityProfile, load_profile, save_profile
+    from sensitivity.profile import SensitivityProfile
+    from sensitivity.profile_files import load_profile, save_profile
 
 _HOME = {
     "Applied": "allocator.pipeline",

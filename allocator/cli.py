@@ -72,7 +72,7 @@ def cli(server: str | None, key: str | None) -> None:
 def measure(model: str, low_memory: bool, out: Path | None, as_json: bool, **options: Any) -> str:
     """Measure how much each part of MODEL loses at each format. Interrupted measurements resume."""
     from allocator.pipeline import measure as run
-    from sensitivity.profile import check_profile_place, save_profile
+    from sensitivity.profile_files import check_profile_place, save_profile
 
     request = parse(lambda: make_request(options))
     if out is not None:
@@ -271,7 +271,7 @@ def _open(model: str, low_memory: bool) -> "Model":
 
 
 def _load_profile(directory: Path | None) -> "SensitivityProfile | None":
-    from sensitivity.profile import load_profile
+    from sensitivity.profile_files import load_profile
 
     return None if directory is None else load_profile(directory)
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from allocator.artefacts import Model, open_model, profile_of_plan
-from allocator.plans import Plan, check_same_model
+from allocator.plans import ArtefactMismatch, Plan, check_same_model
 from allocator.prefixes import compute_log_probabilities
 from allocator.progress import Progress, silent
 from allocator.renderings import rendering_of_plan
 from allocator.store import Store
 from runtime.apply import simulated_formats
 from runtime.expert_skipping import ExpertSkipping, VisitCount, load_skipping, skip_everywhere, skipped_experts
+from runtime.packed_model import find_source
 from runtime.simulated_activations import simulated_activations
 from sensitivity.evaluation import mean_interval
 from sensitivity.experts.skip_calibration import PROTECTED_SHARE, calibrate_skipping
@@ -124,11 +125,19 @@ def open_skipping(model: Any, value: str) -> ExpertSkipping:
 
     Raises:
         ValueError: If it is neither, or the model has no experts.
+        ArtefactMismatch: If the file is of another model, or of other transforms, than the packed one was made from.
     """
     try:
         ratio = float(value)
     except ValueError:
-        return load_skipping(Path(value))
+        found, source = load_skipping(Path(value)), find_source(model)
+        if source and found.weights_fingerprint not in ("", source):
+            msg = (
+                f"experts must be skipped by numbers of the model and the transforms that were packed: got '{value}' "
+                f"of {found.weights_fingerprint[:12]}, and a model made from {source[:12]}. Find them for this plan."
+            )
+            raise ArtefactMismatch(msg) from None
+        return found
     return skip_everywhere(model, ratio)
 
 

@@ -30,7 +30,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from runtime.files import atomic_path, write_text
-from sensitivity.profile import SensitivityProfile, load_profile, save_profile
+from sensitivity.profile import SensitivityProfile
+from sensitivity.profile_files import load_profile, save_profile
 
 CACHE_VARIABLE = "BITPLAN_CACHE"
 TIMED, ENGINE_FILES = NOTES = ("timed", "engine_files")

@@ -8,23 +8,22 @@ the rest is arithmetic with published bandwidths and clocks (``runtime/kernels/t
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 from machine import describe_machine
+from roofline_traffic import BITS, count_traffic, list_bytes, make_format, make_key, scale_dtype
 
 from runtime.cache_formats import TokenBlockFormat, find_cache_formats
 from runtime.elements import ELEMENTS
-from runtime.formats import Format, find_format
+from runtime.formats import find_format
 from runtime.kernels.triton.aot import compile_integer_product, compile_weight_only
 from runtime.kernels.triton.aot_attention import compile_decode_attention
 from runtime.kernels.triton.decode_attention import describe_states
 from runtime.kernels.triton.devices import DEVICES, Device
-from runtime.kernels.triton.fragment_layout import pack_fragments
-from runtime.kernels.triton.launch_table import Launch, LaunchKey, find_attention_launch, find_launch
+from runtime.kernels.triton.fragment_layout import SCALE_NAMES
+from runtime.kernels.triton.launch_table import find_attention_launch, find_launch
 
-BITS = tuple(range(1, 9))
 GROUP_SIZE = 128
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
 # SmolLM2-135M, whose rows are no multiple of 128.
@@ -43,74 +42,6 @@ OTHER_CODES = (
     ("fp8_e4m3_channel", "fp16"),
     ("fp8_e5m2_channel", "bf16"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """Bytes of one product.
-
-    Args:
-        minimum: Weight as the checkpoint stores it, activations and results.
-        moved: Weight as the kernel reads it, activations and results.
-        partial: Written and read again by the splits of k.
-    """
-
-    minimum: int
-    moved: int
-    partial: int
-
-
-def make_key(device: Device, bits: int, shape: tuple[int, int], rows: int, group_size: int | None) -> LaunchKey:
-    """Returns the key of a product on a device."""
-    return LaunchKey(
-        architecture=device.architecture,
-        bits=bits,
-        rows=max(8, rows),
-        out_features=shape[0],
-        in_features=shape[1],
-        group_size=group_size,
-    )
-
-
-def count_traffic(shape: tuple[int, int], rows: int, format_: Format, launch: Launch) -> Traffic:
-    """Returns the bytes of a product of ``rows`` rows of float16 with a weight of one format."""
-    out_features, in_features = shape
-    groups = format_.group_count(in_features)
-    # Shapes alone: nothing is packed on the meta device.
-    weight = pack_fragments(
-        torch.empty(shape, dtype=torch.uint8, device="meta"),
-        torch.empty((out_features, groups), dtype=torch.float16, device="meta"),
-        torch.empty((out_features, groups), dtype=torch.uint8, device="meta"),
-        bits=format_.bits,
-        group_size=format_.group_size,
-    )
-    activations = 2 * rows * (in_features + out_features)
-    return Traffic(
-        minimum=format_.storage_bytes(shape) + activations,
-        moved=weight.read_bytes + activations,
-        partial=8 * launch.splits * rows * out_features if launch.splits > 1 else 0,
-    )
-
-
-def make_format(bits: int, group_size: int | None) -> Format:
-    """Returns an asymmetric integer format."""
-    return Format(name=f"int{bits}", kind="int", bits=bits, group_size=group_size, symmetric=False)
-
-
-def list_bytes(shapes: tuple[tuple[int, int], ...], group_size: int | None) -> list[str]:
-    """Returns the table of bytes moved over the least possible, for each width and shape, one row of x."""
-    device = DEVICES["h100"]
-    names = [f"{out} x {count}" for out, count in shapes]
-    lines = [f"| bits | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    for bits in BITS:
-        cells = []
-        for shape in shapes:
-            launch = find_launch(make_key(device, bits, shape, 1, group_size), device)
-            traffic = count_traffic(shape, 1, make_format(bits, group_size), launch)
-            partial = f" + {traffic.partial / traffic.minimum:.3f}" if traffic.partial else ""
-            cells.append(f"{traffic.moved / traffic.minimum:.3f}{partial}")
-        lines.append(f"| {bits} | {' | '.join(cells)} |")
-    return lines
 
 
 def list_instructions(device: Device, rows: int) -> list[str]:
@@ -143,22 +74,28 @@ def list_instructions(device: Device, rows: int) -> list[str]:
 def list_other_codes(device: Device) -> list[str]:
     """Returns the table of floats of few bits, and of 8 bits with bfloat16 activations, one row of them."""
     lines = [
-        "| format | activations | instructions | budget | share of the bandwidth | registers |",
-        "|---|---|---|---|---|---|",
+        "| format | activations | bytes / least | instructions | budget | share of the bandwidth | registers |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, dtype in OTHER_CODES:
         format_ = find_format(name)
         key = make_key(device, format_.bits, (4096, 4096), 1, format_.group_size)
         element = ELEMENTS[format_.element].mantissa_bits if format_.element else -1
         product = compile_weight_only(
-            key, find_launch(key, device), dtype=dtype, symmetric=format_.symmetric, element=element
+            key,
+            find_launch(key, device),
+            dtype=dtype,
+            symmetric=format_.symmetric,
+            element=element,
+            scale=SCALE_NAMES[scale_dtype(format_)],
         )
         weights_per_s = device.read_bytes_per_s / (format_.storage_bytes((1, 4096)) / 4096)
         budget = device.issues_per_s * WARP / weights_per_s
         issued = product.instructions_per_weight
+        traffic = count_traffic((4096, 4096), 1, format_, find_launch(key, device))
         lines.append(
-            f"| {name} | {dtype} | {issued:.2f} | {budget:.2f} | {100 * min(1.0, budget / issued):.0f}% | "
-            f"{product.code.registers} |"
+            f"| {name} | {dtype} | {traffic.moved / traffic.minimum:.3f} | {issued:.2f} | {budget:.2f} | "
+            f"{100 * min(1.0, budget / issued):.0f}% | {product.code.registers} |"
         )
         print(device.name, lines[-1], flush=True)
     return lines
@@ -288,15 +225,20 @@ def main() -> None:
         "",
         "## Bytes of a product over the least possible, one row of activations",
         "",
-        "Least: the weight as the checkpoint stores it, activations and result. Zero points are read as bytes,",
-        "whatever their width. After the plus: partial sums of products split over k (launches of the H100), which are",
-        "written and read again within microseconds and stay in the second-level cache.",
+        "Least: the weight as the checkpoint stores it, activations and result. Zero points are read in 1, 2, 4 or 8",
+        "bits, the least that hold them (as bytes they were 4 % of all bytes at 2 bits in groups of 64). After the",
+        "plus: partial sums of products split over k (launches of the H100), which are written and read again within",
+        "microseconds and stay in the second-level cache.",
         "",
-        *list_bytes(SHAPES, GROUP_SIZE),
+        *list_bytes(SHAPES, (GROUP_SIZE,)),
         "",
-        "Shapes of SmolLM2-135M, group 64:",
+        "Other groups:",
         "",
-        *list_bytes(SMALL_SHAPES, 64),
+        *list_bytes(SHAPES[:1], (16, 32, 64, 256)),
+        "",
+        "Shapes of SmolLM2-135M:",
+        "",
+        *list_bytes(SMALL_SHAPES, (64,)),
     ]
     options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

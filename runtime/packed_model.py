@@ -40,7 +40,7 @@ from runtime.weight_memory import gather_weights_
 FORMATS_KEY = "bitplan.formats"
 # In the configuration: a rotated model whose embedding is tied has a matrix behind its last norm.
 MAP_KEY = "matrix_after_norm"
-_CACHE_FORMATS = "cache_formats"
+_CACHE_FORMATS, _SOURCE = "cache_formats", "weights_fingerprint"
 ACTIVATIONS_KEY = "activations"
 
 
@@ -94,6 +94,7 @@ def save_packed_(
         config["quantization_config"] = {"quant_method": PACKED_CONFIG_KEY, "formats": dict(formats_by_weight)}
         config[PACKED_CONFIG_KEY] = {
             "schema_version": 1,
+            _SOURCE: reference.weights_fingerprint,
             **({MAP_KEY: True} if has_map(reference.model) else {}),
             **({_CACHE_FORMATS: dict(formats_by_cache)} if formats_by_cache else {}),
             **({ACTIVATIONS_KEY: dict(activations)} if activations else {}),
@@ -178,6 +179,12 @@ def _build_empty(directory: Path) -> Any:
     if getattr(model.config, PACKED_CONFIG_KEY, {}).get(MAP_KEY):
         install_map_(model, device="meta")
     return model
+
+
+def find_source(model: Any) -> str:
+    """Returns the fingerprint of the weights that a packed model was made from; empty where it says none."""
+    source: str = getattr(model.config, PACKED_CONFIG_KEY, {}).get(_SOURCE, "")
+    return source
 
 
 def make_packed_cache(model: Any) -> QuantizedCache | None:

@@ -9,7 +9,7 @@ from runtime.formats import Format
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedRows:
-    """The packed keys or values of past tokens, as they are held now: appending later makes other tensors.
+    """The packed keys or values of past tokens, as they are held now: appending later leaves these as they are.
 
     Args:
         format: The format of a row.

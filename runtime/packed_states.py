@@ -1,7 +1,8 @@
 """Packed keys or values of past tokens, token by token or in blocks of tokens. They grow by tokens.
 
 Buffers are those of ``PackedWeight``, a token's or a block's rows together, so that bytes held are bytes priced
-(``cache_formats.cache_bytes``) and what comes back is what the format renders.
+(``cache_formats.cache_bytes``) and what comes back is what the format renders. Room for a quarter more tokens is set
+aside when it runs out, so that a token costs the same however many there are.
 """
 
 from abc import ABC, abstractmethod
@@ -34,7 +35,7 @@ class PackedStates(ABC):
     @property
     @abstractmethod
     def stored_bytes(self) -> int:
-        """Bytes held."""
+        """Bytes of the tokens held, without the room set aside for more."""
 
     @abstractmethod
     def append(self, states: Tensor) -> None:
@@ -75,13 +76,18 @@ class PackedTokens(PackedStates):
 
     def __init__(self, format_: Format) -> None:
         self._format = format_
-        # Buffer of ``PackedWeight`` -> [tokens, batch, heads, ...], its rows in that order.
-        self._buffers: dict[str, Tensor] = {}
+        # Buffer of ``PackedWeight`` -> [at least token_count, batch, heads, ...], its rows in that order.
+        self._rooms: dict[str, Tensor] = {}
+        self._count = 0
         self._row_length = 0
 
     @property
     def token_count(self) -> int:
-        return next((len(buffer) for buffer in self._buffers.values()), 0)
+        return self._count
+
+    @property
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: room[: self._count] for name, room in self._rooms.items()}
 
     @property
     def stored_bytes(self) -> int:
@@ -92,12 +98,13 @@ class PackedTokens(PackedStates):
         rows = states.to(torch.float32).permute(2, 0, 1, 3).reshape(-1, self._row_length)
         for name, buffer in pack_weight(rows, self._format).named_buffers():
             new = buffer.view(tokens, batch, heads, *buffer.shape[1:])
-            self._buffers[name] = torch.cat([self._buffers[name], new]) if name in self._buffers else new
+            self._rooms[name] = _put(self._rooms[name], new, self._count) if name in self._rooms else new
+        self._count += tokens
 
     def packed_rows(self) -> PackedRows:
         return PackedRows(
             format=self._format,
-            buffers=dict(self._buffers),
+            buffers=self._buffers,
             head_dim=self._row_length,
             token_block=0,
             token_count=self.token_count,
@@ -116,11 +123,23 @@ class PackedTokens(PackedStates):
         return rows.view(tokens, batch, heads, self._row_length).permute(1, 2, 0, 3).to(dtype)
 
     def select(self, sequences: Tensor) -> None:
-        self._buffers = {name: b.index_select(1, sequences.to(b.device)) for name, b in self._buffers.items()}
+        self._rooms = {name: b.index_select(1, sequences.to(b.device)) for name, b in self._buffers.items()}
 
     def truncate(self, token_count: int) -> None:
-        # Copied: a view would keep the memory of the rest.
-        self._buffers = {name: b[:token_count].clone() for name, b in self._buffers.items() if token_count}
+        # Copied: a view would keep the memory of the rest, and what was read of it before may still be in use.
+        self._rooms = {name: b[:token_count].clone() for name, b in self._buffers.items() if token_count}
+        self._count = min(self._count, token_count)
+
+
+def _put(room: Tensor, new: Tensor, count: int) -> Tensor:
+    """Returns room whose first ``count`` tokens are kept and followed by new ones; a larger one if they do not fit."""
+    needed = count + len(new)
+    # What was made in inference mode cannot be written to outside of it.
+    if len(room) < needed or (room.is_inference() and not torch.is_inference_mode_enabled()):
+        kept, room = room[:count], room.new_empty((needed + needed // 4, *room.shape[1:]))
+        room[:count] = kept
+    room[count:needed] = new
+    return room
 
 
 class PackedTokenBlocks(PackedStates):

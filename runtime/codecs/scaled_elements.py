@@ -90,10 +90,9 @@ def scaled_grid(tensors: StoredTensors, format_: Format, shape: tuple[int, int])
     )
 
 
-def read_scale_parts(tensors: StoredTensors, format_: Format) -> tuple[Tensor, float]:
-    """Returns the stored scales [out_features, groups] in float32, and the number t they are multiplied by."""
-    scale = _SCALE_TYPES[format_.scale_type].read(tensors["scale"])
-    return scale, float(tensors["scale_unit"]) if format_.scale_type == "e4m3" else 1.0
+def read_scale_unit(tensors: StoredTensors, format_: Format) -> float:
+    """Returns the number t that the stored scales are multiplied by."""
+    return float(tensors["scale_unit"]) if format_.scale_type == "e4m3" else 1.0
 
 
 def read_scales(tensors: StoredTensors, format_: Format, rows: Tensor | None = None) -> Tensor:

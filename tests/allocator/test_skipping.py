@@ -1,6 +1,7 @@
 """Skipped experts of a planned mixture: found on calibration text, measured as they are used, used by the commands."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from allocator.generation import generate_text
 from allocator.plan_files import save_plan
 from allocator.skipping import SkippingFound, find_skipping
 from runtime.apply import simulated_formats
-from runtime.expert_skipping import load_skipping, skipped_experts
+from runtime.expert_skipping import load_skipping, save_skipping, skipped_experts
 from sensitivity.experts.skip_calibration import calibrate_skipping
 from tests.tiny_measurements import SMALL_MOE, make_moe_request
 
@@ -103,6 +104,10 @@ def test_commands_find_and_use_it(
         loaded, tokenizer = allocator.load(packed, skip_experts=value)
         assert shown[value] == generate_text(loaded, tokenizer, "The compiler", max_new_tokens=24).strip()
     assert shown["1"] != shown[str(file)]
+    other = tmp_path / "other.json"
+    save_skipping(replace(found.skipping, weights_fingerprint="of another model"), other)
+    assert run([*generate, "--skip-experts", str(other)]) == 1
+    assert "of the model and the transforms that were packed: got" in capsys.readouterr().err
     assert run([*generate, "--skip-experts", "2"]) == 1
     assert "a ratio of expert weights must be from 0 to 1: got ratio=2.0" in capsys.readouterr().err
     assert run([*generate, "--skip-experts", str(tmp_path / "no.json")]) == 1

@@ -9,7 +9,8 @@ import pytest
 
 from allocator.cli import run
 from allocator.store import Store
-from sensitivity.profile import SensitivityProfile, load_profile
+from sensitivity.profile import SensitivityProfile
+from sensitivity.profile_files import load_profile
 from tests.end_to_end.commands import finish, list_files, start
 from tests.sensitivity.measured_models import assert_same
 from tests.tiny_measurements import FLAGS

@@ -16,7 +16,8 @@ from allocator import Budget, Store
 from allocator.artefacts import Model
 from allocator.cli import run
 from sensitivity.measure_config import BLOCKWISE_METRICS, MeasureConfig
-from sensitivity.profile import SensitivityProfile, save_profile
+from sensitivity.profile import SensitivityProfile
+from sensitivity.profile_files import save_profile
 from tests.end_to_end.test_models import MODELS
 from tests.tiny_measurements import CONFIG, FLAGS, make_request
 from tests.tiny_models import build_tokenizer

@@ -13,7 +13,7 @@ from allocator.pipeline import load
 from allocator.plan_files import load_plan
 from runtime.apply import simulated_formats
 from runtime.kernels.dispatch import kernel_path
-from sensitivity.profile import load_profile
+from sensitivity.profile_files import load_profile
 from tests.tiny_measurements import FLAGS
 
 TOKENS = torch.randint(0, 320, (2, 11), generator=torch.Generator().manual_seed(5))

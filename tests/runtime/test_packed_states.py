@@ -87,3 +87,35 @@ def test_states_are_read_from_a_token_on(name: str) -> None:
     assert rows.token_count == (TOKENS // rows.token_block * rows.token_block if rows.token_block else TOKENS)
     for first in (0, 64, rows.token_count):
         assert torch.equal(packed.read(torch.float32, first), whole[:, :, first:])
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "int3_t32"])
+def test_what_was_read_stays_as_it_is(name: str) -> None:
+    """Tokens that come later are put behind those that are there, in the same room: none of these may change."""
+    packed, states = make_packed_states(CACHE_FORMATS[name]), draw_states()
+    for token in states.split(1, dim=2):
+        packed.append(token)
+    rows = packed.packed_rows()
+    before = {key: buffer.clone() for key, buffer in rows.buffers.items()}
+    packed.append(states.flip(2))
+    packed.truncate(40)
+    packed.append(states.flip(0))
+    assert all(torch.equal(rows.buffers[key], buffer) for key, buffer in before.items())
+
+
+def test_a_token_is_not_copied_at_every_later_one() -> None:
+    packed, places = make_packed_states(CACHE_FORMATS["int4_g32"]), set()
+    for token in torch.randn(1, 2, 400, 32).split(1, dim=2):
+        packed.append(token)
+        places.add(packed.packed_rows().buffers["codes"].data_ptr())
+    # Room for a quarter more each time: from 5 on it grows at most 1 + log(400 / 5) / log(1.25) times.
+    assert len(places) <= 25
+
+
+def test_a_cache_that_began_in_inference_mode_goes_on_outside() -> None:
+    packed, states = make_packed_states(CACHE_FORMATS["int4_g32"]), draw_states()
+    with torch.inference_mode():
+        for token in states[:, :, :6].split(1, dim=2):
+            packed.append(token)
+    packed.append(states[:, :, 6:])
+    assert torch.equal(packed.read(torch.float32), expected(states, CACHE_FORMATS["int4_g32"]))  # type: ignore[arg-type]

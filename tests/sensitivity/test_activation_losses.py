@@ -20,7 +20,8 @@ from sensitivity.activation_losses import (
     measure_static_scales,
 )
 from sensitivity.evaluation import score_assignments
-from sensitivity.profile import ActivationLosses, SensitivityProfile, load_profile, save_profile
+from sensitivity.profile import ActivationLosses, SensitivityProfile
+from sensitivity.profile_files import load_profile, save_profile
 from sensitivity.streaming.gradient_probes import SampledScore
 from tests.tiny_models import build_tiny_llama
 

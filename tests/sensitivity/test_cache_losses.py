@@ -20,7 +20,8 @@ from sensitivity.cache_losses import (
     reference_cache_bytes,
 )
 from sensitivity.evaluation import score_assignments
-from sensitivity.profile import CacheLosses, SensitivityProfile, load_profile, save_profile
+from sensitivity.profile import CacheLosses, SensitivityProfile
+from sensitivity.profile_files import load_profile, save_profile
 from tests.tiny_models import build_tiny_llama
 
 CACHE_FORMATS = ("int2_channel", "int4_channel", "int4_g32", "bf16")

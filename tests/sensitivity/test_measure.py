@@ -22,7 +22,8 @@ from sensitivity.experts.expert_tables import FISHER_SHRUNK
 from sensitivity.experts.routing_measurement import measure_routing
 from sensitivity.experts.shrinkage import shrink_rare_losses
 from sensitivity.measure_config import FISHER, METRICS, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR, MeasureConfig
-from sensitivity.profile import NATS, SensitivityProfile, load_profile, save_profile
+from sensitivity.profile import NATS, SensitivityProfile
+from sensitivity.profile_files import load_profile, save_profile
 from sensitivity.provenance import measurement_fingerprint
 from sensitivity.sketches.combination import COMBINED, combine
 from sensitivity.sketches.fisher_sketch import fisher_loss, measure_streamed_fisher_sketch

@@ -11,7 +11,8 @@ import pytest
 from runtime.candidates import list_candidates
 from sensitivity.experts.expert_tables import FISHER_SHRUNK
 from sensitivity.measure_config import FISHER, OUTPUT_ERROR, SINGLE_UNIT_KL, WEIGHT_ERROR
-from sensitivity.profile import SensitivityProfile, load_profile, save_profile
+from sensitivity.profile import SensitivityProfile
+from sensitivity.profile_files import load_profile, save_profile
 from sensitivity.sketches.combination import COMBINED
 from sensitivity.sketches.completion import complete
 from tests.sensitivity.measured_models import FORMATS, Measurement, arrays_of, make_config, make_measurement

@@ -46,7 +46,7 @@ class CompiledProduct:
 
 
 def compile_weight_only(
-    key: LaunchKey, launch: Launch, *, dtype: str, symmetric: bool = False, element: int = -1
+    key: LaunchKey, launch: Launch, *, dtype: str, symmetric: bool = False, element: int = -1, scale: str = "fp16"
 ) -> CompiledProduct:
     """Returns the weight-only product compiled for ``key.architecture``.
 
@@ -56,12 +56,18 @@ def compile_weight_only(
         dtype: Type of x, ``fp16`` or ``bf16``.
         symmetric: No zero points.
         element: Mantissa bits of codes that are floats, -1 for integers.
+        scale: Type of the scales (``fragment_layout.SCALE_NAMES``).
     """
     target = GPUTarget("cuda", key.architecture, THREADS_PER_WARP)
     scaled = needs_scaled_rows(torch.bfloat16 if dtype == "bf16" else torch.float16, key.bits, element)
     kernel = compile_kernel(
         weight_only_kernel,
-        {**_weight_only_constants(key, launch, symmetric), "HAS_EXPONENT": scaled, "ELEMENT": element},
+        {
+            **_weight_only_constants(key, launch, symmetric),
+            "HAS_EXPONENT": scaled,
+            "ELEMENT": element,
+            "SCALE": scale,
+        },
         "fp16" if scaled else dtype,
         target,
         {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.max_registers},
@@ -91,7 +97,7 @@ def compile_grouped_experts(
     """Returns the experts' product compiled for a compute capability, for float16 activations.
 
     Args:
-        kinds: (bits, group size or 0, symmetric, tiles of a step) of each kind of expert.
+        kinds: (bits, group size or 0, symmetric, tiles of a step, type of the scales) of each kind of expert.
         architecture: Compute capability times ten.
         block_m: Rows of x in a program.
         gated: With gate, up projection and activation.
@@ -122,6 +128,7 @@ def compile_dequantization(
         "BITS": bits,
         "GROUP_SIZE": group_size or 0,
         "SYMMETRIC": symmetric,
+        "SCALE": "fp16",
         "EXACT": dtype == "fp16",
         "ELEMENT": -1,
         "WARPS": 2,
@@ -182,6 +189,7 @@ def _weight_only_constants(key: LaunchKey, launch: Launch, symmetric: bool) -> d
         "BITS": key.bits,
         "GROUP_SIZE": key.group_size or 0,
         "SYMMETRIC": symmetric,
+        "SCALE": "fp16",
         "HAS_EXPONENT": False,
         "HAS_BIAS": False,
         "TILES": launch.tiles,

@@ -15,7 +15,7 @@ from runtime.formats import Format
 from runtime.kernels.triton.decode_attention_kernel import attention_splits_kernel, sum_attention_kernel
 from runtime.kernels.triton.launch_table import AttentionLaunch, find_attention_launch
 from runtime.kernels.triton.packed_product import PRODUCT_DTYPES
-from runtime.kernels.triton.weight_only_linear import INTERPRETED, find_device
+from runtime.kernels.triton.product_launch import INTERPRETED, find_device
 from runtime.packed_rows import PackedRows
 
 States = tuple[int, int, bool, int]

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.triton.fragment_unpacking import operand
-from runtime.kernels.triton.group_product import load_words
+from runtime.kernels.triton.group_product import load_fields, load_scale_rows, load_words, zero_bits
 
 
 @triton.jit
@@ -19,22 +19,19 @@ def load_affine(
     factor,
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    SCALE: tl.constexpr,
     EXACT: tl.constexpr,
     ELEMENT: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     """Returns the scales and zero points of a group, and ``like``, as ``pair_floats`` takes them.
 
-    EXACT says that s (q - z) is rounded once in float16: to that type, of integers without a factor. Otherwise the
-    scales times the factor are float32, and so is the product.
+    EXACT says that s (q - z) is rounded once in float16: to that type, of integers with scales of that type and without
+    a factor. Otherwise the scales times the factor are float32, and so is the product.
     """
     SCALE_DTYPE: tl.constexpr = tl.float16 if EXACT else tl.float32
-    v = tl.arange(0, 4)[None, :]
-    mask = row_block_mask[:, None]
-    scales = tl.load(scale_ptr + group * row_blocks * 4 + row_block[:, None] * 4 + v, mask=mask, other=0)
-    scales = scales.to(tl.uint32, bitcast=True)
-    scale0 = (scales & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(SCALE_DTYPE)[:, None, :]
-    scale1 = (scales >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(SCALE_DTYPE)[:, None, :]
+    even, odd = load_scale_rows(scale_ptr, group, row_block, row_block_mask, row_blocks, SCALE, WARPS)
+    scale0, scale1 = even.to(SCALE_DTYPE)[:, None, :], odd.to(SCALE_DTYPE)[:, None, :]
     if not EXACT:
         scale0, scale1 = scale0 * factor, scale1 * factor
     if ELEMENT >= 0:
@@ -48,12 +45,7 @@ def load_affine(
         zero = tl.full((8 * WARPS, 1, 4), 1024 + (1 << (BITS - 1)), tl.float16)
         return scale0, scale1, zero, zero, like
     else:
-        c = tl.arange(0, 2)[None, :]
-        zeros = tl.load(zero_ptr + group * row_blocks * 2 + row_block[:, None] * 2 + c, mask=mask, other=0)
-        zeros = zeros.to(tl.uint32, bitcast=True)
-        # Byte 2 (v mod 2) + j of word v // 2.
-        even = tl.reshape(tl.join(zeros & 0xFF, (zeros >> 16) & 0xFF), (8 * WARPS, 4))
-        odd = tl.reshape(tl.join((zeros >> 8) & 0xFF, zeros >> 24), (8 * WARPS, 4))
+        even, odd = load_fields(zero_ptr, group, row_block, row_block_mask, row_blocks, zero_bits(BITS), WARPS)
         zero0 = (even | 0x6400).to(tl.uint16).to(tl.float16, bitcast=True)[:, None, :]
         zero1 = (odd | 0x6400).to(tl.uint16).to(tl.float16, bitcast=True)[:, None, :]
         return scale0, scale1, zero0, zero1, like
@@ -73,6 +65,7 @@ def dequantize_kernel(
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    SCALE: tl.constexpr,
     EXACT: tl.constexpr,
     ELEMENT: tl.constexpr,
     WARPS: tl.constexpr,
@@ -87,7 +80,7 @@ def dequantize_kernel(
         row_blocks: Blocks of 8 rows of the weight.
         out_stride: Elements from one row to the next.
         factor: What the weight is multiplied by, float32.
-        BITS, GROUP_SIZE, SYMMETRIC, ELEMENT, WARPS: As in ``multiply_weight``.
+        BITS, GROUP_SIZE, SYMMETRIC, SCALE, ELEMENT, WARPS: As in ``multiply_weight``.
         EXACT: As in ``load_affine``.
     """
     first_row = tl.program_id(0) * (64 * WARPS)
@@ -116,6 +109,7 @@ def dequantize_kernel(
             factor,
             BITS,
             SYMMETRIC,
+            SCALE,
             EXACT,
             ELEMENT,
             WARPS,

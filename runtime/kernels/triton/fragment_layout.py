@@ -14,6 +14,10 @@ need two of each for every pair.
 
 ``words`` [tiles, b, r, q, v] int32: the four words v that a thread reads at once are 16 neighbouring bytes, and a warp
 reads 512. Rows are padded to a multiple of 8, the length of a row to one of 64, both with code 0.
+
+Zero points of b bits take 1, 2, 4 or 8 (``find_zero_bits``), row after row from the low bits of a word: as bytes, those
+of two bits would be 4 % of all that is read in groups of 64. Scales keep the type they are stored in: float16, or one
+byte each (powers of two, E4M3), which in groups of 16 codes of 4 bits saves a tenth of all that is read.
 """
 
 from dataclasses import dataclass
@@ -25,6 +29,9 @@ TILE_CODES = 64
 TILE_ROWS = 8
 PAIRS = 16
 _HALF_BITS = 16
+_WORD_BITS = 32
+# Types of scales, by the name that the kernels know them under.
+SCALE_NAMES = {torch.float16: "fp16", torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +43,10 @@ class FragmentWeight:
         bits: Code width, 1 to 8.
         group_size: Weights of one row that share a scale: 16, 32, 64, a multiple of 128, or None for the whole row.
         words: [tiles, bits, ceil(out_features / 8), 4, 4] int32, the codes.
-        scale: [groups, rows padded to a multiple of 8] float16; groups of zeros follow where the row was padded.
-        zero_point: The same shape in uint8, or None when zero is at the code 2**(bits - 1), or at 1/2 for one bit.
+        scale: [groups, rows padded to a multiple of 8] in a type of ``SCALE_NAMES``; groups of zeros follow where the
+            row was padded.
+        zero_point: [groups, words of the padded rows] int32, or None when zero is at the code 2**(bits - 1), or at
+            1/2 for one bit.
         element: Mantissa bits of codes that are floats, sign and exponent before them, whose bias is 15: what another
             bias makes of them is in the factor. -1 for integers.
         factor: What all weights are multiplied by.
@@ -51,6 +60,16 @@ class FragmentWeight:
     zero_point: Tensor | None
     element: int = -1
     factor: float = 1.0
+
+    @property
+    def scale_name(self) -> str:
+        """The type of the scales, as the kernels name it."""
+        return SCALE_NAMES[self.scale.dtype]
+
+    @property
+    def kernel_factor(self) -> float:
+        """What the kernels multiply by: they read E4M3 as the float16 of the same bits, 2**-8 of it."""
+        return self.factor * (2.0**8 if self.scale.dtype == torch.float8_e4m3fn else 1.0)
 
     @property
     def read_bytes(self) -> int:
@@ -73,7 +92,8 @@ def pack_fragments(
 
     Args:
         codes: [out_features, in_features] uint8, each below 2**bits.
-        scale: [out_features, groups] float16.
+        scale: [out_features, groups] in a type of ``SCALE_NAMES``, not negative where that has 8 bits, and of these no
+            power of two that is float32's least and would be read as zero.
         zero_point: [out_features, groups] uint8, or None for 2**(bits - 1), or 1/2 for one bit.
         bits: Code width, 1 to 8.
         group_size: Weights of one row that share a scale; None for the whole row.
@@ -97,8 +117,8 @@ def pack_fragments(
         bits=bits,
         group_size=group_size,
         words=pack_words(codes, bits),
-        scale=_pad_groups(scale.to(torch.float16), in_features, group_size),
-        zero_point=None if zero_point is None else _pad_groups(zero_point, in_features, group_size),
+        scale=_pad_groups(scale, in_features, group_size),
+        zero_point=None if zero_point is None else pack_zeros(_pad_groups(zero_point, in_features, group_size), bits),
         element=element,
         factor=factor,
     )
@@ -159,10 +179,35 @@ def _to_pairs(codes: Tensor) -> Tensor:
     return split.permute(4, 5, 2, 3, 0, 6, 1, 7).reshape(PAIRS, split.shape[3], split.shape[0], 4, 4, 2)
 
 
+def find_zero_bits(bits: int) -> int:
+    """Returns in how many bits a zero point of ``bits`` bits is kept: the next power of two, so that none is split."""
+    return 1 << (bits - 1).bit_length()
+
+
+def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
+    """Returns zero points [groups, rows] as words [groups, ceil(rows / those of a word)] int32."""
+    width = find_zero_bits(bits)
+    each = _WORD_BITS // width
+    padded = torch.nn.functional.pad(zeros, (0, -zeros.shape[1] % each)).to(torch.int32)
+    words = torch.zeros_like(padded[:, ::each])
+    for i in range(each):
+        words |= padded[:, i::each] << (i * width)
+    return words
+
+
+def unpack_zeros(words: Tensor, bits: int, rows: int) -> Tensor:
+    """Returns the zero points [groups, rows] uint8 that ``pack_zeros`` packed."""
+    width = find_zero_bits(bits)
+    fields = [(words >> low) & ((1 << width) - 1) for low in range(0, _WORD_BITS, width)]
+    return torch.stack(fields, dim=-1).flatten(1)[:, :rows].to(torch.uint8)
+
+
 def _pad_groups(values: Tensor, in_features: int, group_size: int | None) -> Tensor:
     """Returns [rows, groups] as [groups of the padded row, rows padded to a multiple of 8], padded with zeros."""
     rows, groups = values.shape
+    # 8-bit floats cannot be padded: as bytes they can.
+    values, dtype = (values.view(torch.uint8) if values.element_size() == 1 else values), values.dtype
     more = 0 if group_size is None else -(-(in_features + -in_features % TILE_CODES) // group_size) - groups
     padded = torch.nn.functional.pad(values, (0, more, 0, -rows % TILE_ROWS))
     # Through one dimension: the strides of a single group must be those of a row, or it is no view of whole words.
-    return padded.t().reshape(-1).view(groups + more, padded.shape[0])
+    return padded.t().reshape(-1).view(dtype).view(groups + more, padded.shape[0])

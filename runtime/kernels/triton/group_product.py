@@ -14,7 +14,10 @@ and lies where it is needed. Results are computed transposed, W x': 16 rows of t
 import triton
 import triton.language as tl
 
+from runtime.kernels.triton.fragment_layout import find_zero_bits
 from runtime.kernels.triton.fragment_unpacking import operand, to_tile_order
+
+zero_bits = triton.constexpr_function(find_zero_bits)
 
 
 @triton.constexpr_function
@@ -39,25 +42,68 @@ def multiply_add(a, b, accumulator, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS: tl.constexpr):
-    """Returns the float16 scales of a group, [64 * WARPS] in tile order.
+def load_scale_rows(scale_ptr, group, row_block, row_block_mask, row_blocks, SCALE: tl.constexpr, WARPS: tl.constexpr):
+    """Returns the scales of a group, of rows j = 0 and of j = 1: [8 * WARPS, 4] of v, float32 for powers of two.
 
-    Two are read at once: only loads of whole words are copied ahead of their use.
+    Of the other types float16, 2**-8 of the scale for E4M3. Whole words are read: only these are copied ahead of their
+    use.
     """
-    offset = group * row_blocks * 4 + row_block[:, None] * 4 + tl.arange(0, 4)[None, :]
-    words = tl.load(scale_ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)
-    first = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
-    second = (words >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
-    return to_tile_order(tl.join(first, second), WARPS)
+    if SCALE == "fp16":
+        offset = group * row_blocks * 4 + row_block[:, None] * 4 + tl.arange(0, 4)[None, :]
+        words = tl.load(scale_ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)
+        even = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+        odd = (words >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+        return even, odd
+    else:
+        even, odd = load_fields(scale_ptr, group, row_block, row_block_mask, row_blocks, 8, WARPS)
+        if SCALE == "e8m0":
+            return (even << 23).to(tl.float32, bitcast=True), (odd << 23).to(tl.float32, bitcast=True)
+        else:
+            even = (even << 7).to(tl.uint16).to(tl.float16, bitcast=True)
+            return even, (odd << 7).to(tl.uint16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def load_zero_codes(zero_ptr, group, row_block, row_block_mask, row_blocks, WARPS: tl.constexpr):
+def load_scale(
+    scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS: tl.constexpr, SCALE: tl.constexpr = "fp16"
+):
+    """Returns the scales of a group as ``load_scale_rows`` does, [64 * WARPS] in tile order."""
+    even, odd = load_scale_rows(scale_ptr, group, row_block, row_block_mask, row_blocks, SCALE, WARPS)
+    return to_tile_order(tl.join(even, odd), WARPS)
+
+
+@triton.jit
+def load_fields(ptr, group, row_block, row_block_mask, row_blocks, WIDTH: tl.constexpr, WARPS: tl.constexpr):
+    """Returns numbers of 1, 2, 4 or 8 bits for each row, of rows j = 0 and of j = 1: uint32 [8 * WARPS, 4] of v."""
+    if WIDTH == 8:
+        offset = group * row_blocks * 2 + row_block[:, None] * 2 + tl.arange(0, 2)[None, :]
+        words = tl.load(ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)
+        # Byte 2 (v mod 2) + j of word v // 2.
+        even = tl.join(words & 0xFF, (words >> 16) & 0xFF)
+        odd = tl.join((words >> 8) & 0xFF, words >> 24)
+    else:
+        # Several blocks of 8 rows share a word, which each loads for itself: only whole words are copied ahead.
+        SHARED: tl.constexpr = 4 // WIDTH
+        offset = group * tl.cdiv(row_blocks, SHARED) + row_block // SHARED
+        word = tl.load(ptr + offset, mask=row_block_mask, other=0).to(tl.uint32, bitcast=True)
+        if SHARED > 1:
+            word = word >> (row_block % SHARED * (8 * WIDTH))
+        MASK: tl.constexpr = (1 << WIDTH) - 1
+        even = tl.join(
+            tl.join(word & MASK, (word >> 4 * WIDTH) & MASK),
+            tl.join((word >> 2 * WIDTH) & MASK, (word >> 6 * WIDTH) & MASK),
+        )
+        odd = tl.join(
+            tl.join((word >> WIDTH) & MASK, (word >> 5 * WIDTH) & MASK),
+            tl.join((word >> 3 * WIDTH) & MASK, (word >> 7 * WIDTH) & MASK),
+        )
+    return tl.reshape(even, (8 * WARPS, 4)), tl.reshape(odd, (8 * WARPS, 4))
+
+
+@triton.jit
+def load_zero_codes(zero_ptr, group, row_block, row_block_mask, row_blocks, BITS: tl.constexpr, WARPS: tl.constexpr):
     """Returns the zero points of a group as they are stored, uint32 [64 * WARPS] in tile order."""
-    offset = group * row_blocks * 2 + row_block[:, None] * 2 + tl.arange(0, 2)[None, :]
-    words = tl.load(zero_ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)
-    even = tl.join(words & 0xFF, (words >> 16) & 0xFF)
-    odd = tl.join((words >> 8) & 0xFF, words >> 24)
+    even, odd = load_fields(zero_ptr, group, row_block, row_block_mask, row_blocks, zero_bits(BITS), WARPS)
     return to_tile_order(tl.join(even, odd), WARPS)
 
 
@@ -80,7 +126,7 @@ def load_zero(
         ZERO: tl.constexpr = 0.5 if BITS == 1 else 1 << (BITS - 1)
         return tl.full((64 * WARPS,), (1 << MANTISSA) + (1 << POSITION) * ZERO, tl.float32)
     else:
-        zero = load_zero_codes(zero_ptr, group, row_block, row_block_mask, row_blocks, WARPS)
+        zero = load_zero_codes(zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, WARPS)
         # The float 2**e has 127 + e in its exponent, and its mantissa begins at bit 23 - e for whole numbers.
         BASE_BITS: tl.constexpr = (127 + MANTISSA) << 23
         return ((zero << (23 - MANTISSA + POSITION)) | BASE_BITS).to(tl.float32, bitcast=True)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from runtime.kernels.triton.fragment_layout import TILE_CODES, TILE_ROWS, FragmentWeight
 from runtime.kernels.triton.grouped_experts_kernel import grouped_experts_kernel
+from runtime.kernels.triton.product_launch import INTERPRETED
 from runtime.kernels.triton.row_scaling import needs_scaled_rows, scale_rows, sum_parts
-from runtime.kernels.triton.weight_only_linear import INTERPRETED
 
 _WARPS = 2
 _STAGES = 3
 _MOST_REGISTERS = 255
-Kind = tuple[int, int, bool, int]
+Kind = tuple[int, int, bool, int, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class FragmentExperts:
 
     Args:
         shape: (out_features, in_features) of each expert.
-        kinds: (bits, group size or 0, symmetric, tiles of a step) of each kind of weight that is there.
+        kinds: (bits, group size or 0, symmetric, tiles of a step, type of the scales) of each kind of weight there is.
         kind: [experts] int32, index into ``kinds``.
         order: [experts] int64, the experts by descending bytes.
         words, scale, zero_point: int32, the experts' tensors one after the other, as words.
@@ -64,9 +64,7 @@ def gather_experts(weights: list[FragmentWeight]) -> FragmentExperts:
         (
             weight.words.flatten(),
             weight.scale.flatten().view(torch.int32),
-            torch.empty(0, dtype=torch.int32, device=device)
-            if weight.zero_point is None
-            else weight.zero_point.flatten().view(torch.int32),
+            _list_zeros(weight),
         )
         for weight in weights
     ]
@@ -218,8 +216,16 @@ def run_experts(
     return weighted.sum(dim=1)
 
 
+def _list_zeros(weight: FragmentWeight) -> Tensor:
+    """Returns the zero points of an expert; those of the next begin at an even word, for reads of two."""
+    if weight.zero_point is None:
+        return torch.empty(0, dtype=torch.int32, device=weight.words.device)
+    words = weight.zero_point.flatten()
+    return torch.nn.functional.pad(words, (0, words.numel() % 2))
+
+
 def _find_kind(weight: FragmentWeight) -> Kind:
     tiles = -(-weight.shape[1] // TILE_CODES)
     in_one_group = weight.group_size is None or weight.group_size % (2 * TILE_CODES) == 0
     step = 2 if in_one_group and tiles % 2 == 0 else 1
-    return weight.bits, weight.group_size or 0, weight.zero_point is None, step
+    return weight.bits, weight.group_size or 0, weight.zero_point is None, step, weight.scale_name

@@ -48,6 +48,7 @@ def multiply_expert(
                 KINDS[i][0],
                 KINDS[i][1],
                 KINDS[i][2],
+                KINDS[i][4],
                 KINDS[i][3],
                 BLOCK_M,
                 WARPS,
@@ -99,7 +100,7 @@ def grouped_experts_kernel(
         row_blocks: Blocks of 8 rows of an expert.
         tiles: Tiles of 64 codes of a row.
         x_stride: Elements from one row of x to the next.
-        KINDS: (bits, group size or 0, symmetric, tiles of a step) of each kind.
+        KINDS: (bits, group size or 0, symmetric, tiles of a step, type of the scales) of each kind.
         GATED: Apply the gate.
         BLOCK_M, WARPS, STAGES, UPCAST: As in ``multiply_weight``.
     """
@@ -117,7 +118,7 @@ def grouped_experts_kernel(
     kind = tl.load(kind_ptr + expert)
     # The hints keep the copies 16 bytes wide: each expert's words are whole tiles.
     words_ptr += tl.multiple_of(tl.load(offset_ptr + expert * 3), 16)
-    scale_ptr += tl.multiple_of(tl.load(offset_ptr + expert * 3 + 1), 4)
+    scale_ptr += tl.multiple_of(tl.load(offset_ptr + expert * 3 + 1), 2)
     zero_ptr += tl.multiple_of(tl.load(offset_ptr + expert * 3 + 2), 2)
     first_block = first_column // 8
     last_block = tl.cdiv(N, 8)

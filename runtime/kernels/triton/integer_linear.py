@@ -17,7 +17,8 @@ from runtime.kernels.triton.fragment_layout import TILE_CODES, FragmentWeight
 from runtime.kernels.triton.integer_product_kernel import integer_product_kernel
 from runtime.kernels.triton.integer_unpacking import find_quad_step
 from runtime.kernels.triton.launch_table import MOST_ROWS, Launch, LaunchKey, find_bucket, find_launch
-from runtime.kernels.triton.weight_only_linear import find_device, sum_splits, view_words
+from runtime.kernels.triton.product_launch import find_device, sum_splits
+from runtime.kernels.triton.weight_only_linear import view_words
 
 _BLOCK = 1024
 # Sums of up to 128 * 255 in 32 bits.
@@ -197,10 +198,11 @@ def _multiply(x: IntegerRows, weight: FragmentWeight, bias: Tensor | None, out_d
         steps,
         triton.cdiv(steps, launch.splits),
         x.values.stride(0),
-        weight.factor,
+        weight.kernel_factor,
         BITS=weight.bits,
         GROUP_SIZE=weight.group_size or 0,
         SYMMETRIC=weight.zero_point is None,
+        SCALE=weight.scale_name,
         HAS_BIAS=has_bias,
         TILES=launch.tiles,
         BLOCK_M=launch.block_m,

@@ -56,11 +56,12 @@ def scale_integers(
     row_blocks,
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     """Returns s (sum of i q - z sum of i) of a group in float32, [64 * WARPS, BLOCK_M], from its integer sums."""
-    scale = load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS)
+    scale = load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS, SCALE)
     sums = tl.reshape(tl.broadcast_to(products[1][None, :, :], (4, 16 * WARPS, BLOCK_M)), (64 * WARPS, BLOCK_M))
     if SYMMETRIC and BITS == 8:
         whole = products[0]
@@ -69,7 +70,7 @@ def scale_integers(
         ZERO: tl.constexpr = 1 if BITS == 1 else 1 << (BITS - 1)
         whole = products[0] - ZERO * sums
     else:
-        zero = load_zero_codes(zero_ptr, group, row_block, row_block_mask, row_blocks, WARPS).to(tl.int32)
+        zero = load_zero_codes(zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, WARPS).to(tl.int32)
         if BITS == 8:
             zero -= 128
         whole = products[0] - zero[:, None] * sums
@@ -91,6 +92,7 @@ def multiply_integers(
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    SCALE: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WARPS: tl.constexpr,
@@ -103,7 +105,7 @@ def multiply_integers(
         x_mask: [BLOCK_M], the rows that exist.
         words_ptr, scale_ptr, zero_ptr, first_row_block, last_row_block, row_blocks, first_step, last_step: As in
             ``weight_only_kernel.multiply_weight``.
-        BITS, SYMMETRIC, TILES, BLOCK_M, WARPS, STAGES: Likewise.
+        BITS, SYMMETRIC, SCALE, TILES, BLOCK_M, WARPS, STAGES: Likewise.
         GROUP_SIZE: Codes that share a scale, 32 or a multiple of 64; 0 for the whole row.
     """
     POSITION: tl.constexpr = 1 if SYMMETRIC and BITS == 1 else 0
@@ -135,11 +137,22 @@ def multiply_integers(
             else:
                 group = (step * 64 * TILES + part * CODES) // GROUP_SIZE
                 total += scale_integers(
-                    products, scale_ptr, zero_ptr, group, row_block, mask, row_blocks, BITS, SYMMETRIC, BLOCK_M, WARPS
+                    products,
+                    scale_ptr,
+                    zero_ptr,
+                    group,
+                    row_block,
+                    mask,
+                    row_blocks,
+                    BITS,
+                    SYMMETRIC,
+                    SCALE,
+                    BLOCK_M,
+                    WARPS,
                 )
     if GROUP_SIZE == 0:
         total = scale_integers(
-            (whole, sums), scale_ptr, zero_ptr, 0, row_block, mask, row_blocks, BITS, SYMMETRIC, BLOCK_M, WARPS
+            (whole, sums), scale_ptr, zero_ptr, 0, row_block, mask, row_blocks, BITS, SYMMETRIC, SCALE, BLOCK_M, WARPS
         )
     return total * 0.5 if POSITION == 1 else total
 
@@ -163,6 +176,7 @@ def integer_product_kernel(
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -183,7 +197,7 @@ def integer_product_kernel(
         steps_per_split: Steps of one program.
         x_stride: Elements from one row of x to the next.
         factor: What W is multiplied by, float32.
-        BITS, GROUP_SIZE, SYMMETRIC, TILES, BLOCK_M, WARPS, STAGES: As in ``multiply_integers``.
+        BITS, GROUP_SIZE, SYMMETRIC, SCALE, TILES, BLOCK_M, WARPS, STAGES: As in ``multiply_integers``.
         HAS_BIAS: Add the bias.
     """
     # One program: a block of y, over one range of k.
@@ -205,6 +219,7 @@ def integer_product_kernel(
         BITS,
         GROUP_SIZE,
         SYMMETRIC,
+        SCALE,
         TILES,
         BLOCK_M,
         WARPS,

@@ -124,8 +124,10 @@ def find_launch(key: LaunchKey, device: Device) -> Launch:
     # Four warps or more would make compute capability 9.0 and 10.0 use instructions that take no operand from registers
     # without copies.
     # 32 rows of x take all registers: enough below compute capability 9.0, where codes fill their words evenly and
-    # nothing but one sum is kept.
-    even = key.bits in (1, 2, 4) and key.activation_bits == 16
+    # nothing but one sum is kept. It is not where a tile has several groups and hence scales, nor where a row is one
+    # group, whose scales are kept all the way.
+    one_sum = key.group_size is not None and key.group_size >= TILE_CODES and key.activation_bits == 16
+    even = key.bits in (1, 2, 4) and one_sum
     most_rows = 32 if device.architecture < 90 and even else 16
     block_m = min(key.rows, most_rows)
     warps = 2 if key.out_features > TILE_CODES else 1

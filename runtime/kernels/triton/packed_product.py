@@ -12,17 +12,18 @@ from torch import Tensor
 
 from runtime.activation_formats import ActivationFormat, ActivationRounding
 from runtime.codecs import CODECS
-from runtime.codecs.scaled_elements import read_scale_parts
+from runtime.codecs.scaled_elements import read_scale_unit
 from runtime.elements import ELEMENTS
 from runtime.kernels.triton.fragment_layout import FragmentWeight, fits_groups, pack_fragments
 from runtime.kernels.triton.integer_linear import fits_integers, triton_integer_linear
 from runtime.kernels.triton.weight_only_linear import triton_linear
 from runtime.packing import unpack_codes
-from runtime.powers import power_of_two
+from runtime.powers import MOST_EXPONENT
 from runtime.storage import Format
 
 PRODUCT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KEPT = "_fragments"
+_SCALE_DTYPES = {"fp16": torch.float16, "e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
 Identity = tuple[tuple[int, int], ...]
 
 
@@ -122,12 +123,15 @@ def make_fragments(weight: Packed) -> FragmentWeight | None:
     if format_.kind == "element":
         return _make_element_fragments(codes, tensors, format_)
     stored = tensors["scale"]
-    scale = power_of_two(stored) if format_.scale_type == "pow2" else stored.to(torch.float32)
-    if format_.kind == "binary":
-        # +-s is 2 s (q - 1/2).
-        scale = 2 * scale
-    if not _is_half(scale):
-        return None
+    # +-s is 2 s (q - 1/2).
+    doubled = format_.kind == "binary"
+    if format_.scale_type == "pow2":
+        scale = (stored.to(torch.int32) + (MOST_EXPONENT + doubled)).to(torch.uint8).view(torch.float8_e8m0fnu)
+    else:
+        wanted = stored.to(torch.float32) * (1 + doubled)
+        scale = wanted.to(torch.float16)
+        if not torch.equal(scale.to(torch.float32), wanted):
+            return None
     zero_point = tensors.get("zero_point")
     if zero_point is not None:
         zero_point = unpack_codes(zero_point, format_.bits, scale.shape[1])
@@ -136,17 +140,15 @@ def make_fragments(weight: Packed) -> FragmentWeight | None:
 
 def _make_element_fragments(codes: Tensor, tensors: Mapping[str, Tensor], format_: Format) -> FragmentWeight | None:
     """Returns a weight of elements of few bits; all that scales and elements have in common is in its factor."""
-    scale, unit = read_scale_parts(tensors, format_)
+    scale, unit = tensors["scale"].view(_SCALE_DTYPES[format_.scale_type]), read_scale_unit(tensors, format_)
     element = ELEMENTS[format_.element]
     integer = element.exponent_bits == 0
-    # A scale of zeros may be any number: it must not be the one that is too small for float16.
-    magnitude = codes if integer else codes & (2 ** (format_.bits - 1) - 1)
-    scale = torch.where((magnitude != 0).view(*scale.shape, -1).any(dim=-1), scale, 0.0)
-    # Powers of two reach beyond float16: the greatest becomes its greatest, and the least may be 2**-39 of it.
-    shared = 2.0 ** (int(torch.frexp(scale.amax()).exponent) - 16) if format_.scale_type == "e8m0" else 1.0
-    scale = scale / shared
-    if not _is_half(scale):
-        return None
+    if format_.scale_type == "e8m0":
+        # The kernels read the least power of two as zero, which it may be where all elements are.
+        magnitude = codes if integer else codes & (2 ** (format_.bits - 1) - 1)
+        used = (magnitude != 0).view(*scale.shape, -1).any(dim=-1)
+        if bool((used & (tensors["scale"] == 0)).any()):
+            return None
     # Two's complement less its offset is the code of which half the range is zero.
     return pack_fragments(
         codes ^ (1 << (format_.bits - 1)) if integer else codes,
@@ -155,9 +157,5 @@ def _make_element_fragments(codes: Tensor, tensors: Mapping[str, Tensor], format
         bits=format_.bits,
         group_size=format_.group_size,
         element=-1 if integer else element.mantissa_bits,
-        factor=unit * shared * (2.0**-element.mantissa_bits if integer else 2.0 ** (15 - element.bias)),
+        factor=unit * (2.0**-element.mantissa_bits if integer else 2.0 ** (15 - element.bias)),
     )
-
-
-def _is_half(scale: Tensor) -> bool:
-    return torch.equal(scale.to(torch.float16).to(torch.float32), scale)

@@ -34,6 +34,7 @@ def multiply_weight(
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    SCALE: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WARPS: tl.constexpr,
@@ -47,8 +48,8 @@ def multiply_weight(
         x_rows: [BLOCK_M] pointers to rows of x, each as long as the padded rows of W.
         x_mask: [BLOCK_M], the rows that exist.
         words_ptr: [tiles, BITS, row_blocks, 4, 4] int32 (``fragment_layout``).
-        scale_ptr: [groups, row_blocks, 4] int32, two float16 scales a word.
-        zero_ptr: [groups, row_blocks, 2] int32, four zero points a word; not read when SYMMETRIC.
+        scale_ptr: [groups, row_blocks, 4] int32, two float16 scales a word, or [groups, row_blocks, 2], four bytes.
+        zero_ptr: [groups, words] int32, 4, 8, 16 or 32 zero points a word; not read when SYMMETRIC.
         first_row_block: The program's first block of 8 rows of W.
         last_row_block: Where the rows end that may be read.
         row_blocks: Blocks of 8 rows of W.
@@ -56,6 +57,8 @@ def multiply_weight(
         BITS: Code width.
         GROUP_SIZE: Codes that share a scale; 0 for the whole row.
         SYMMETRIC: Zero is at the code 2**(BITS - 1), or at 1/2 for one bit.
+        SCALE: The type of the scales (``fragment_layout.SCALE_NAMES``). In the result is the power of two that E4M3
+            leaves (``group_product.load_scale_rows``).
         TILES: Tiles a step; the group size is a multiple of the step, or 16 or 32 with one tile.
         BLOCK_M: Rows of x.
         WARPS: Warps of the program.
@@ -79,7 +82,6 @@ def multiply_weight(
     for step in tl.range(first_step, last_step, num_stages=STAGES):
         for part in tl.static_range(PARTS):
             group = step * PARTS + part if PARTS > 1 else (step * 64 * TILES // GROUP_SIZE if GROUP_SIZE else 0)
-            scale = load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS)
             none = tl.zeros((64 * WARPS, BLOCK_M), tl.float32)
             products = (none, tl.zeros((16 * WARPS, BLOCK_M), tl.float32))
             for tile in tl.static_range(TILES):
@@ -90,6 +92,7 @@ def multiply_weight(
                 products = add_products(
                     products, words, base_bits, x, part, PARTS, BITS, POSITION, ELEMENT, WARPS, UPCAST
                 )
+            scale = load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS, SCALE)
             if ELEMENT < 0:
                 zero = load_zero(
                     zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, MANTISSA, POSITION, SYMMETRIC, WARPS
@@ -101,6 +104,44 @@ def multiply_weight(
             else:
                 total += scale.to(tl.float32)[:, None] * products[0]
     return total * (1.0 / (1 << POSITION))
+
+
+@triton.jit
+def store_product(
+    total,
+    exponent_ptr,
+    bias_ptr,
+    out_ptr,
+    split,
+    row,
+    first_column,
+    M,
+    N,
+    HAS_EXPONENT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Writes W x' [64 * WARPS, BLOCK_M] in tile order as a block of y, or of one of its addends.
+
+    Args:
+        total: The product.
+        exponent_ptr, bias_ptr, out_ptr, M, N, HAS_EXPONENT, HAS_BIAS: As in ``weight_only_kernel``.
+        split: Which addend.
+        row: [BLOCK_M], the rows of y.
+        first_column: The first column of y.
+        BLOCK_M, WARPS: As in ``multiply_weight``.
+    """
+    y = from_tile_order(total, WARPS, BLOCK_M)
+    row_mask = row < M
+    if HAS_EXPONENT:
+        y *= power_of_two(tl.load(exponent_ptr + row, mask=row_mask, other=0))[None, :]
+    column = first_column + tl.arange(0, 64 * WARPS)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[:, None]
+    offset = (split * M + row).to(tl.int64)[None, :] * N + column[:, None]
+    mask = row_mask[None, :] & (column[:, None] < N)
+    tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -122,6 +163,7 @@ def weight_only_kernel(
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    SCALE: tl.constexpr,
     HAS_EXPONENT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TILES: tl.constexpr,
@@ -145,7 +187,7 @@ def weight_only_kernel(
         steps_per_split: Steps of one program.
         x_stride: Elements from one row of x to the next.
         factor: What W is multiplied by, float32.
-        BITS, GROUP_SIZE, SYMMETRIC, TILES, BLOCK_M, WARPS, STAGES, UPCAST, ELEMENT: As in ``multiply_weight``.
+        BITS, GROUP_SIZE, SYMMETRIC, SCALE, TILES, BLOCK_M, WARPS, STAGES, UPCAST, ELEMENT: As in ``multiply_weight``.
         HAS_EXPONENT: Rows of x are scaled.
         HAS_BIAS: Add the bias.
     """
@@ -153,10 +195,9 @@ def weight_only_kernel(
     split = tl.program_id(2)
     first_column = tl.program_id(0) * (64 * WARPS)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = row < M
     total = multiply_weight(
         x_ptr + row.to(tl.int64) * x_stride,
-        row_mask,
+        row < M,
         words_ptr,
         scale_ptr,
         zero_ptr,
@@ -168,6 +209,7 @@ def weight_only_kernel(
         BITS,
         GROUP_SIZE,
         SYMMETRIC,
+        SCALE,
         TILES,
         BLOCK_M,
         WARPS,
@@ -175,15 +217,10 @@ def weight_only_kernel(
         UPCAST,
         ELEMENT,
     )
-    y = from_tile_order(total, WARPS, BLOCK_M) * factor
-    if HAS_EXPONENT:
-        y *= power_of_two(tl.load(exponent_ptr + row, mask=row_mask, other=0))[None, :]
-    column = first_column + tl.arange(0, 64 * WARPS)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[:, None]
-    offset = (split * M + row).to(tl.int64)[None, :] * N + column[:, None]
-    mask = row_mask[None, :] & (column[:, None] < N)
-    tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=mask)
+    store_product(
+        total * factor, exponent_ptr, bias_ptr, out_ptr, split, row, first_column, M, N, HAS_EXPONENT, HAS_BIAS,
+        BLOCK_M, WARPS,
+    )  # fmt: skip
 
 
 @triton.jit

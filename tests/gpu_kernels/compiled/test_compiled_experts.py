@@ -7,7 +7,7 @@ WIDTHS = (2, 3, 4, 8)
 
 
 def test_experts_of_four_widths_compile_without_spills() -> None:
-    kinds = tuple((bits, 128, False, 2) for bits in WIDTHS)
+    kinds = tuple((bits, 128, False, 2, "fp16") for bits in WIDTHS)
     product = compile_grouped_experts(kinds, architecture=90, block_m=8, gated=False)
     widest = compile_grouped_experts(kinds[-1:], architecture=90, block_m=8, gated=False)
     code = product.code

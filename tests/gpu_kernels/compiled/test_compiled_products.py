@@ -46,6 +46,7 @@ class Variant:
     symmetric: bool = False
     in_features: int = 4096
     element: str = ""
+    scale: str = "fp16"
 
     @property
     def mantissa_bits(self) -> int:
@@ -54,7 +55,7 @@ class Variant:
 
     def __str__(self) -> str:
         group = "channel" if self.group_size is None else f"g{self.group_size}"
-        sign = "-sym" if self.symmetric else ""
+        sign = ("-sym" if self.symmetric else "") + ("" if self.scale == "fp16" else f"-{self.scale}")
         codes = f"W{self.element or self.bits}-{self.dtype}"
         return f"{codes}-sm{self.architecture}-m{self.rows}-k{self.in_features}-{group}{sign}"
 
@@ -78,16 +79,17 @@ VARIANTS = [
     Variant(bits=4, rows=16),
     Variant(bits=4, group_size=64, in_features=576),
     Variant(bits=4, group_size=32),
+    Variant(bits=2, group_size=64, scale="e8m0"),
     Variant(bits=4, group_size=None, symmetric=True),
     Variant(bits=3, architecture=80),
     Variant(bits=4, architecture=80, rows=64),
     Variant(bits=4, architecture=80, rows=64, dtype="bf16"),
     # MXFP4, NVFP4, FP8 and MXFP6.
-    Variant(bits=4, group_size=32, symmetric=True, element="e2m1"),
-    Variant(bits=4, group_size=16, symmetric=True, element="e2m1"),
+    Variant(bits=4, group_size=32, symmetric=True, element="e2m1", scale="e8m0"),
+    Variant(bits=4, group_size=16, symmetric=True, element="e2m1", scale="e4m3"),
     Variant(bits=8, group_size=None, symmetric=True, element="e4m3"),
     Variant(bits=8, group_size=None, symmetric=True, element="e5m2", dtype="bf16"),
-    Variant(bits=6, group_size=32, symmetric=True, element="e2m3", architecture=80),
+    Variant(bits=6, group_size=32, symmetric=True, element="e2m3", scale="e8m0", architecture=80),
     Variant(bits=4, architecture=100),
     Variant(bits=6, architecture=100, rows=16),
     Variant(bits=4, architecture=120),
@@ -98,7 +100,12 @@ VARIANTS = [
 def compile_variant(variant: Variant) -> CompiledProduct:
     key, launch = variant.find_launch()
     return compile_weight_only(
-        key, launch, dtype=variant.dtype, symmetric=variant.symmetric, element=variant.mantissa_bits
+        key,
+        launch,
+        dtype=variant.dtype,
+        symmetric=variant.symmetric,
+        element=variant.mantissa_bits,
+        scale=variant.scale,
     )
 
 

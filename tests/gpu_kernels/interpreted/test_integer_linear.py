@@ -13,7 +13,7 @@ from runtime.apply import apply_formats_, pack_weight
 from runtime.formats import FORMATS
 from runtime.kernels.dispatch import kernel_path
 from runtime.kernels.reference import integer_linear_reference
-from runtime.kernels.triton.fragment_layout import FragmentWeight, unpack_words
+from runtime.kernels.triton.fragment_layout import FragmentWeight, unpack_words, unpack_zeros
 from runtime.kernels.triton.integer_linear import (
     IntegerRows,
     find_integer_launch,
@@ -71,7 +71,7 @@ def expect(integers: Tensor, scale: Tensor, weight: FragmentWeight) -> Tensor:
     codes = unpack_words(weight.words, weight.bits, weight.shape).long()
     steps = weight.scale.double()[:groups, :out_features].t()
     if weight.zero_point is not None:
-        zero = weight.zero_point[:groups, :out_features].t().long()
+        zero = unpack_zeros(weight.zero_point, weight.bits, out_features)[:groups].t().long()
     elif weight.bits == 1:
         codes, steps, zero = 2 * codes, steps / 2, torch.ones_like(steps)
     else:

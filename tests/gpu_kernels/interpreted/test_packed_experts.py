@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -34,8 +35,9 @@ def draw_routing(module: Any, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.stack(routes), torch.rand(tokens, 2, generator=generator)
 
 
-def test_experts_of_four_widths_equal_the_models_own_forward() -> None:
-    module = build_experts()
+@pytest.mark.parametrize("names", [NAMES, ("int2_g32_pow2", "int4_channel", "int3_g64_sym_pow2", "int1_g64_sym")])
+def test_experts_of_four_widths_equal_the_models_own_forward(names: tuple[str, ...]) -> None:
+    module = build_experts(names)
     x, index, weights = draw_routing(module, 7)
     with torch.no_grad():
         expected = type(module).forward.__wrapped__(module, x, index, weights)

@@ -11,7 +11,9 @@ from runtime.kernels.triton.fragment_layout import (
     list_fields,
     pack_fragments,
     pack_words,
+    pack_zeros,
     unpack_words,
+    unpack_zeros,
 )
 
 
@@ -68,16 +70,31 @@ def test_scales_and_zero_points_are_transposed_and_padded() -> None:
     weight = pack_fragments(draw_codes(13, 96, 4), scale, zero, bits=4, group_size=32)
     assert weight.zero_point is not None
     # 96 codes are padded to two tiles of 64, so there is a fourth group that the kernels read.
-    assert weight.scale.shape == weight.zero_point.shape == (4, 16)
+    assert weight.scale.shape == (4, 16)
     assert torch.equal(weight.scale[:3, :13], scale.t())
-    assert torch.equal(weight.zero_point[:3, :13], zero.t())
+    assert torch.equal(unpack_zeros(weight.zero_point, 4, 13)[:3], zero.t())
     assert float(weight.scale[3:].sum() + weight.scale[:, 13:].sum()) == 0.0
-    assert weight.read_bytes == 4 * 2 * 16 * 64 // 8 + 4 * 16 * 2 + 4 * 16
+    assert weight.read_bytes == 4 * 2 * 16 * 64 // 8 + 4 * 16 * 2 + 4 * 16 // 2
     symmetric = pack_fragments(draw_codes(13, 96, 4), scale, None, bits=4, group_size=32)
-    assert symmetric.read_bytes == weight.read_bytes - 4 * 16
-    # The kernels read both as whole 32-bit words, one group included.
+    assert symmetric.read_bytes == weight.read_bytes - 4 * 16 // 2
+    # The kernels read scales as whole 32-bit words, one group included.
     single = pack_fragments(draw_codes(3, 97, 4), scale[:3, :1], zero[:3, :1], bits=4, group_size=None)
     assert single.scale.view(torch.int32).shape == (1, 4)
+
+
+@pytest.mark.parametrize(("bits", "width"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (6, 8), (7, 8), (8, 8)])
+def test_zero_points_follow_each_other_in_words(bits: int, width: int) -> None:
+    # 37 rows fill no whole words: row 33 of group 1 lies (33 mod fields) fields above the lowest bit of its word.
+    zeros = torch.zeros((2, 37), dtype=torch.uint8)
+    zeros[1, 33] = (1 << bits) - 1
+    words, each = pack_zeros(zeros, bits), 32 // width
+    assert words.dtype == torch.int32
+    assert words.shape == (2, -(-37 // each))
+    expected = torch.zeros_like(words)
+    expected[1, 33 // each] = torch.tensor(((1 << bits) - 1) << (33 % each * width)).to(torch.int32)
+    assert torch.equal(words, expected)
+    drawn = draw_codes(2, 37, bits)
+    assert torch.equal(unpack_zeros(pack_zeros(drawn, bits), bits, 37), drawn)
 
 
 def test_what_the_kernels_cannot_take_is_refused() -> None:
