@@ -164,9 +164,9 @@ def _list_rows(states: Tensor) -> Tensor:
 
 def _put(room: Tensor, new: Tensor, count: int) -> Tensor:
     """Returns room whose first ``count`` tokens are kept and followed by new ones; a larger one if they do not fit."""
-    needed = count + len(new)
+    needed = count + new.shape[0]
     # What was made in inference mode cannot be written to outside of it.
-    if len(room) < needed or (room.is_inference() and not torch.is_inference_mode_enabled()):
+    if room.shape[0] < needed or (room.is_inference() and not torch.is_inference_mode_enabled()):
         kept, room = room[:count], room.new_empty((needed + needed // 4, *room.shape[1:]))
         room[:count] = kept
     room[count:needed] = new
