@@ -50,8 +50,9 @@ def generate_text(
         mask = torch.cat([torch.ones(1, hidden, dtype=mask.dtype), mask], dim=1)
         sampling["past_key_values"] = prefix.make_cache(1)
     tokens = None
-    if temperature == 0 and sampling["past_key_values"] is None:
-        tokens = continue_greedily(model, input_ids, max_new_tokens=max_new_tokens)
+    if temperature == 0 and prefix is None:
+        cache = sampling["past_key_values"]
+        tokens = continue_greedily(model, input_ids, max_new_tokens=max_new_tokens, past=cache)
     if tokens is None:
         tokens = model.generate(
             input_ids=input_ids,

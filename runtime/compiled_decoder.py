@@ -15,17 +15,18 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from runtime.decoder_cache import DecoderCache, torch_floats
+from runtime.decoder_run import run_tokens
 from runtime.kernels.decoder_step import CompiledDecoder, DecoderTensors, LayerTensors, LinearTensors
 from runtime.kernels.dispatch import selected_kernels, uses_triton
 from runtime.kernels.weight_views import find_matrix
 from runtime.packed import PackedWeight, QuantizedLinear
+from runtime.packed_decoding import PackedSequence, list_halves
+from runtime.quantized_cache import QuantizedCache
 
 # Their modules have the same names and the same order; Qwen 3 has norms of queries and keys besides.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # Rotations whose angles do not depend on the length of the text.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-# Prompts are run in parts of so many tokens, which bounds the memory of their states.
-_PROMPT_TOKENS = 256
 _CPU = torch.device("cpu")
 
 
@@ -182,7 +183,7 @@ class _DecodesCompiled:
                 **kwargs,
             )
         logits = run_tokens(self, cache, input_ids, wanted=min(wanted, input_ids.shape[1]) or input_ids.shape[1])
-        output = CausalLMOutputWithPast(logits=logits[None], past_key_values=cache)
+        output = CausalLMOutputWithPast(logits=logits[None], past_key_values=cache.as_cache)
         return output if kwargs.get("return_dict", True) else output.to_tuple()
 
 
@@ -210,10 +211,16 @@ def find_obstacle(model: Any) -> str | None:
 
 def begin_sequence(model: Any, past: Any = None) -> DecoderCache | None:
     """Returns a cache for ``run_tokens`` with what another holds; None where the model's own forward must run."""
-    installed = isinstance(model, _DecodesCompiled)
-    if not installed or model.training or not _has_kernels():
-        return None
-    return _begin_cache(model, DynamicCache() if past is None else past)
+    return _begin_cache(model, DynamicCache() if past is None else past) if _decodes_compiled(model) else None
+
+
+def begin_packed_sequence(model: Any, past: QuantizedCache) -> PackedSequence | None:
+    """Returns a packed cache as ``run_tokens`` goes on with it; None where the model's own forward must run."""
+    return _continue_packed(model, past) if _decodes_compiled(model) else None
+
+
+def _decodes_compiled(model: Any) -> bool:
+    return not model.training and isinstance(model, _DecodesCompiled) and _has_kernels()
 
 
 def _has_kernels() -> bool:
@@ -223,7 +230,7 @@ def _has_kernels() -> bool:
 
 def _find_cache(
     model: Any, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: Any
-) -> DecoderCache | None:
+) -> DecoderCache | PackedSequence | None:
     """Returns the cache that the compiled pass goes on with; None where the model's own forward must run."""
     tokens = input_ids.shape[-1]
     if model.training or input_ids.shape[0] != 1 or tokens == 0 or input_ids.device.type != "cpu":
@@ -237,9 +244,24 @@ def _find_cache(
         ends = position_ids.reshape(-1)
         if len(ends) != tokens or int(ends[0]) != length or int(ends[-1]) != length + tokens - 1:
             return None
+    if isinstance(past, QuantizedCache):
+        return _continue_packed(model, past)
     if not isinstance(past, DecoderCache):
         return _begin_cache(model, past)
     return past if past.is_current or _read_anew(model, past) else None
+
+
+def _continue_packed(model: Any, past: QuantizedCache) -> PackedSequence | None:
+    """Returns a packed cache as the compiled pass goes on with it; None where the model's own forward must run."""
+    if list_halves(past) is None:
+        return None
+    kept = past.sequence
+    if not isinstance(kept, PackedSequence) or not kept.is_current:
+        try:
+            kept = past.sequence = PackedSequence(past, compile_decoder(model), _list_widths(model))
+        except NotCompiled:
+            return None
+    return kept
 
 
 def _read_anew(model: Any, cache: DecoderCache) -> bool:
@@ -272,40 +294,3 @@ def _begin_cache(model: Any, past: Any) -> DecoderCache | None:
             return None
         cache.take(past)
     return cache
-
-
-@torch.no_grad()
-def run_tokens(model: Any, cache: DecoderCache, input_ids: Tensor, *, wanted: int) -> Tensor:
-    """Returns the logits [wanted, vocabulary] of the last tokens, which are added to the cache.
-
-    Args:
-        model: The model.
-        cache: What comes before.
-        input_ids: [1, tokens].
-        wanted: How many of the last tokens, 1 to ``tokens``.
-    """
-    kernels = selected_kernels()
-    assert kernels is not None
-    tokens, past = input_ids.shape[1], cache.length
-    cache.reserve(past + tokens)
-    hidden = model.model.embed_tokens(input_ids)[0]
-    cosine, sine = (table[past : past + tokens] for table in _rotation(model, cache, hidden))
-    logits = []
-    for start in range(0, tokens, _PROMPT_TOKENS):
-        part = slice(start, min(start + _PROMPT_TOKENS, tokens))
-        kept = max(1, min(part.stop - part.start, part.stop - (tokens - wanted)))
-        turned = (cosine[part], sine[part])
-        found = cache.decoder.run(kernels, hidden[part], turned, cache.states, past=past + start, wanted=kept)
-        if part.stop > tokens - wanted:
-            logits.append(found)
-        cache.advance(part.stop - part.start)
-    return logits[0] if len(logits) == 1 else torch.cat(logits)
-
-
-def _rotation(model: Any, cache: DecoderCache, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns cosines and sines of all positions that the cache has room for, [capacity, head_dim] each."""
-    capacity = cache.states.shape[3]
-    if cache.rotation is None or len(cache.rotation[0]) < capacity:
-        cosine, sine = model.model.rotary_emb(hidden, torch.arange(capacity)[None])
-        cache.rotation = cosine[0].contiguous(), sine[0].contiguous()
-    return cache.rotation

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from runtime.kernels.cpu import CpuKernels
 from runtime.kernels.decoder_step import CompiledDecoder
 from runtime.packed import PackedWeight
 
@@ -118,9 +119,33 @@ class DecoderCache(Cache):
         return self._own[0].length
 
     @property
+    def as_cache(self) -> "DecoderCache":
+        """What transformers goes on with."""
+        return self
+
+    @property
+    def capacity(self) -> int:
+        """Positions that there is room for."""
+        return self.states.shape[3]
+
+    @property
     def is_current(self) -> bool:
         """Whether the decoder reads weights at the widths that they are read at now."""
         return all(weight.width == width for weight, width in self.read)
+
+    def begin_step(self, token_count: int) -> None:
+        """Makes room for the tokens of a step."""
+        self.reserve(self.length + token_count)
+
+    def run(self, kernels: CpuKernels, hidden: Tensor, rotation: tuple[Tensor, Tensor], wanted: int) -> Tensor:
+        """Returns the logits of the last tokens of a part of a step, as ``CompiledDecoder.run``, and adds the part."""
+        logits = self.decoder.run(kernels, hidden, rotation, self.states, past=self.length, wanted=wanted)
+        for layer in self._own:
+            layer.length += hidden.shape[0]
+        return logits
+
+    def end_step(self) -> None:
+        """Does nothing: all is where it stays."""
 
     def reserve(self, token_count: int) -> None:
         """Makes room for so many tokens in all."""
@@ -130,11 +155,6 @@ class DecoderCache(Cache):
         grown = self.decoder.tensors.make_states(max(token_count, 2 * capacity))
         grown[:, :, :, :capacity] = self.states
         self.states = grown
-
-    def advance(self, token_count: int) -> None:
-        """Counts tokens that the compiled decoder has written."""
-        for layer in self._own:
-            layer.length += token_count
 
     def take(self, past: Cache) -> None:
         """Copies what another cache of one sequence holds."""

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from runtime.compiled_decoder import begin_sequence, compile_decoder, run_tokens
+from runtime.compiled_decoder import begin_sequence, compile_decoder
 from runtime.decoder_cache import DecoderCache
+from runtime.decoder_run import run_tokens
 from runtime.greedy_generation import check_plainly_greedy, list_ends
 from runtime.read_widths import read_at_width
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.compiled_decoder import begin_sequence, run_tokens
+from runtime.compiled_decoder import begin_packed_sequence, begin_sequence
+from runtime.decoder_run import run_tokens
+from runtime.quantized_cache import QuantizedCache
 
 # What a generation config may say without changing the most likely token at a step.
 _HARMLESS = {
@@ -20,7 +22,9 @@ _HARMLESS = {
 
 
 @torch.inference_mode()
-def continue_greedily(model: Any, input_ids: Tensor, *, max_new_tokens: int) -> Tensor | None:
+def continue_greedily(
+    model: Any, input_ids: Tensor, *, max_new_tokens: int, past: QuantizedCache | None = None
+) -> Tensor | None:
     """Returns [1, tokens] of a text and its continuation, up to a token that ends texts; None where it cannot.
 
     It cannot where the model does not decode compiled, or its generation config asks for more (penalties and such).
@@ -29,10 +33,11 @@ def continue_greedily(model: Any, input_ids: Tensor, *, max_new_tokens: int) -> 
         model: A packed model.
         input_ids: [1, tokens], at least one.
         max_new_tokens: Most tokens of the continuation.
+        past: An empty cache in the formats that the model was saved with, or None.
     """
     if _find_demands(model):
         return None
-    cache = begin_sequence(model)
+    cache = begin_sequence(model) if past is None else begin_packed_sequence(model, past)
     if cache is None:
         return None
     ends = list_ends(model.generation_config.eos_token_id)

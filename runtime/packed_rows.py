@@ -18,6 +18,8 @@ class PackedRows:
         head_dim: Numbers of a head.
         token_block: Tokens of a block; 0 where a row is a token's.
         token_count: Tokens that are packed.
+        recent: Those behind them that wait for their block, [batch, heads, tokens, head_dim] float16; None without
+            blocks.
     """
 
     format: Format
@@ -25,3 +27,4 @@ class PackedRows:
     head_dim: int
     token_block: int
     token_count: int
+    recent: Tensor | None = None

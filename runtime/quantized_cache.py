@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from runtime.cached_attention import INTERFACE, CacheFormats, find_formats_by_module
 from runtime.formats import Format
 from runtime.packed_attention import Reading, check_read, find_packed_past, mark_past
-from runtime.packed_states import make_packed_states
+from runtime.packed_states import PackedStates, make_packed_states
 
 
 class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -35,8 +35,13 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._config = config
         # Of the last step, where its attention was to read the past packed.
         self._reading: Reading | None = None
-        self._formats = (keys, values)
+        self.formats = (keys, values)
         self._past = (make_packed_states(keys), make_packed_states(values))
+
+    @property
+    def past(self) -> tuple[PackedStates, PackedStates]:
+        """Keys and values of past tokens."""
+        return self._past
 
     @property
     def stored_bytes(self) -> int:
@@ -92,7 +97,7 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        keys, values = self._formats
+        keys, values = self.formats
         self._past = (make_packed_states(keys), make_packed_states(values))
         self._reading = None
         self.is_initialized = False
@@ -140,6 +145,8 @@ class QuantizedCache(Cache):
                 raise ValueError(msg)
             layers.append(QuantizedCacheLayer(formats.keys, formats.values, modules[layer].config))
         super().__init__(layers=layers)
+        # What the compiled decoder keeps beside it (``runtime/packed_decoding.py``).
+        self.sequence: Any = None
 
     @property
     def stored_bytes(self) -> int:

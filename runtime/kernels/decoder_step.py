@@ -35,11 +35,39 @@ class _Decoder(ctypes.Structure):
     )
 
 
+class PackedHalf(ctypes.Structure):
+    """The packed keys, or values, of a layer, as ``cpu/decoder_step.h`` describes them; valid while its tensors are."""
+
+    _fields_ = (
+        ("rows", Matrix),
+        ("token_block", ctypes.c_int64),
+        ("recent", ctypes.c_uint64),
+        ("recent_tokens", ctypes.c_int64),
+    )
+
+
 class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("hidden", "cosine", "sine", "states", "logits")),
         *((name, ctypes.c_int64) for name in ("tokens", "past", "capacity", "wanted")),
+        *((name, ctypes.c_uint64) for name in ("packed", "room")),
+        *((name, ctypes.c_int64) for name in ("packed_tokens", "room_capacity")),
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedPast:
+    """Positions before those of the states, packed.
+
+    Args:
+        halves: Keys and values of every layer in turn.
+        token_count: Positions that each of them holds.
+        room: [2, heads, capacity, head_dim] float32, where a layer is read back; capacity for all positions.
+    """
+
+    halves: Sequence[PackedHalf]
+    token_count: int
+    room: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,6 +157,7 @@ class CompiledDecoder:
         states: Tensor,
         past: int,
         wanted: int,
+        packed: PackedPast | None = None,
     ) -> Tensor:
         """Returns the logits [wanted, vocabulary] of the last tokens; their keys and values are put into ``states``.
 
@@ -139,6 +168,7 @@ class CompiledDecoder:
             states: As ``DecoderTensors.make_states`` returns it, with room behind ``past`` positions.
             past: Positions before the first token.
             wanted: How many of the last tokens, at least one.
+            packed: Positions before these that are packed; None for none.
 
         Raises:
             MemoryError: If there is no memory for the states of the tokens.
@@ -148,6 +178,10 @@ class CompiledDecoder:
         cosine, sine = rotation
         addresses = (t.data_ptr() for t in (hidden, cosine, sine, states, logits))
         step = _Step(*addresses, tokens, past, states.shape[3], wanted)
+        if packed is not None:
+            halves = (PackedHalf * len(packed.halves))(*packed.halves)
+            step.packed, step.room = ctypes.addressof(halves), packed.room.data_ptr()
+            step.packed_tokens, step.room_capacity = packed.token_count, packed.room.shape[2]
         kernels.step(self._view, step)
         return logits
 

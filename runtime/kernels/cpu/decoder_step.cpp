@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <thread>
 
+#include "portable.h"
 #include "product.h"
 
 #ifdef _OPENMP
@@ -107,6 +108,12 @@ Stage head_stage(const Decoder& d, const Step& step, const States& s) {
   return {{&d.head}, x, {step.logits}, 1};
 }
 
+// The keys and values of a layer of all positions in float32: those of head h begin at h * capacity positions.
+struct Kept {
+  float *keys, *values;
+  int64_t capacity;
+};
+
 // What one thread does.
 class Worker {
  public:
@@ -128,13 +135,18 @@ class Worker {
     const Layer& layer = d_.layers[index];
     Stage stages[4];
     list_stages(d_, layer, s_, stages);
-    float* keys = step_.states + 2 * index * d_.key_value_heads * step_.capacity * d_.head_dim;
-    float* values = keys + d_.key_value_heads * step_.capacity * d_.head_dim;
+    const Kept states = find_kept(step_.states, 2 * index, step_.capacity);
+    // No other thread reads the room of the layer before: all have met since.
+    const Kept kept = step_.packed ? find_kept(step_.room, 0, step_.room_capacity) : states;
     normalize(layer.attention_norm, index > 0);
     multiply(stages[0], step_.tokens);
-    place(layer, keys, values);
+    if (step_.packed) {
+      unpack(step_.packed[2 * index], kept.keys, states.keys);
+      unpack(step_.packed[2 * index + 1], kept.values, states.values);
+    }
+    place(layer, states, kept);
     barrier_.wait();
-    attend(keys, values);
+    attend(kept);
     barrier_.wait();
     multiply(stages[1], step_.tokens);
     normalize(layer.feed_forward_norm, true);
@@ -172,8 +184,41 @@ class Worker {
     if (weight) math_.normalize(head, weight, d_.head_dim, d_.epsilon, head);
   }
 
-  // Queries are turned in place, keys and values put behind the past.
-  void place(const Layer& layer, float* keys, float* values) {
+  Kept find_kept(float* memory, int64_t first, int64_t capacity) const {
+    const int64_t half = d_.key_value_heads * capacity * d_.head_dim;
+    return {memory + first * half, memory + (first + 1) * half, capacity};
+  }
+
+  // Reads packed positions into the room of a layer, and puts those behind them that came with this step's tokens.
+  void unpack(const PackedHalf& half, float* room, const float* states) {
+    const int64_t heads = d_.key_value_heads, dim = d_.head_dim, packed = half.packed_tokens(heads, dim);
+    const auto place_of = [&](int64_t head, int64_t t) { return room + (head * step_.room_capacity + t) * dim; };
+    for (int64_t row = first(half.rows.rows); row < last(half.rows.rows); ++row) {
+      if (!half.token_block) {
+        math_.dequantize(half.rows, row, place_of(row % heads, row / heads));
+        continue;
+      }
+      const int64_t block = row / (heads * dim), channel = row % (heads * dim);
+      math_.dequantize(half.rows, row, scores_);
+      float* to = place_of(channel / dim, block * half.token_block) + channel % dim;
+      for (int64_t t = 0; t < half.token_block; ++t) to[t * dim] = scores_[t];
+    }
+    for (int64_t i = first(heads * half.recent_tokens); i < last(heads * half.recent_tokens); ++i) {
+      float* to = place_of(i / half.recent_tokens, packed + i % half.recent_tokens);
+      for (int64_t k = 0; k < dim; ++k) to[k] = widen(half.recent[i * dim + k]);
+    }
+    for (int64_t head = first(heads); head < last(heads); ++head)
+      memcpy(place_of(head, step_.packed_tokens), states + head * step_.capacity * dim, step_.past * dim * sizeof(float));
+  }
+
+  void keep(const Kept& kept, int64_t head, int64_t position, const float* key, const float* value) const {
+    const int64_t to = (head * kept.capacity + position) * d_.head_dim;
+    memcpy(kept.keys + to, key, d_.head_dim * sizeof(float));
+    memcpy(kept.values + to, value, d_.head_dim * sizeof(float));
+  }
+
+  // Queries are turned in place, keys and values put behind those before, in the room of the layer as well.
+  void place(const Layer& layer, const Kept& states, const Kept& room) {
     const int64_t dim = d_.head_dim, each = d_.heads + d_.key_value_heads, count = step_.tokens * each;
     for (int64_t i = first(count); i < last(count); ++i) {
       const int64_t t = i / each, head = i % each, key_head = head - d_.heads;
@@ -185,22 +230,21 @@ class Worker {
         continue;
       }
       const int64_t from = (t * d_.key_value_heads + key_head) * dim;
-      const int64_t to = (key_head * step_.capacity + step_.past + t) * dim;
-      memcpy(values + to, s_.value + from, dim * sizeof(float));
       normalize_head(layer.key_norm, s_.key + from);
       math_.rotate(cosine, sine, dim, s_.key + from);
-      memcpy(keys + to, s_.key + from, dim * sizeof(float));
+      keep(states, key_head, step_.past + t, s_.key + from, s_.value + from);
+      if (step_.packed) keep(room, key_head, step_.positions() + t, s_.key + from, s_.value + from);
     }
   }
 
-  void attend(const float* keys, const float* values) {
+  void attend(const Kept& kept) {
     const int64_t dim = d_.head_dim, group = d_.heads / d_.key_value_heads, count = step_.tokens * d_.heads;
     // Later tokens see more: a thread takes every n-th pair of head and token.
     for (int64_t i = thread_; i < count; i += threads_) {
       const int64_t head = i / step_.tokens, t = i % step_.tokens, at = (t * d_.heads + head) * dim;
-      const int64_t kept = head / group * step_.capacity * dim;
-      math_.attend(s_.query + at, keys + kept, values + kept, step_.past + t + 1, dim, d_.attention_scale, scores_,
-                   s_.attended + at);
+      const int64_t first = head / group * kept.capacity * dim;
+      math_.attend(s_.query + at, kept.keys + first, kept.values + first, step_.positions() + t + 1, dim,
+                   d_.attention_scale, scores_, s_.attended + at);
     }
   }
 
@@ -246,7 +290,7 @@ bool run_step(const Decoder& d, const Step& step, int level, int threads) {
   float* memory = reinterpret_cast<float*>(
       state_space.reserve(floats * int64_t(sizeof(float)) + needs.rounded_bytes + 64));
   // Each thread's own part begins at a cache line.
-  const int64_t own = divide_up(needs.scratch_floats + step.past + step.tokens, 16) * 16 + 16;
+  const int64_t own = divide_up(needs.scratch_floats + step.positions() + step.tokens, 16) * 16 + 16;
   float* scratch = reinterpret_cast<float*>(own_space.reserve(threads * own * int64_t(sizeof(float)) + 64));
   if (!memory || !scratch) return false;
   place_states(d, step.tokens, memory, states);

@@ -3,8 +3,9 @@
 //   h  = x + O attend(rotate(norm(Q n)), rotate(norm(K n)), V n),   n = rms(x)
 //   x' = h + D (silu(G m) * U m),                                   m = rms(h)
 //
-// and the head on the last norm of the last layer. Keys and values of every position are kept in float32. What an
-// operation is in PyTorch defines it; `runtime/compiled_decoder.py` says which models have this shape.
+// and the head on the last norm of the last layer. Keys and values of every position are kept in float32; or those of
+// past positions are packed, and read back one layer at a time. What an operation is in PyTorch defines it;
+// `runtime/compiled_decoder.py` says which models have this shape.
 #pragma once
 #include "packed_matrix.h"
 
@@ -30,13 +31,32 @@ struct Decoder {
   float epsilon, attention_scale;
 };
 
-// The tokens of one call. They come behind `past` others; `capacity` positions have room.
+// The packed keys, or values, of a layer: token by token [tokens * key_value_heads, head_dim], or in blocks of
+// `token_block` tokens [blocks * key_value_heads * head_dim, token_block]; behind them further tokens in float16.
+struct PackedHalf {
+  Matrix rows;
+  int64_t token_block;     // 0 for token by token
+  const uint16_t* recent;  // [key_value_heads, recent_tokens, head_dim]
+  int64_t recent_tokens;
+
+  int64_t packed_tokens(int64_t heads, int64_t dim) const {
+    return token_block ? rows.rows / (heads * dim) * token_block : rows.rows / heads;
+  }
+};
+
+// The tokens of one call. They come behind `past` others; `capacity` positions have room. Before these there may be
+// `packed_tokens` more, which are read into `room`.
 struct Step {
   const float* hidden;        // [tokens, hidden] embeddings
   const float *cosine, *sine;  // [tokens, head_dim]
   float* states;              // [layers, 2 (keys, values), key_value_heads, capacity, head_dim]
   float* logits;              // [wanted, rows of the head], of the last tokens
   int64_t tokens, past, capacity, wanted;
+  const PackedHalf* packed;  // [layers, 2], or null
+  float* room;               // [2, key_value_heads, room_capacity, head_dim], at least of all positions
+  int64_t packed_tokens, room_capacity;
+
+  int64_t positions() const { return packed_tokens + past; }  // before the first of these tokens
 };
 
 // Returns false when there is no memory for it.
@@ -54,6 +74,8 @@ struct DecoderMath {
   // out = sum_j softmax_j(scale query . keys[j]) values[j] over `count` positions; `scores` has room for as many.
   void (*attend)(const float* query, const float* keys, const float* values, int64_t count, int64_t head_dim,
                  float scale, float* scores, float* out);
+  // As dequantize_row.
+  void (*dequantize)(const Matrix&, int64_t row, float* out);
 };
 
 extern const DecoderMath kAvx512Math;

@@ -6,9 +6,7 @@
 #include <vector>
 
 namespace bitplan {
-namespace {
 
-// float16 to float32, exactly.
 float widen(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
   uint32_t word = sign | (exponent + 112) << 23 | fraction << 13;
@@ -22,6 +20,8 @@ float widen(uint16_t half) {
   memcpy(&value, &word, sizeof value);
   return value;
 }
+
+namespace {
 
 // Eight codes of an octet, out of the first `bytes` of its bytes.
 void read_octet(const uint8_t* stream, int64_t bytes, int bits, uint8_t* codes) {

@@ -7,6 +7,9 @@ namespace bitplan {
 // (code - zero_point) in PyTorch.
 void dequantize_row(const Matrix&, int64_t row, float* out);
 
+// float16 to float32, exactly.
+float widen(uint16_t half);
+
 // Writes x W' of one plane for the rows [first_row, last_row); `scratch` holds `columns` floats.
 void portable_multiply(const Matrix&, const float* x, int64_t tokens, const Output&, int64_t first_row,
                        int64_t last_row, float* scratch);
