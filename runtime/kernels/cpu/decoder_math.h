@@ -133,14 +133,28 @@ typedef uint64_t Words __attribute__((vector_size(64)));
 typedef int32_t Codes __attribute__((vector_size(32)));
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 
+template <class T>
+BITPLAN_ALWAYS uint64_t read_as(const uint8_t* bytes) {
+  T value;
+  memcpy(&value, bytes, sizeof value);
+  return value;
+}
+
+// The BITS bytes of eight codes. Copied in one go, an odd number of them would take a detour through memory.
+template <int BITS>
+BITPLAN_ALWAYS uint64_t read_eight(const uint8_t* codes) {
+  uint64_t word = BITS >= 8 ? read_as<uint64_t>(codes) : BITS >= 4 ? read_as<uint32_t>(codes) : read_as<uint16_t>(codes);
+  if (BITS == 6 || BITS == 7) word |= read_as<uint16_t>(codes + 4) << 32;
+  if (BITS == 3 || BITS == 5 || BITS == 7) word |= uint64_t{codes[BITS - 1]} << (8 * (BITS - 1));
+  return word;
+}
+
 // out[k] = scale * (code - zero) for the codes of a group, eight at a time.
 template <int BITS>
 BITPLAN_ALWAYS void dequantize_group(const uint8_t* codes, int count, float scale, float zero, float* out) {
   const Words shifts = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS};
   for (int k = 0; k < count; k += 8, codes += BITS) {
-    uint64_t word = 0;
-    memcpy(&word, codes, BITS);
-    const Words fields = (Words{} + word) >> shifts & ((1u << BITS) - 1);
+    const Words fields = (Words{} + read_eight<BITS>(codes)) >> shifts & ((1u << BITS) - 1);
     const Eight numbers = __builtin_convertvector(__builtin_convertvector(fields, Codes), Eight);
     *reinterpret_cast<Eight*>(out + k) = (numbers - zero) * scale;
   }
