@@ -31,10 +31,14 @@ def generate(
     from allocator.generation import generate_by_drafts, generate_text
     from allocator.pipeline import load
     from runtime.compiled_decoder import find_obstacle
+    from runtime.packed_decoding import find_cache_obstacle
+    from runtime.packed_model import make_packed_cache
     from runtime.transforms.prefix_tokens import PREFIX_FILE, load_prefix
 
     model, tokenizer = load(directory, width=width, skip_experts=skip_experts)
-    obstacle = find_obstacle(model)
+    obstacle, cache = find_obstacle(model), make_packed_cache(model)
+    if obstacle is None and cache is not None:
+        obstacle = find_cache_obstacle(cache)
     if obstacle is not None:
         click.echo(f"generating module by module, which is slower. {obstacle}", err=True)
     path = directory / PREFIX_FILE

@@ -38,6 +38,18 @@ def list_halves(cache: QuantizedCache) -> list[PackedStates] | None:
     return halves
 
 
+def find_cache_obstacle(cache: QuantizedCache) -> str | None:
+    """Returns why the compiled decoder does not go on with a cache; None where it does."""
+    formats = [format_ for layer in cache.layers if isinstance(layer, QuantizedCacheLayer) for format_ in layer.formats]
+    other = next((format_.name for format_ in formats if not _is_read(format_)), None)
+    if other is None:
+        return None
+    return (
+        "Keys and values must be integers with scales in float16, or 16-bit floating point, for the compiled decoder: "
+        f"got '{other}'."
+    )
+
+
 def _is_read(format_: Format) -> bool:
     row = format_.row_format if isinstance(format_, TokenBlockFormat) else format_
     return row.kind == "float" or (row.kind == "int" and has_codes(row))

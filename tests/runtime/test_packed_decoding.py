@@ -16,6 +16,7 @@ from runtime.decoder_run import run_tokens
 from runtime.greedy_generation import continue_greedily
 from runtime.kernels.cpu import load_kernels
 from runtime.kernels.dispatch import REFERENCE, kernel_path
+from runtime.packed_decoding import find_cache_obstacle
 from runtime.quantized_cache import QuantizedCache
 from runtime.units import list_weights
 from tests.nan_outputs import nan_filled_outputs
@@ -125,6 +126,8 @@ def test_other_formats_run_module_by_module() -> None:
     model = build()
     cache = make_cache(model, ("mxfp8_e4m3", "int4_g32"))
     assert begin_packed_sequence(model, cache) is None
+    assert "for the compiled decoder: got 'mxfp8_e4m3'." in str(find_cache_obstacle(cache))
+    assert find_cache_obstacle(make_cache(model, MIXES[2])) is None
     model(draw_tokens(4), past_key_values=cache)
     assert cache.sequence is None
     two = make_cache(model, MIXES[0])
