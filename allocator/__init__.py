@@ -62,13 +62,13 @@ _HOME = {
     "list_formats": "allocator.format_table",
     "load": "allocator.pipeline",
     "load_plan": "allocator.plan_files",
-    "load_profile": "sensitivity.profile",
+    "load_profile": "sensitivity.profile_files",
     "measure": "allocator.pipeline",
     "plan": "allocator.plan_query",
     "price": "allocator.pricing",
     "report": "allocator.pipeline",
     "save_plan": "allocator.plan_files",
-    "save_profile": "sensitivity.profile",
+    "save_profile": "sensitivity.profile_files",
     "set_width_": "runtime.read_widths",
 }
 __all__ = [
