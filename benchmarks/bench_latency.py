@@ -8,6 +8,7 @@ import argparse
 import statistics
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from runtime.units import find_units
 FORMATS = ("int2_g64", "int3_g64", "int4_g64", "int5_g64", "int6_g64", "int8_g64", "int4_g32_sym", "int8_channel_sym")
 REST_FORMAT = "int4_g64"
 PLANS = 10
-PROMPT_TOKENS, STEPS = 16, 48
+PROMPT_TOKENS, STEPS, TURNS = 16, 48, 4
 SEED = 0
 Choice = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -48,10 +49,14 @@ def main() -> None:
     uniform = np.full(len(candidates.units), candidates.format_index(REST_FORMAT))
     with torch.inference_mode():
         models = [_build(directory, candidates, choice) for choice in (*choices, uniform)]
-        # Other work on the machine comes and goes: the table is measured amid the steps it is compared with.
-        first = _time_steps(models)
-        table = measure_latency(candidates, expert_share=1.0)
-        times = [statistics.median(a + b) * 1e6 for a, b in zip(first, _time_steps(models), strict=True)]
+        # Other work on the machine comes and goes, for minutes at a time, and makes all slower: steps and table are
+        # measured in turns, and of each the fastest turn counts.
+        steps, tables = [], []
+        for _ in range(TURNS):
+            steps.append([statistics.median(seconds) * 1e6 for seconds in _time_steps(models)])
+            tables.append(measure_latency(candidates, expert_share=1.0))
+        times = [min(turns) for turns in zip(*steps, strict=True)]
+        table = replace(tables[0], cost=np.min([found.cost for found in tables], axis=0))
     text = "\n".join([*_describe(table), *_rows(table, choices, uniform, times), ""])
     (Path(__file__).parent / "latency.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
@@ -104,9 +109,10 @@ def _describe(table: CostTable) -> list[str]:
         "",
         f"Made by `python benchmarks/bench_latency.py`. Machine: {describe_machine(('torch',))}; {table.device}.",
         "",
-        f"SmolLM2-135M, every weight in a random one of {', '.join(FORMATS)}; medians of {2 * STEPS} steps of one "
-        f"token behind {PROMPT_TOKENS} others and more, half of them before the table was measured, half after. The "
-        f"rest of a step, which is no weight's, is that of the plan with {REST_FORMAT} everywhere.",
+        f"SmolLM2-135M, every weight in a random one of {', '.join(FORMATS)}; steps of one token behind "
+        f"{PROMPT_TOKENS} others and more. Steps and the table are measured in {TURNS} turns; medians of {STEPS} "
+        "steps, and of each plan and each entry of the table the fastest turn. The rest of a step, which is no "
+        f"weight's, is that of the plan with {REST_FORMAT} everywhere.",
         "",
         "| plan | weights by the table, us | predicted step, us | measured step, us | predicted / measured |",
         "|---|---|---|---|---|",
