@@ -23,6 +23,7 @@ from allocator.plan_query import plan
 from allocator.progress import Progress
 from allocator.store import Store
 from runtime.apply import simulated_formats
+from runtime.kernels.dispatch import REFERENCE, kernel_path
 
 TEXTS = Path(__file__).parent / "texts"
 PROMPT = "The difference between a compiler and an interpreter is"
@@ -52,8 +53,14 @@ def run_demo(out: Path, memory_bytes: float, *, store: Store | None = None, prog
         expected = _prompt_logits(model.reference.model, model.reference.tokenizer)
     applied = apply(model, made, out / "model")
     packed, tokenizer = load(applied.directory)
-    same = torch.equal(expected, _prompt_logits(packed, tokenizer))
-    _say(f"    {applied.file_bytes} bytes on disk, {applied.predicted_bytes} predicted; reloaded logits equal: {same}")
+    with kernel_path(REFERENCE):
+        same = torch.equal(expected, _prompt_logits(packed, tokenizer))
+    found = _prompt_logits(packed, tokenizer)
+    error = float((found - expected).norm() / expected.norm())
+    _say(
+        f"    {applied.file_bytes} bytes on disk, {applied.predicted_bytes} predicted; reloaded logits equal: {same}, "
+        f"by the kernels within {error:.1g}"
+    )
     _say("    " + generate_text(packed, tokenizer, PROMPT, max_new_tokens=24).replace("\n", " "))
     _say("5/5 report, with the numbers on evaluation text")
     page = report(model, made, out / "report", store=store, progress=progress)
