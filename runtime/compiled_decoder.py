@@ -18,8 +18,10 @@ from runtime.decoder_cache import DecoderCache, torch_floats
 from runtime.decoder_run import run_tokens
 from runtime.kernels.decoder_step import CompiledDecoder, DecoderTensors, LayerTensors, LinearTensors
 from runtime.kernels.dispatch import selected_kernels, uses_triton
+from runtime.kernels.matrices import Matrix
+from runtime.kernels.stored_planes import has_codes
 from runtime.kernels.weight_views import find_matrix
-from runtime.packed import PackedWeight, QuantizedLinear
+from runtime.packed import PackedWeight, QuantizedEmbedding, QuantizedLinear
 from runtime.packed_decoding import PackedSequence, list_halves
 from runtime.quantized_cache import QuantizedCache
 
@@ -53,8 +55,17 @@ def compile_decoder(model: Any) -> CompiledDecoder:
         head_dim=attention.head_dim,
         epsilon=config.rms_norm_eps,
         attention_scale=attention.scaling,
+        embedding=_find_table(model.model.embed_tokens),
+        embedding_scale=getattr(model.model.embed_tokens, "scale", 1.0),
     )
     return CompiledDecoder(tensors)
+
+
+def _find_table(embedding: nn.Module) -> Matrix | None:
+    """Returns the view of a table that the decoder reads itself; None where its module must."""
+    if not isinstance(embedding, QuantizedEmbedding) or not has_codes(embedding.weight.format):
+        return None
+    return find_matrix(embedding.weight, _CPU)
 
 
 def check_shape(model: Any) -> None:

@@ -31,8 +31,16 @@ class DecoderCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, owner: "DecoderCache", index: int) -> None:
         self._owner = owner
         self._index = index
-        self.length = 0
         self.is_initialized = True
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self._owner.lengths[self._index]
+
+    @length.setter
+    def length(self, tokens: int) -> None:
+        self._owner.lengths[self._index] = tokens
 
     @property
     def keys(self) -> Tensor:  # type: ignore[override]
@@ -110,13 +118,14 @@ class DecoderCache(Cache):
         self.states = decoder.tensors.make_states(_LEAST_CAPACITY)
         # Cosines and sines of the positions that there is room for; made when they are first wanted.
         self.rotation: tuple[Tensor, Tensor] | None = None
-        self._own = [DecoderCacheLayer(self, i) for i in range(len(decoder.tensors.layers))]
-        super().__init__(layers=list(self._own))
+        # Tokens of each layer; all but while a model runs module by module the same.
+        self.lengths = [0] * len(decoder.tensors.layers)
+        super().__init__(layers=[DecoderCacheLayer(self, i) for i in range(len(self.lengths))])
 
     @property
     def length(self) -> int:
         """Tokens held."""
-        return self._own[0].length
+        return self.lengths[0]
 
     @property
     def as_cache(self) -> "DecoderCache":
@@ -137,11 +146,10 @@ class DecoderCache(Cache):
         """Makes room for the tokens of a step."""
         self.reserve(self.length + token_count)
 
-    def run(self, kernels: CpuKernels, hidden: Tensor, rotation: tuple[Tensor, Tensor], wanted: int) -> Tensor:
+    def run(self, kernels: CpuKernels, inputs: Tensor, rotation: tuple[Tensor, Tensor], wanted: int) -> Tensor:
         """Returns the logits of the last tokens of a part of a step, as ``CompiledDecoder.run``, and adds the part."""
-        logits = self.decoder.run(kernels, hidden, rotation, self.states, past=self.length, wanted=wanted)
-        for layer in self._own:
-            layer.length += hidden.shape[0]
+        logits = self.decoder.run(kernels, inputs, rotation, self.states, past=self.length, wanted=wanted)
+        self.lengths = [self.length + inputs.shape[0]] * len(self.lengths)
         return logits
 
     def end_step(self) -> None:
@@ -159,8 +167,9 @@ class DecoderCache(Cache):
     def take(self, past: Cache) -> None:
         """Copies what another cache of one sequence holds."""
         layers: list[Any] = list(past.layers)
-        for own, layer in zip(self._own, layers, strict=True):
-            own.update(layer.keys, layer.values)
+        own: list[Any] = list(self.layers)
+        for own_layer, layer in zip(own, layers, strict=True):
+            own_layer.update(layer.keys, layer.values)
 
 
 def torch_floats(*tensors: Tensor | None) -> bool:

@@ -27,22 +27,34 @@ def run_tokens(model: Any, cache: DecoderCache | PackedSequence, input_ids: Tens
     assert kernels is not None
     tokens, past = input_ids.shape[1], cache.length
     cache.begin_step(tokens)
-    hidden = model.model.embed_tokens(input_ids)[0]
-    cosine, sine = (table[past : past + tokens] for table in _rotation(model, cache, hidden))
+    inputs = _read_tokens(model, cache, input_ids[0])
+    cosine, sine = (table[past : past + tokens] for table in _rotation(model, cache))
     logits = []
     for start in range(0, tokens, _PROMPT_TOKENS):
         part = slice(start, min(start + _PROMPT_TOKENS, tokens))
         kept = max(1, min(part.stop - part.start, part.stop - (tokens - wanted)))
-        found = cache.run(kernels, hidden[part], (cosine[part], sine[part]), kept)
+        found = cache.run(kernels, inputs[part], (cosine[part], sine[part]), kept)
         if part.stop > tokens - wanted:
             logits.append(found)
     cache.end_step()
     return logits[0] if len(logits) == 1 else torch.cat(logits)
 
 
-def _rotation(model: Any, cache: DecoderCache | PackedSequence, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _read_tokens(model: Any, cache: DecoderCache | PackedSequence, ids: Tensor) -> Tensor:
+    """Returns what the decoder takes: the tokens [tokens] where it embeds them itself, or [tokens, hidden] float32."""
+    table = cache.decoder.tensors.embedding
+    if table is not None and ids.dtype == torch.int64:
+        least, most = (int(ids[0]),) * 2 if len(ids) == 1 else map(int, ids.aminmax())
+        if least >= 0 and most < table.rows:
+            return ids.contiguous()
+    # Other tokens are the module's to read, or to refuse.
+    embedded: Tensor = model.model.embed_tokens(ids)
+    return embedded
+
+
+def _rotation(model: Any, cache: DecoderCache | PackedSequence) -> tuple[Tensor, Tensor]:
     """Returns cosines and sines of all positions that the cache has room for, [capacity, head_dim] each."""
     if cache.rotation is None or len(cache.rotation[0]) < cache.capacity:
-        cosine, sine = model.model.rotary_emb(hidden, torch.arange(cache.capacity)[None])
+        cosine, sine = model.model.rotary_emb(torch.empty(0), torch.arange(cache.capacity)[None])
         cache.rotation = cosine[0].contiguous(), sine[0].contiguous()
     return cache.rotation

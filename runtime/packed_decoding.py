@@ -104,12 +104,12 @@ class PackedSequence:
             halves = [_describe_half(half) for half in self._halves()]
             self._packed = PackedPast(halves=halves, token_count=past, room=self._room)
 
-    def run(self, kernels: CpuKernels, hidden: Tensor, rotation: tuple[Tensor, Tensor], wanted: int) -> Tensor:
+    def run(self, kernels: CpuKernels, inputs: Tensor, rotation: tuple[Tensor, Tensor], wanted: int) -> Tensor:
         """Returns the logits of the last tokens of a part of a step, as ``CompiledDecoder.run``, and keeps the part."""
         logits = self.decoder.run(
-            kernels, hidden, rotation, self._states, past=self._done, wanted=wanted, packed=self._packed
+            kernels, inputs, rotation, self._states, past=self._done, wanted=wanted, packed=self._packed
         )
-        self._done += hidden.shape[0]
+        self._done += inputs.shape[0]
         return logits
 
     def end_step(self) -> None:

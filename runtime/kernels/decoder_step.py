@@ -28,10 +28,12 @@ class _Decoder(ctypes.Structure):
         ("layers", ctypes.c_uint64),
         ("last_norm", ctypes.c_uint64),
         ("head", _Linear),
+        ("embedding", Matrix),
         *((name, ctypes.c_int64) for name in ("layer_count", "hidden", "heads", "key_value_heads", "head_dim")),
         ("feed_forward", ctypes.c_int64),
         ("epsilon", ctypes.c_float),
         ("attention_scale", ctypes.c_float),
+        ("embedding_scale", ctypes.c_float),
     )
 
 
@@ -48,7 +50,7 @@ class PackedHalf(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_uint64) for name in ("hidden", "cosine", "sine", "states", "logits")),
+        *((name, ctypes.c_uint64) for name in ("ids", "hidden", "cosine", "sine", "states", "logits")),
         *((name, ctypes.c_int64) for name in ("tokens", "past", "capacity", "wanted")),
         *((name, ctypes.c_uint64) for name in ("packed", "room")),
         *((name, ctypes.c_int64) for name in ("packed_tokens", "room_capacity")),
@@ -108,6 +110,8 @@ class DecoderTensors:
         head_dim: Numbers of a head, a multiple of 16, as are the sizes of hidden states and feed-forward.
         epsilon: Of the norms.
         attention_scale: Factor of query times key.
+        embedding: The kernels' view of the table of tokens [vocabulary, hidden]; None where embeddings are given.
+        embedding_scale: Its factor.
     """
 
     layers: Sequence[LayerTensors]
@@ -118,6 +122,8 @@ class DecoderTensors:
     head_dim: int
     epsilon: float
     attention_scale: float
+    embedding: Matrix | None = None
+    embedding_scale: float = 1.0
 
     def make_states(self, capacity: int) -> Tensor:
         """Returns room for the keys and values of ``capacity`` positions: [layers, 2, heads, capacity, head_dim]."""
@@ -139,6 +145,7 @@ class CompiledDecoder:
             ctypes.addressof(self._layers),
             tensors.last_norm.data_ptr(),
             _describe_linear(tensors.head),
+            Matrix() if tensors.embedding is None else tensors.embedding,
             len(tensors.layers),
             tensors.last_norm.shape[0],
             tensors.heads,
@@ -147,12 +154,13 @@ class CompiledDecoder:
             tensors.layers[0].gate.weight.rows,
             tensors.epsilon,
             tensors.attention_scale,
+            tensors.embedding_scale,
         )
 
     def run(
         self,
         kernels: CpuKernels,
-        hidden: Tensor,
+        inputs: Tensor,
         rotation: tuple[Tensor, Tensor],
         states: Tensor,
         past: int,
@@ -163,7 +171,8 @@ class CompiledDecoder:
 
         Args:
             kernels: The library at an instruction set.
-            hidden: [tokens, hidden] float32, contiguous: the embeddings.
+            inputs: The embeddings [tokens, hidden] float32; or the tokens [tokens] int64, where ``embedding`` is there
+                and has so many rows. Contiguous.
             rotation: Cosines and sines of the tokens' positions, [tokens, head_dim] float32, contiguous.
             states: As ``DecoderTensors.make_states`` returns it, with room behind ``past`` positions.
             past: Positions before the first token.
@@ -173,11 +182,12 @@ class CompiledDecoder:
         Raises:
             MemoryError: If there is no memory for the states of the tokens.
         """
-        tokens = hidden.shape[0]
+        tokens = inputs.shape[0]
+        given = (inputs.data_ptr(), _NULL) if inputs.dtype == torch.int64 else (_NULL, inputs.data_ptr())
         logits = torch.empty((wanted, self.tensors.head.weight.rows), dtype=torch.float32)
         cosine, sine = rotation
-        addresses = (t.data_ptr() for t in (hidden, cosine, sine, states, logits))
-        step = _Step(*addresses, tokens, past, states.shape[3], wanted)
+        addresses = (t.data_ptr() for t in (cosine, sine, states, logits))
+        step = _Step(*given, *addresses, tokens, past, states.shape[3], wanted)
         if packed is not None:
             halves = (PackedHalf * len(packed.halves))(*packed.halves)
             step.packed, step.room = ctypes.addressof(halves), packed.room.data_ptr()

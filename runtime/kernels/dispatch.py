@@ -131,7 +131,7 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
 
     Args:
         weight: The packed weight.
-        rows: [n] int64, or None.
+        rows: [n] of an integer type, or None.
     """
     if not has_codes(weight.format) or torch.compiler.is_compiling():
         return None
@@ -144,6 +144,7 @@ def dequantize(weight: Packed, rows: Tensor | None = None) -> Tensor | None:
     # As an index of torch: negative ones count from the end, others out of range are refused.
     if rows.numel() and not -weight.shape[0] <= int(rows.min()) <= int(rows.max()) < weight.shape[0]:
         return None
+    rows = rows.to(torch.int64)
     return kernels.dequantize(matrix, torch.where(rows < 0, rows + weight.shape[0], rows).contiguous())
 
 

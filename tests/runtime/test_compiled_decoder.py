@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -19,7 +21,7 @@ from transformers import (
 )
 
 from runtime.apply import apply_formats_
-from runtime.compiled_decoder import NotCompiled, compile_decoder, install_compiled_decoder_, run_tokens
+from runtime.compiled_decoder import NotCompiled, begin_sequence, compile_decoder, install_compiled_decoder_, run_tokens
 from runtime.decoder_cache import DecoderCache
 from runtime.kernels.cpu import load_kernels
 from runtime.kernels.decoder_step import _Step
@@ -57,6 +59,12 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama": build_tiny_llama,
     "llama, tied": lambda: build_tiny_llama(tied=True),
     "llama, biases, one head of keys": lambda: build_tiny_llama(attention_bias=True, key_value_heads=1),
+    "llama, five heads of queries to one of keys": lambda: build(
+        LlamaConfig, LlamaForCausalLM, hidden_size=320, num_attention_heads=5, num_key_value_heads=1
+    ),
+    "llama, three heads of queries to one of keys": lambda: build(
+        LlamaConfig, LlamaForCausalLM, hidden_size=192, num_attention_heads=6, num_key_value_heads=2
+    ),
     "llama, wide heads": lambda: build_tiny_llama(head_dim=80),
     "mistral": lambda: build(MistralConfig, MistralForCausalLM, sliding_window=None),
     "qwen 2": lambda: build(Qwen2Config, Qwen2ForCausalLM),
@@ -166,12 +174,12 @@ def run_in_float64(model: Any, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_as_near_to_float64_as_those_of_the_modules(name: str, level: str) -> None:
     model = pack(MODELS[name]())
-    tokens = draw_tokens(24)
+    tokens = draw_tokens(39)
     expected = run_in_float64(model, tokens)
     with kernel_path(level):
         # Without a cache the model's own forward runs: the same products of the same kernels.
         modules = model(tokens, use_cache=False).logits[0]
-        compiled = run_by_parts(model, tokens, [9, 1, 1, 3, 1, 7, 1, 1])
+        compiled = run_by_parts(model, tokens, [9, 1, 1, 3, 1, 7, 1, 1, 15])
     allowed = (modules.double() - expected).norm()
     # Roundings of another order are another draw of the same error, and float32 itself adds some.
     assert (compiled.double() - expected).norm() <= 2 * allowed + 1e-5 * expected.norm()
@@ -202,8 +210,9 @@ def test_generation_gives_the_text_of_the_reference(name: str) -> None:
     assert torch.equal(model.generate(tokens, **settings, prompt_lookup_num_tokens=3), expected)
 
 
-def test_threads_do_not_change_the_logits() -> None:
-    model = pack(build_tiny_llama())
+@pytest.mark.parametrize("name", ["llama", "llama, three heads of queries to one of keys"])
+def test_threads_do_not_change_the_logits(name: str) -> None:
+    model = pack(MODELS[name]())
     tokens, threads = draw_tokens(40), torch.get_num_threads()
     found = []
     try:
@@ -320,7 +329,7 @@ def test_steps_without_memory_are_refused() -> None:
     model = pack(build_tiny_llama())
     kernels = selected_kernels()
     assert kernels is not None
-    step = _Step(0, 0, 0, 0, 0, 2**44, 0, 2**44, 1)
+    step = _Step(0, 0, 0, 0, 0, 0, 2**44, 0, 2**44, 1)
     with pytest.raises(MemoryError, match="memory for the states of the tokens must be there"):
         kernels.step(compile_decoder(model)._view, step)
 
@@ -329,4 +338,44 @@ def test_no_gradient_is_kept() -> None:
     model = pack(build_tiny_llama())
     cache = model(draw_tokens(4), past_key_values=DynamicCache()).past_key_values
     assert not run_tokens(model, cache, draw_tokens(1), wanted=1).requires_grad
-    assert ctypes.sizeof(_Step) == 104
+    assert ctypes.sizeof(_Step) == 112
+
+
+@pytest.mark.parametrize("format_name", ["int4_g32", "int8_channel", "int1_g64", "mxfp4", "bf16"])
+def test_tokens_are_embedded_as_their_module_does(format_name: str) -> None:
+    model = build_tiny_llama()
+    formats = dict.fromkeys(list_weights(model), "int8_g32") | {"model.embed_tokens.weight": format_name}
+    apply_formats_(model, formats)
+    assert install_compiled_decoder_(model) is None
+    model.model.embed_tokens.scale = 1.7
+    cache: Any = begin_sequence(model)
+    assert (cache.decoder.tensors.embedding is None) == (format_name in ("mxfp4", "bf16"))
+    tokens = draw_tokens(7)
+    embedded = [model.model.embed_tokens(part)[0] for part in tokens.split([1, 5, 1], dim=1)]
+    expected = run_embedded(model, embedded)
+    found = [run_tokens(model, cache, part, wanted=part.shape[1]) for part in tokens.split([1, 5, 1], dim=1)]
+    assert torch.equal(torch.cat(found), expected)
+    short = run_tokens(model, begin_sequence(model), tokens.to(torch.int32), wanted=7)
+    assert torch.allclose(short, expected, atol=1e-3)
+
+
+def run_embedded(model: Any, parts: list[Tensor]) -> Tensor:
+    """Returns the logits of parts of a text that are given as embeddings."""
+    cache: Any = begin_sequence(model)
+    kernels, logits = selected_kernels(), []
+    positions = torch.arange(sum(map(len, parts)))[None]
+    cosine, sine = (table[0].contiguous() for table in model.model.rotary_emb(parts[0], positions))
+    for part in parts:
+        place = slice(cache.length, cache.length + len(part))
+        logits.append(cache.run(kernels, part, (cosine[place], sine[place]), len(part)))
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("token", [-400, 320, 2**40])
+@pytest.mark.parametrize("count", [1, 3])
+def test_tokens_outside_the_vocabulary_are_refused(token: int, count: int) -> None:
+    model = pack(build_tiny_llama())
+    cache: Any = begin_sequence(model)
+    with pytest.raises(IndexError):
+        run_tokens(model, cache, torch.tensor([[5] * (count - 1) + [token]]), wanted=1)
+    assert cache.length == 0

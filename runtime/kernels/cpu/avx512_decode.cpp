@@ -148,7 +148,9 @@ BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t t
   constexpr int kBytes = Unpacker<BITS, PARTS>::kBytes, kPlanes = PARTS * 2 * kVector;
   const Unpacker<BITS, PARTS> unpacker;
   const int64_t row_bytes = w.row_bytes(), vectors = divide_up(w.columns, kVector * PARTS);
-  const int64_t whole = row_bytes < kVector ? 0 : (row_bytes - kVector) / kBytes + 1;
+  // Vectors that may be loaded whole: activations behind a row are zero, so what follows it does no harm where it is there.
+  const int64_t readable = (w.rows - row - ROWS + 1) * row_bytes;
+  const int64_t whole = readable < kVector ? 0 : (readable - kVector) / kBytes + 1;
   const uint8_t* fetched = w.codes + (row + ROWS) * row_bytes + kAhead + (kFetches<BITS> - 1) * kFetchGap;
   const int parts = BY_LANE ? kVector * PARTS / a.block : 1;
   // The block that a lane belongs to, within the first step.

@@ -4,6 +4,8 @@
 #include <math.h>
 #include <string.h>
 
+#include <utility>
+
 #include "decoder_step.h"
 #include "portable.h"
 
@@ -81,19 +83,86 @@ void rotate(const float* cosine, const float* sine, int64_t length, float* x) {
   }
 }
 
-// Scaled products of the query with KEYS keys in a row.
-template <int KEYS>
-BITPLAN_ALWAYS void score(const float* query, const float* keys, int64_t head_dim, float scale, float* scores) {
-  Floats sums[KEYS] = {};
-  for (int64_t i = 0; i < head_dim; i += kLanes)
-    for (int j = 0; j < KEYS; ++j) sums[j] += load(query + i) * load(keys + j * head_dim + i);
-  for (int j = 0; j < KEYS; ++j) scores[j] = sum_lanes(sums[j]) * scale;
+template <int... I>
+BITPLAN_ALWAYS Floats pick(Floats u, Floats v, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(u, v, I...);
+#else
+  return __builtin_shuffle(u, v, Integers{I...});
+#endif
+}
+
+// The lanes of two vectors are segments; these are the first, or second, halves of all of them, in order.
+template <int SEGMENT, bool SECOND, int... I>
+BITPLAN_ALWAYS Floats pick_halves(Floats u, Floats v, std::integer_sequence<int, I...>) {
+  constexpr int kHalf = SEGMENT / 2;
+  return pick(u, v, std::integer_sequence<int, (I / kHalf * SEGMENT + I % kHalf + (SECOND ? kHalf : 0))...>{});
+}
+
+// The sums of the lanes of COUNT vectors, each spread over a segment of the result.
+template <int COUNT>
+BITPLAN_ALWAYS Floats sum_each(const Floats* x) {
+  if constexpr (COUNT == 1) {
+    return *x;
+  } else {
+    using Lanes = std::make_integer_sequence<int, kLanes>;
+    constexpr int kSegment = 2 * kLanes / COUNT;
+    const Floats u = sum_each<COUNT / 2>(x), v = sum_each<COUNT / 2>(x + COUNT / 2);
+    return pick_halves<kSegment, false>(u, v, Lanes{}) + pick_halves<kSegment, true>(u, v, Lanes{});
+  }
+}
+
+// Memory is asked for what lies 12, 8 and 4 KiB ahead, for what a fetch is dropped of where many misses are under way.
+BITPLAN_ALWAYS void fetch_ahead(const float* place, int64_t floats) {
+  for (int64_t i = 0; i < floats; i += 16)
+    for (int f = 1; f <= 3; ++f) __builtin_prefetch(place + i + f * 1024, 0, 2);
+}
+
+// Scaled products of a query with as many keys as a vector has lanes.
+BITPLAN_ALWAYS void score_lanes(const float* query, const float* keys, int64_t head_dim, float scale, float* scores) {
+  Floats sums[kLanes] = {};
+  for (int64_t i = 0; i < head_dim; i += kLanes) {
+    const Floats q = load(query + i);
+    for (int j = 0; j < kLanes; ++j) sums[j] += q * load(keys + j * head_dim + i);
+  }
+  store(scores, sum_each<kLanes>(sums) * scale);
+}
+
+// Of `heads` queries with the same keys; scores[heads, count].
+void score(const float* query, const float* keys, int64_t count, int64_t heads, int64_t head_dim, float scale,
+           float* scores) {
+  for (int64_t j = 0; j < count; j += kLanes) {
+    // The last vector may repeat what is in the one before.
+    const int64_t first = j + kLanes <= count ? j : count - kLanes;
+    if (first < 0) break;
+    fetch_ahead(keys + first * head_dim, kLanes * head_dim);
+    for (int64_t h = 0; h < heads; ++h)
+      score_lanes(query + h * head_dim, keys + first * head_dim, head_dim, scale, scores + h * count + first);
+  }
+  if (count >= kLanes) return;
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t j = 0; j < count; ++j) {
+      Floats sum{};
+      for (int64_t i = 0; i < head_dim; i += kLanes)
+        sum += load(query + h * head_dim + i) * load(keys + j * head_dim + i);
+      scores[h * count + j] = sum_lanes(sum) * scale;
+    }
+}
+
+BITPLAN_ALWAYS float find_largest(int64_t count, const float* x) {
+  Floats most = fill(x[0]);
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) most = load(x + j) > most ? load(x + j) : most;
+  float largest = x[0], lanes[kLanes];
+  store(lanes, most);
+  for (const float lane : lanes) largest = lane > largest ? lane : largest;
+  for (; j < count; ++j) largest = x[j] > largest ? x[j] : largest;
+  return largest;
 }
 
 // scores[j] = e^(scores[j] - largest); returns their sum.
 float exponentiate(int64_t count, float* scores) {
-  float largest = scores[0], total = 0;
-  for (int64_t j = 1; j < count; ++j) largest = scores[j] > largest ? scores[j] : largest;
+  const float largest = find_largest(count, scores);
   Floats sums{};
   int64_t j = 0;
   for (; j + kLanes <= count; j += kLanes) {
@@ -101,7 +170,7 @@ float exponentiate(int64_t count, float* scores) {
     store(scores + j, e);
     sums += e;
   }
-  float rest[kLanes] = {};
+  float rest[kLanes] = {}, total = 0;
   memcpy(rest, scores + j, (count - j) * sizeof(float));
   store(rest, exponential(load(rest) - largest));
   memcpy(scores + j, rest, (count - j) * sizeof(float));
@@ -109,24 +178,38 @@ float exponentiate(int64_t count, float* scores) {
   return total + sum_lanes(sums);
 }
 
-// out[0 .. 16 PARTS) of the weighted sum of values.
-template <int PARTS>
-BITPLAN_ALWAYS void combine(const float* weights, const float* values, int64_t count, int64_t head_dim, float factor,
-                            float* out) {
-  Floats sums[PARTS] = {};
-  for (int64_t j = 0; j < count; ++j)
-    for (int i = 0; i < PARTS; ++i) sums[i] += load(values + j * head_dim + i * kLanes) * weights[j];
-  for (int i = 0; i < PARTS; ++i) store(out + i * kLanes, sums[i] * factor);
+// PARTS vectors of each head's weighted sum of values: every value is read once for all heads.
+template <int HEADS, int PARTS>
+BITPLAN_ALWAYS void combine_parts(const float* weights, const float* values, int64_t count, int64_t head_dim,
+                                  const float* factors, float* out) {
+  Floats sums[HEADS][PARTS] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    fetch_ahead(values + j * head_dim, PARTS * kLanes);
+    for (int i = 0; i < PARTS; ++i) {
+      const Floats value = load(values + j * head_dim + i * kLanes);
+      for (int h = 0; h < HEADS; ++h) sums[h][i] += value * weights[h * count + j];
+    }
+  }
+  for (int h = 0; h < HEADS; ++h)
+    for (int i = 0; i < PARTS; ++i) store(out + h * head_dim + i * kLanes, sums[h][i] * factors[h]);
 }
 
-void attend(const float* query, const float* keys, const float* values, int64_t count, int64_t head_dim, float scale,
-            float* scores, float* out) {
-  int64_t j = 0, i = 0;
-  for (; j + 4 <= count; j += 4) score<4>(query, keys + j * head_dim, head_dim, scale, scores + j);
-  for (; j < count; ++j) score<1>(query, keys + j * head_dim, head_dim, scale, scores + j);
-  const float factor = 1.0f / exponentiate(count, scores);
-  for (; i + 4 * kLanes <= head_dim; i += 4 * kLanes) combine<4>(scores, values + i, count, head_dim, factor, out + i);
-  for (; i < head_dim; i += kLanes) combine<1>(scores, values + i, count, head_dim, factor, out + i);
+template <int HEADS>
+void combine(const float* weights, const float* values, int64_t count, int64_t head_dim, const float* factors,
+             float* out) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= head_dim; i += 4 * kLanes)
+    combine_parts<HEADS, 4>(weights, values + i, count, head_dim, factors, out + i);
+  for (; i < head_dim; i += kLanes) combine_parts<HEADS, 1>(weights, values + i, count, head_dim, factors, out + i);
+}
+
+void attend(const float* query, const float* keys, const float* values, int64_t count, int64_t heads, int64_t head_dim,
+            float scale, float* scores, float* out) {
+  float factors[kMostHeads];
+  score(query, keys, count, heads, head_dim, scale, scores);
+  for (int64_t h = 0; h < heads; ++h) factors[h] = 1.0f / exponentiate(count, scores + h * count);
+  const auto by_heads = heads == 1 ? combine<1> : heads == 2 ? combine<2> : heads == 3 ? combine<3> : combine<4>;
+  by_heads(scores, values, count, head_dim, factors, out);
 }
 
 typedef uint64_t Words __attribute__((vector_size(64)));

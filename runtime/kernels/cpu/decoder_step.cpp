@@ -3,12 +3,9 @@
 
 #include <string.h>
 
-#include <atomic>
-#include <initializer_list>
-#include <thread>
-
+#include "barrier.h"
+#include "decoder_stages.h"
 #include "portable.h"
-#include "product.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -16,41 +13,6 @@
 
 namespace bitplan {
 namespace {
-
-constexpr int kMostProducts = 3, kMostTasks = kMostProducts * kMostPlanes;
-
-// Threads wait here for each other. They spin: a stage is a few microseconds, less than it takes to wake.
-class Barrier {
- public:
-  // Before any of the threads waits.
-  void expect(int threads) { threads_ = threads; }
-
-  void wait() {
-    if (threads_ == 1) return;
-    const int round = round_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins)
-      // On a machine with more threads than processors the one waited for may not be running.
-      if (spins > 4000) std::this_thread::yield();
-  }
-
- private:
-  int threads_ = 1;
-  std::atomic<int> arrived_{0}, round_{0};
-};
-
-// States of the tokens of a step, shared by the threads.
-struct States {
-  float *hidden, *normed, *delta;  // [tokens, hidden]
-  float *query, *attended;         // [tokens, heads, head_dim]
-  float *key, *value;              // [tokens, key_value_heads, head_dim]
-  float *gate, *up;                // [tokens, feed_forward]
-  uint8_t* rounded;
-};
 
 thread_local Workspace state_space, own_space;
 
@@ -60,52 +22,6 @@ const DecoderMath& math_of(int level) {
   if (level == kAvx2) return kAvx2Math;
 #endif
   return kPortableMath;
-}
-
-// Products of the same states: their weights and where they go.
-struct Stage {
-  const Linear* linears[kMostProducts];
-  const float* x;
-  float* outs[kMostProducts];
-  int count;
-};
-
-void list_stages(const Decoder& d, const Layer& l, const States& s, Stage (&stages)[4]) {
-  stages[0] = {{&l.query, &l.key, &l.value}, s.normed, {s.query, s.key, s.value}, 3};
-  stages[1] = {{&l.output}, s.attended, {s.delta}, 1};
-  stages[2] = {{&l.gate, &l.up}, s.normed, {s.gate, s.up}, 2};
-  stages[3] = {{&l.down}, s.gate, {s.delta}, 1};
-}
-
-// Returns the number of tasks.
-int64_t plan_stage(const Stage& stage, int64_t tokens, int level, Task (&tasks)[kMostTasks]) {
-  Product products[kMostProducts];
-  for (int i = 0; i < stage.count; ++i)
-    products[i] = {&stage.linears[i]->weight, stage.x, stage.outs[i], stage.linears[i]->bias, tokens};
-  plan_tasks(products, stage.count, level, tasks);
-  return count_tasks(products, stage.count);
-}
-
-// What the largest of all products needs.
-struct Needs {
-  int64_t rounded_bytes = 0, scratch_floats = 0;
-  int threads = 1;
-
-  void include(const Stage& stage, int64_t tokens, int level, int most_threads) {
-    Task tasks[kMostTasks];
-    const int64_t count = plan_stage(stage, tokens, level, tasks);
-    const int64_t bytes = bitplan::rounded_bytes(tasks, count);
-    const int64_t floats = bitplan::scratch_floats(tasks, count);
-    const int useful = useful_threads(tasks, count, most_threads);
-    if (bytes > rounded_bytes) rounded_bytes = bytes;
-    if (floats > scratch_floats) scratch_floats = floats;
-    if (useful > threads) threads = useful;
-  }
-};
-
-Stage head_stage(const Decoder& d, const Step& step, const States& s) {
-  const float* x = s.normed ? s.normed + (step.tokens - step.wanted) * d.hidden : nullptr;
-  return {{&d.head}, x, {step.logits}, 1};
 }
 
 // The keys and values of a layer of all positions in float32: those of head h begin at h * capacity positions.
@@ -237,14 +153,28 @@ class Worker {
     }
   }
 
+  // Heads of a group that a thread takes together: as many as may be, for keys and values are then read once, unless
+  // threads would wait for one that has more to do.
+  int64_t heads_together() const {
+    const int64_t group = d_.heads / d_.key_value_heads, groups = step_.tokens * d_.key_value_heads;
+    int64_t best = 1, least = divide_up(step_.tokens * d_.heads, threads_);
+    for (int64_t heads = 2; heads <= group && heads <= kMostHeads; ++heads) {
+      const int64_t most = divide_up(groups * divide_up(group, heads), threads_) * heads;
+      if (most <= least) best = heads, least = most;
+    }
+    return best;
+  }
+
   void attend(const Kept& kept) {
-    const int64_t dim = d_.head_dim, group = d_.heads / d_.key_value_heads, count = step_.tokens * d_.heads;
-    // Later tokens see more: a thread takes every n-th pair of head and token.
+    const int64_t dim = d_.head_dim, group = d_.heads / d_.key_value_heads, together = heads_together();
+    const int64_t parts = divide_up(group, together), count = step_.tokens * d_.key_value_heads * parts;
+    // Later tokens see more: a thread takes every n-th part of a group and token.
     for (int64_t i = thread_; i < count; i += threads_) {
-      const int64_t head = i / step_.tokens, t = i % step_.tokens, at = (t * d_.heads + head) * dim;
-      const int64_t first = head / group * kept.capacity * dim;
-      math_.attend(s_.query + at, kept.keys + first, kept.values + first, step_.positions() + t + 1, dim,
-                   d_.attention_scale, scores_, s_.attended + at);
+      const int64_t t = i % step_.tokens, key_head = i / step_.tokens / parts, first = i / step_.tokens % parts * together;
+      const int64_t at = (t * d_.heads + key_head * group + first) * dim, from = key_head * kept.capacity * dim;
+      math_.attend(s_.query + at, kept.keys + from, kept.values + from, step_.positions() + t + 1,
+                   first + together <= group ? together : group - first, dim, d_.attention_scale, scores_,
+                   s_.attended + at);
     }
   }
 
@@ -257,19 +187,15 @@ class Worker {
   float *scratch_, *scores_;
 };
 
-// Divides memory among the states; returns the floats used. Without memory it only counts.
-int64_t place_states(const Decoder& d, int64_t tokens, float* memory, States& s) {
-  int64_t used = 0;
-  const auto take = [&](float*& state, int64_t floats) {
-    state = memory ? memory + used : nullptr;
-    used += divide_up(floats, 16) * 16;
-  };
-  for (float** state : {&s.hidden, &s.normed, &s.delta}) take(*state, tokens * d.hidden);
-  for (float** state : {&s.query, &s.attended}) take(*state, tokens * d.heads * d.head_dim);
-  for (float** state : {&s.key, &s.value}) take(*state, tokens * d.key_value_heads * d.head_dim);
-  for (float** state : {&s.gate, &s.up}) take(*state, tokens * d.feed_forward);
-  s.rounded = reinterpret_cast<uint8_t*>(memory ? memory + used : nullptr);
-  return used;
+void embed(const Decoder& d, const Step& step, int level, float* hidden) {
+  if (!step.ids) {
+    memcpy(hidden, step.hidden, step.tokens * d.hidden * sizeof(float));
+    return;
+  }
+  for (int64_t t = 0; t < step.tokens; ++t, hidden += d.hidden) {
+    math_of(level).dequantize(d.embedding, step.ids[t], hidden);
+    for (int64_t i = 0; i < d.hidden; ++i) hidden[i] *= d.embedding_scale;
+  }
 }
 
 }  // namespace
@@ -290,11 +216,11 @@ bool run_step(const Decoder& d, const Step& step, int level, int threads) {
   float* memory = reinterpret_cast<float*>(
       state_space.reserve(floats * int64_t(sizeof(float)) + needs.rounded_bytes + 64));
   // Each thread's own part begins at a cache line.
-  const int64_t own = divide_up(needs.scratch_floats + step.positions() + step.tokens, 16) * 16 + 16;
+  const int64_t own = divide_up(needs.scratch_floats + kMostHeads * (step.positions() + step.tokens), 16) * 16 + 16;
   float* scratch = reinterpret_cast<float*>(own_space.reserve(threads * own * int64_t(sizeof(float)) + 64));
   if (!memory || !scratch) return false;
   place_states(d, step.tokens, memory, states);
-  memcpy(states.hidden, step.hidden, step.tokens * d.hidden * sizeof(float));
+  embed(d, step, level, states.hidden);
   Barrier barrier;
 #pragma omp parallel num_threads(threads)
   {

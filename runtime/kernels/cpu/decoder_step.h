@@ -27,8 +27,9 @@ struct Decoder {
   const Layer* layers;
   const float* last_norm;  // [hidden]
   Linear head;
+  Matrix embedding;  // the table of tokens [rows, hidden]; without codes where embeddings are given
   int64_t layer_count, hidden, heads, key_value_heads, head_dim, feed_forward;
-  float epsilon, attention_scale;
+  float epsilon, attention_scale, embedding_scale;
 };
 
 // The packed keys, or values, of a layer: token by token [tokens * key_value_heads, head_dim], or in blocks of
@@ -47,7 +48,8 @@ struct PackedHalf {
 // The tokens of one call. They come behind `past` others; `capacity` positions have room. Before these there may be
 // `packed_tokens` more, which are read into `room`.
 struct Step {
-  const float* hidden;        // [tokens, hidden] embeddings
+  const int64_t* ids;          // [tokens] rows of the embedding, or null where `hidden` is given
+  const float* hidden;         // [tokens, hidden] embeddings
   const float *cosine, *sine;  // [tokens, head_dim]
   float* states;              // [layers, 2 (keys, values), key_value_heads, capacity, head_dim]
   float* logits;              // [wanted, rows of the head], of the last tokens
@@ -62,6 +64,8 @@ struct Step {
 // Returns false when there is no memory for it.
 bool run_step(const Decoder&, const Step&, int level, int threads);
 
+constexpr int kMostHeads = 4;
+
 // What is done to vectors of floats, compiled for each instruction set. All lengths are multiples of 16.
 struct DecoderMath {
   // out = x / sqrt(mean(x^2) + epsilon) * weight
@@ -71,9 +75,10 @@ struct DecoderMath {
   void (*gate)(const float* gate, const float* up, int64_t length, float* out);
   // Turns the pairs (x[i], x[i + length / 2]), in place.
   void (*rotate)(const float* cosine, const float* sine, int64_t length, float* x);
-  // out = sum_j softmax_j(scale query . keys[j]) values[j] over `count` positions; `scores` has room for as many.
-  void (*attend)(const float* query, const float* keys, const float* values, int64_t count, int64_t head_dim,
-                 float scale, float* scores, float* out);
+  // out[h] = sum_j softmax_j(scale query[h] . keys[j]) values[j] over `count` positions, for at most kMostHeads heads
+  // behind one another that read the same keys and values; `scores` has room for as many positions of each.
+  void (*attend)(const float* query, const float* keys, const float* values, int64_t count, int64_t heads,
+                 int64_t head_dim, float scale, float* scores, float* out);
   // As dequantize_row.
   void (*dequantize)(const Matrix&, int64_t row, float* out);
 };
