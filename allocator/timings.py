@@ -13,7 +13,7 @@ from runtime.modelled_latency import model_latency
 from sensitivity.profile import SensitivityProfile, fingerprint_of
 
 # Raised whenever the same candidates on the same device would be timed in another way.
-TIMING_VERSION = 5
+TIMING_VERSION = 6
 
 
 def find_latency(profile: SensitivityProfile, store: Store, progress: Progress) -> CostTable:

@@ -8,7 +8,6 @@ import argparse
 import statistics
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,14 +48,12 @@ def main() -> None:
     uniform = np.full(len(candidates.units), candidates.format_index(REST_FORMAT))
     with torch.inference_mode():
         models = [_build(directory, candidates, choice) for choice in (*choices, uniform)]
-        # Other work on the machine comes and goes, for minutes at a time, and makes all slower: steps and table are
-        # measured in turns, and of each the fastest turn counts.
-        steps, tables = [], []
-        for _ in range(TURNS):
-            steps.append([statistics.median(seconds) * 1e6 for seconds in _time_steps(models)])
-            tables.append(measure_latency(candidates, expert_share=1.0))
-        times = [min(turns) for turns in zip(*steps, strict=True)]
-        table = replace(tables[0], cost=np.min([found.cost for found in tables], axis=0))
+        # Other work on the machine comes and goes, for minutes at a time, and makes all slower: steps are measured
+        # before and after the table, and of each plan the fastest turn counts, as it does in the table.
+        steps = [_time_steps(models) for _ in range(TURNS // 2)]
+        table = measure_latency(candidates, expert_share=1.0)
+        steps += [_time_steps(models) for _ in range(TURNS // 2)]
+        times = [min(map(statistics.median, turns)) * 1e6 for turns in zip(*steps, strict=True)]
     text = "\n".join([*_describe(table), *_rows(table, choices, uniform, times), ""])
     (Path(__file__).parent / "latency.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
@@ -110,8 +107,8 @@ def _describe(table: CostTable) -> list[str]:
         f"Made by `python benchmarks/bench_latency.py`. Machine: {describe_machine(('torch',))}; {table.device}.",
         "",
         f"SmolLM2-135M, every weight in a random one of {', '.join(FORMATS)}; steps of one token behind "
-        f"{PROMPT_TOKENS} others and more. Steps and the table are measured in {TURNS} turns; medians of {STEPS} "
-        "steps, and of each plan and each entry of the table the fastest turn. The rest of a step, which is no "
+        f"{PROMPT_TOKENS} others and more. Medians of {STEPS} steps, the fastest of {TURNS} turns, half of "
+        "them before the table of latencies was made, as `plan` makes it, and half behind it. The rest of a step, which is no "
         f"weight's, is that of the plan with {REST_FORMAT} everywhere.",
         "",
         "| plan | weights by the table, us | predicted step, us | measured step, us | predicted / measured |",
