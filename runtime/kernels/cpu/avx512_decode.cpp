@@ -35,54 +35,79 @@ BITPLAN_INLINE __m512 load_zero_points(const uint8_t* stream, int64_t left) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(codes, _mm_set1_epi8((1 << BITS) - 1))));
 }
 
-// scale and scale * zero_point of the groups of a chunk.
-template <int BITS>
-BITPLAN_INLINE void load_chunk(const Matrix& w, int64_t row, int64_t chunk, __m512& scale, __m512& shift) {
-  const int64_t groups = w.groups(), bytes = w.zero_point_bytes(), offset = chunk * 2 * BITS;
-  const int64_t left = groups - chunk * kChunk;
-  const bool by_row = groups == 1, binary = BITS == 1 && w.element == kBinary;
-  const auto load = [&](const uint16_t* stored) {
-    return by_row ? _mm512_cvtph_ps(_mm256_set1_epi16(stored[row]))
-                  : load_scale(stored + row * groups + chunk * kChunk, left);
-  };
-  if (w.element == kLevels) {
-    const auto load_float = [&](const float* stored) {
-      const __mmask16 present = left >= 16 ? 0xffff : (1 << left) - 1;
-      return by_row ? _mm512_set1_ps(stored[row])
-                    : _mm512_maskz_loadu_ps(present, stored + row * groups + chunk * kChunk);
-    };
-    scale = load_float(w.step());
-    shift = load_float(w.shift());
+// Where the scales of a matrix are, and what goes with them; found once, for divisions are slow.
+struct Groups {
+  int64_t count, zero_point_bytes;
+  int blocks_of_vector;  // 1 where a block is one vector or more
+  enum { kCentre, kZeroPoints, kBinary, kLevels } kind;
+
+  Groups(const Matrix& w, int codes_of_vector, int block)
+      : count(w.groups()), zero_point_bytes(w.zero_point_bytes()),
+        blocks_of_vector(block < codes_of_vector ? codes_of_vector / block : 1) {
+    kind = w.element == Element::kLevels   ? kLevels
+           : w.element == Element::kBinary ? kBinary
+           : w.zero_point                  ? kZeroPoints
+                                           : kCentre;
+  }
+};
+
+template <class T>
+BITPLAN_INLINE __m512 load_numbers(const T* stored, int64_t left, bool one) {
+  if constexpr (sizeof(T) == 2) return one ? _mm512_cvtph_ps(_mm256_set1_epi16(*stored)) : load_scale(stored, left);
+  const __mmask16 present = left >= 16 ? 0xffff : (1 << left) - 1;
+  return one ? _mm512_set1_ps(*stored) : _mm512_maskz_loadu_ps(present, stored);
+}
+
+// scale and scale * zero_point of the groups of a chunk, of ROWS rows. Not inlined: it would be in every kernel many times.
+template <int BITS, int ROWS>
+__attribute__((noinline)) void load_chunk(const Matrix& w, const Groups& groups, int64_t row, int64_t chunk,
+                                          __m512 (&scale)[ROWS], __m512 (&shift)[ROWS]) {
+  const int64_t count = groups.count, left = count - chunk * kChunk, first = row * count + chunk * kChunk;
+  const bool one = count == 1;
+  if (groups.kind == Groups::kLevels) {
+    for (int r = 0; r < ROWS; ++r) {
+      scale[r] = load_numbers(w.step() + first + r * count, left, one);
+      shift[r] = load_numbers(w.shift() + first + r * count, left, one);
+    }
     return;
   }
-  scale = load(w.scale);
-  if (binary) {
-    const __m512 low = load(w.low());
-    scale = _mm512_sub_ps(scale, low);
-    shift = _mm512_sub_ps(_mm512_setzero_ps(), low);
+  for (int r = 0; r < ROWS; ++r) {
+    scale[r] = load_numbers(w.scale + first + r * count, left, one);
+    fetch_near(w.scale + first + (r + kScalesAhead * ROWS) * count);
+  }
+  if (groups.kind == Groups::kCentre) {
+    for (int r = 0; r < ROWS; ++r) shift[r] = _mm512_mul_ps(scale[r], _mm512_set1_ps(w.centre));
     return;
   }
-  __m512 zero_point = _mm512_set1_ps(w.centre);
-  if (w.zero_point)
-    zero_point = by_row ? _mm512_set1_ps(w.zero_point[row])
-                        : load_zero_points<BITS>(w.zero_point + row * bytes + offset, bytes - offset);
-  shift = _mm512_mul_ps(scale, zero_point);
+  if (BITS == 1 && groups.kind == Groups::kBinary) {
+    for (int r = 0; r < ROWS; ++r) {
+      const __m512 low = load_numbers(w.low() + first + r * count, left, one);
+      scale[r] = _mm512_sub_ps(scale[r], low);
+      shift[r] = _mm512_sub_ps(_mm512_setzero_ps(), low);
+    }
+    return;
+  }
+  const int64_t bytes = groups.zero_point_bytes, offset = chunk * 2 * BITS;
+  for (int r = 0; r < ROWS; ++r) {
+    const uint8_t* stream = w.zero_point + (row + r) * bytes + offset;
+    fetch_near(stream + kScalesAhead * ROWS * bytes);
+    shift[r] = _mm512_mul_ps(scale[r], one ? _mm512_set1_ps(*stream) : load_zero_points<BITS>(stream, bytes - offset));
+  }
 }
 
 // factor = scale * step of the blocks of a chunk for each row and token; total -= what the zero points take away.
 template <int BITS, int ROWS, int TOKENS>
-BITPLAN_INLINE void begin_chunk(const Matrix& w, const Activations& a, int64_t token, int64_t row, int64_t chunk,
-                                float (&factor)[ROWS][TOKENS][kChunk], __m512 (&total)[ROWS][TOKENS]) {
-  for (int r = 0; r < ROWS; ++r) {
-    const int64_t n = row + r, ahead = n + kScalesAhead * ROWS;
-    fetch_near(w.scale + ahead * w.groups() + chunk * kChunk);
-    if (w.zero_point) fetch_near(w.zero_point + ahead * w.zero_point_bytes() + chunk * 2 * BITS);
-    __m512 scale, shift;
-    load_chunk<BITS>(w, n, chunk, scale, shift);
-    for (int t = 0; t < TOKENS; ++t) {
-      const int64_t place = (token + t) * a.block_stride + chunk * kChunk;
-      _mm512_store_ps(factor[r][t], _mm512_mul_ps(scale, _mm512_loadu_ps(a.step + place)));
-      total[r][t] = _mm512_fnmadd_ps(shift, _mm512_loadu_ps(a.sum + place), total[r][t]);
+BITPLAN_INLINE void begin_chunk(const Matrix& w, const Groups& groups, const Activations& a, int64_t token, int64_t row,
+                                int64_t chunk, float (&factor)[ROWS][TOKENS][kChunk], __m512 (&total)[ROWS][TOKENS]) {
+  __m512 scale[ROWS], shift[ROWS];
+  load_chunk<BITS, ROWS>(w, groups, row, chunk, scale, shift);
+  for (int t = 0; t < TOKENS; ++t) {
+    const int64_t place = (token + t) * a.block_stride + chunk * kChunk;
+    const __m512 step = _mm512_loadu_ps(a.step + place), sum = _mm512_loadu_ps(a.sum + place);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      _mm512_store_ps(factor[r][t], _mm512_mul_ps(scale[r], step));
+      total[r][t] = _mm512_fnmadd_ps(shift[r], sum, total[r][t]);
     }
   }
 }
@@ -144,7 +169,8 @@ BITPLAN_INLINE void write_totals(const __m512 (&total)[ROWS][TOKENS], const Outp
 
 // ROWS x TOKENS outputs. A step is VECTORS vectors, which are one block, or one vector of `parts` blocks.
 template <int BITS, int PARTS, int VECTORS, bool BY_LANE, int ROWS, int TOKENS>
-BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t row) {
+BITPLAN_INLINE void decode_rows(const Matrix& w, const Groups& groups, const Activations& a, int64_t token,
+                                const Output& out, int64_t row) {
   constexpr int kBytes = Unpacker<BITS, PARTS>::kBytes, kPlanes = PARTS * 2 * kVector;
   const Unpacker<BITS, PARTS> unpacker;
   const int64_t row_bytes = w.row_bytes(), vectors = divide_up(w.columns, kVector * PARTS);
@@ -152,7 +178,7 @@ BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t t
   const int64_t readable = (w.rows - row - ROWS + 1) * row_bytes;
   const int64_t whole = readable < kVector ? 0 : (readable - kVector) / kBytes + 1;
   const uint8_t* fetched = w.codes + (row + ROWS) * row_bytes + kAhead + (kFetches<BITS> - 1) * kFetchGap;
-  const int parts = BY_LANE ? kVector * PARTS / a.block : 1;
+  const int parts = BY_LANE ? groups.blocks_of_vector : 1;
   // The block that a lane belongs to, within the first step.
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i first = _mm512_srli_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(parts)), 4);
@@ -165,7 +191,7 @@ BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t t
   int64_t v = 0;
   for (int64_t chunk = 0; v < vectors; ++chunk) {
     alignas(64) float factor[ROWS][TOKENS][kChunk];
-    begin_chunk<BITS>(w, a, token, row, chunk, factor, total);
+    begin_chunk<BITS>(w, groups, a, token, row, chunk, factor, total);
     __m512i block = first;
     for (int i = 0; i < kChunk && v < vectors; i += parts, v += VECTORS) {
       __m512i words[VECTORS][ROWS], sums[ROWS][TOKENS];
@@ -200,10 +226,11 @@ template <int BITS, int PARTS, int VECTORS, bool BY_LANE, int TOKENS>
 void decode_range(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t first_row,
                   int64_t last_row) {
   constexpr int kRows = TOKENS == 1 ? 4 : TOKENS == 2 ? 2 : 1;
+  const Groups groups(w, kVector * PARTS, a.block);
   int64_t row = first_row;
   for (; row + kRows <= last_row; row += kRows)
-    decode_rows<BITS, PARTS, VECTORS, BY_LANE, kRows, TOKENS>(w, a, token, out, row);
-  for (; row < last_row; ++row) decode_rows<BITS, PARTS, VECTORS, BY_LANE, 1, TOKENS>(w, a, token, out, row);
+    decode_rows<BITS, PARTS, VECTORS, BY_LANE, kRows, TOKENS>(w, groups, a, token, out, row);
+  for (; row < last_row; ++row) decode_rows<BITS, PARTS, VECTORS, BY_LANE, 1, TOKENS>(w, groups, a, token, out, row);
 }
 
 using Range = void (*)(const Matrix&, const Activations&, int64_t, const Output&, int64_t, int64_t);
