@@ -82,20 +82,28 @@ BITPLAN_INLINE float sum_lanes(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
-// Eight consecutive float16 numbers, those past `left` as zeros.
-BITPLAN_INLINE __m256 load_scale(const uint16_t* scale, int64_t left) {
-  if (left >= 8) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale)));
+// Eight consecutive float16 numbers, those past `left` as zeros; `readable` of them may be read.
+BITPLAN_INLINE __m256 load_scale(const uint16_t* scale, int64_t left, int64_t readable) {
+  static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  if (readable >= 8) {
+    const __m256 numbers = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale)));
+    const int32_t* mask = kMask + (left < 8 ? 8 - left : 0);
+    return _mm256_and_ps(numbers, _mm256_loadu_ps(reinterpret_cast<const float*>(mask)));
+  }
   alignas(16) uint16_t padded[8] = {};
   memcpy(padded, scale, left * sizeof(uint16_t));
   return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(padded)));
 }
 
+BITPLAN_INLINE __m256 load_scale(const uint16_t* scale, int64_t left) { return load_scale(scale, left, left); }
+
 // The same of the two values of one bit, as a scale and what is taken off: weight = scale * code - shift.
 BITPLAN_INLINE void read_values(const Matrix& w, int64_t row, float* scale, float* shift) {
   const int64_t groups = w.groups();
   for (int64_t g = 0; g < groups; g += 8) {
-    const __m256 high = load_scale(w.scale + row * groups + g, groups - g);
-    const __m256 low = load_scale(w.low() + row * groups + g, groups - g);
+    const int64_t place = row * groups + g, readable = w.rows * groups - place;
+    const __m256 high = load_scale(w.scale + place, groups - g, readable);
+    const __m256 low = load_scale(w.low() + place, groups - g, readable);
     _mm256_storeu_ps(scale + g, _mm256_sub_ps(high, low));
     _mm256_storeu_ps(shift + g, _mm256_sub_ps(_mm256_setzero_ps(), low));
   }
@@ -116,7 +124,7 @@ BITPLAN_INLINE void read_groups(const Matrix& w, int64_t row, float* scale, floa
   for (int64_t g = 0; g < groups; g += 16) {
     if (w.zero_point) zero = read_codes<BITS>(w.zero_point + row * bytes, bytes, g / 8 * BITS);
     for (int half = 0; half < 2 && g + 8 * half < groups; ++half) {
-      const __m256 s = load_scale(stored + g + 8 * half, groups - g - 8 * half);
+      const __m256 s = load_scale(stored + g + 8 * half, groups - g - 8 * half, (w.rows - row) * groups - g - 8 * half);
       const __m128i codes = half ? _mm256_extracti128_si256(zero, 1) : _mm256_castsi256_si128(zero);
       const __m256 z =
           w.zero_point ? _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(codes)) : _mm256_set1_ps(w.centre);

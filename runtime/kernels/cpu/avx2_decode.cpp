@@ -30,22 +30,26 @@ BITPLAN_INLINE __m256 load_activations(const float* x, int64_t left) {
 }
 
 // Rounds one block and returns the sum of its integers.
+template <int INTERLEAVE>
 int64_t round_block(const float* x, const Activations& a, int64_t first, int64_t last, float inverse, int16_t* values) {
-  const int64_t vector = a.interleave * kWordsOfVector;
+  constexpr int64_t kCodes = INTERLEAVE * kWordsOfVector;
   int64_t total = 0;
   for (int64_t k = first; k < last; k += 8) {
     const __m256 part = load_activations(x + k, a.columns - k);
     alignas(32) int32_t v[8];
     _mm256_store_si256(reinterpret_cast<__m256i*>(v), _mm256_cvtps_epi32(_mm256_mul_ps(part, _mm256_set1_ps(inverse))));
+    // Blocks begin at multiples of 8: all eight are in one vector.
+    int16_t* to = values + k / kCodes * kCodes;
     for (int j = 0; j < 8; ++j) {
-      const int64_t start = (k + j) / vector * vector, within = k + j - start;
-      values[start + within % a.interleave * kWordsOfVector + within / a.interleave] = static_cast<int16_t>(v[j]);
+      const int64_t within = k % kCodes + j;
+      to[within % INTERLEAVE * kWordsOfVector + within / INTERLEAVE] = static_cast<int16_t>(v[j]);
       total += v[j];
     }
   }
   return total;
 }
 
+template <int INTERLEAVE>
 void quantize_token(const float* x, const Activations& a, int64_t token) {
   int16_t* values = reinterpret_cast<int16_t*>(a.values + token * a.value_stride);
   float* step = a.step + token * a.block_stride;
@@ -68,7 +72,7 @@ void quantize_token(const float* x, const Activations& a, int64_t token) {
     for (float lane : lanes) top = lane > top ? lane : top;
     // Blocks that are all but zero are zero: their reciprocal would overflow.
     const float inverse = top > 1e-30f ? kLargestActivation / top : 0.0f;
-    const int64_t total = round_block(x, a, first, last, inverse, values);
+    const int64_t total = round_block<INTERLEAVE>(x, a, first, last, inverse, values);
     // Infinities and NaN reach every output, as they do in floating point.
     step[b] = (inverse > 0 ? top / kLargestActivation : 0.0f) + sum_lanes(not_finite);
     sum[b] = step[b] * static_cast<float>(total);
@@ -76,8 +80,17 @@ void quantize_token(const float* x, const Activations& a, int64_t token) {
 }
 
 void quantize(const float* x, const Activations& a, int64_t first_token, int64_t last_token) {
-  for (int64_t t = first_token; t < last_token; ++t) quantize_token(x + t * a.columns, a, t);
+  const auto rounded = a.interleave == 1   ? quantize_token<1>
+                       : a.interleave == 2 ? quantize_token<2>
+                       : a.interleave == 4 ? quantize_token<4>
+                       : a.interleave == 8 ? quantize_token<8>
+                                           : quantize_token<16>;
+  for (int64_t t = first_token; t < last_token; ++t) rounded(x + t * a.columns, a, t);
 }
+
+// Every line is fetched this often on its way, the last time so many bytes before it is read: see avx512_decode.cpp.
+constexpr int kFetches = 3;
+constexpr int64_t kAhead = 4096, kFetchGap = 4096;
 
 // Factors of the blocks of a row for each token, and what the zero points take away from the sums.
 template <int BITS, int TOKENS>
@@ -100,6 +113,15 @@ BITPLAN_INLINE void prepare_row(const Matrix& w, const Activations& a, int64_t t
   }
 }
 
+// Factors of `parts` blocks, each in its share of the lanes. No more is loaded than one store wrote: that is forwarded.
+BITPLAN_INLINE __m256 spread(const float* factors, int64_t parts, __m256i part_of_lane) {
+  if (parts == 1) return _mm256_broadcast_ss(factors);
+  const __m256 some = parts == 2   ? _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(factors)))
+                      : parts == 4 ? _mm256_broadcast_ps(reinterpret_cast<const __m128*>(factors))
+                                   : _mm256_loadu_ps(factors);
+  return _mm256_permutevar8x32_ps(some, part_of_lane);
+}
+
 // ROWS x TOKENS outputs; `stream` is the codes of the first row, with 32 readable bytes behind the last.
 template <int BITS, int INTERLEAVE, int ROWS, int TOKENS>
 BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t row,
@@ -114,10 +136,11 @@ BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t t
 
   // Either a block is one or more vectors, or a vector is some blocks, each in its share of the 8 lanes.
   const int64_t together = a.block > kCodes ? a.block / kCodes : 1;
-  const int64_t parts = a.block < kCodes ? kCodes / a.block : 1;
+  const int64_t parts = a.block < kCodes ? static_cast<uint32_t>(kCodes) / static_cast<uint32_t>(a.block) : 1;
   const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
   const __m256i part_of_lane = _mm256_srli_epi32(_mm256_mullo_epi32(lanes, _mm256_set1_epi32(parts)), 3);
   const uint8_t* values = a.values + token * a.value_stride;
+  const uint8_t* fetched = stream + ROWS * row_bytes + kAhead + (kFetches - 1) * kFetchGap;
   __m256 total[ROWS][TOKENS];
   for (int r = 0; r < ROWS; ++r)
     for (int t = 0; t < TOKENS; ++t) total[r][t] = _mm256_setzero_ps();
@@ -128,11 +151,11 @@ BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t t
       for (int t = 0; t < TOKENS; ++t) sums[r][t] = _mm256_setzero_si256();
     for (int64_t u = v; u < v + together && u < vectors; ++u) {
       __m256i words[ROWS];
-      for (int r = 0; r < ROWS; ++r) {
-        const uint8_t* place = stream + r * row_bytes + u * kBytes;
-        _mm_prefetch(reinterpret_cast<const char*>(place + ROWS * row_bytes), _MM_HINT_T0);
-        words[r] = unpacker.load(place);
-      }
+      for (int r = 0; r < ROWS; ++r) words[r] = unpacker.load(stream + r * row_bytes + u * kBytes);
+      for (int i = 0; i < ROWS * kBytes; i += 64)
+        for (int f = 0; f < kFetches; ++f)
+          _mm_prefetch(reinterpret_cast<const char*>(fetched + i - f * kFetchGap), _MM_HINT_T1);
+      fetched += ROWS * kBytes;
       for (int i = 0; i < INTERLEAVE; ++i)
         for (int t = 0; t < TOKENS; ++t) {
           const int64_t offset = (u * INTERLEAVE + i) * kWordsOfVector * sizeof(int16_t);
@@ -144,8 +167,7 @@ BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t t
     for (int r = 0; r < ROWS; ++r)
       for (int t = 0; t < TOKENS; ++t) {
         const float* f = factor + (r * TOKENS + t) * a.block_stride + block;
-        const __m256 by_lane =
-            parts == 1 ? _mm256_set1_ps(*f) : _mm256_permutevar8x32_ps(_mm256_loadu_ps(f), part_of_lane);
+        const __m256 by_lane = spread(f, parts, part_of_lane);
         total[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][t]), by_lane, total[r][t]);
       }
   }

@@ -68,7 +68,8 @@ struct Matrix {
   const Matrix* next;     // the plane that is added to this one, or null; of the same rows and inputs
 
   int64_t row_bytes() const { return element == kSparse ? 8 * group_size : (columns * bits + 7) / 8; }
-  int64_t groups() const { return columns / group_size; }
+  // Of 32 bits, as divisions of 64 are slow on many processors.
+  int64_t groups() const { return static_cast<uint32_t>(columns) / static_cast<uint32_t>(group_size); }
   int64_t zero_point_bytes() const { return (groups() * bits + 7) / 8; }
   const uint16_t* low() const { return reinterpret_cast<const uint16_t*>(zero_point); }
   const uint8_t* power() const { return reinterpret_cast<const uint8_t*>(scale); }
