@@ -118,7 +118,7 @@ class PackedSequence:
         Raises:
             ValueError: If one is outside the range of its format.
         """
-        append_together(self._halves(), list(self._states.flatten(0, 1).unsqueeze(1)))
+        append_together(self._halves(), self._states.flatten(0, 1).unsqueeze(1))
 
     def _halves(self) -> list[PackedStates]:
         halves = list_halves(self.as_cache)
