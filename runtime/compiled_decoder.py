@@ -20,7 +20,7 @@ from runtime.kernels.decoder_step import CompiledDecoder, DecoderTensors, LayerT
 from runtime.kernels.dispatch import selected_kernels, uses_triton
 from runtime.kernels.weight_views import find_matrix
 from runtime.packed import PackedWeight, QuantizedLinear
-from runtime.packed_decoding import PackedSequence, list_halves
+from runtime.packed_decoding import PackedSequence, find_cache_obstacle
 from runtime.quantized_cache import QuantizedCache
 
 # Their modules have the same names and the same order; Qwen 3 has norms of queries and keys besides.
@@ -253,10 +253,10 @@ def _find_cache(
 
 def _continue_packed(model: Any, past: QuantizedCache) -> PackedSequence | None:
     """Returns a packed cache as the compiled pass goes on with it; None where the model's own forward must run."""
-    if list_halves(past) is None:
-        return None
     kept = past.sequence
     if not isinstance(kept, PackedSequence) or not kept.is_current:
+        if find_cache_obstacle(past) is not None:
+            return None
         try:
             kept = past.sequence = PackedSequence(past, compile_decoder(model), _list_widths(model))
         except NotCompiled:

@@ -168,7 +168,7 @@ class PackedTokens(PackedStates):
     def packed_rows(self) -> PackedRows:
         return PackedRows(
             format=self._format,
-            buffers=self._buffers,
+            rooms=self._rooms,
             head_dim=self._row_length,
             token_block=0,
             token_count=self.token_count,
@@ -258,7 +258,9 @@ class PackedTokenBlocks(PackedStates):
             blocks = waiting[..., :whole, :].reshape(*leading, -1, first._length, head_dim).transpose(-1, -2)
             # [stores, batch, heads, blocks, head_dim, block] -> [stores, batch, heads * head_dim, blocks, block]
             PackedTokens.append_all([store._blocks for store in stores], blocks.transpose(3, 4).flatten(2, 3))
-        for store, kept in zip(stores, waiting[..., whole:, :].clone(), strict=True):
+        for store, kept in zip(
+            stores, waiting[..., whole:, :].clone(memory_format=torch.contiguous_format), strict=True
+        ):
             store._recent = kept
 
     def packed_rows(self) -> PackedRows:
@@ -266,7 +268,7 @@ class PackedTokenBlocks(PackedStates):
         blocks = self._blocks.packed_rows()
         return PackedRows(
             format=blocks.format,
-            buffers=blocks.buffers,
+            rooms=blocks.rooms,
             head_dim=self._recent.shape[3],
             token_block=self._length,
             token_count=blocks.token_count * self._length,
@@ -295,4 +297,4 @@ class PackedTokenBlocks(PackedStates):
         # Tokens of a block that is opened again keep what they have lost.
         kept = self.read(torch.float32)[:, :, blocks * self._length : token_count]
         self._blocks.truncate(blocks)
-        self._recent = kept.to(torch.float16)
+        self._recent = kept.to(torch.float16).contiguous()

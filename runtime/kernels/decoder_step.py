@@ -60,12 +60,12 @@ class PackedPast:
     """Positions before those of the states, packed.
 
     Args:
-        halves: Keys and values of every layer in turn.
+        halves: Keys and values of every layer in turn, an array.
         token_count: Positions that each of them holds.
         room: [2, heads, capacity, head_dim] float32, where a layer is read back; capacity for all positions.
     """
 
-    halves: Sequence[PackedHalf]
+    halves: "ctypes.Array[PackedHalf]"
     token_count: int
     room: Tensor
 
@@ -179,8 +179,7 @@ class CompiledDecoder:
         addresses = (t.data_ptr() for t in (hidden, cosine, sine, states, logits))
         step = _Step(*addresses, tokens, past, states.shape[3], wanted)
         if packed is not None:
-            halves = (PackedHalf * len(packed.halves))(*packed.halves)
-            step.packed, step.room = ctypes.addressof(halves), packed.room.data_ptr()
+            step.packed, step.room = ctypes.addressof(packed.halves), packed.room.data_ptr()
             step.packed_tokens, step.room_capacity = packed.token_count, packed.room.shape[2]
         kernels.step(self._view, step)
         return logits
