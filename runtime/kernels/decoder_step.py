@@ -149,6 +149,10 @@ class CompiledDecoder:
             tensors.attention_scale,
         )
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "CompiledDecoder":
+        # A cache is copied to go on from it several times: the decoder is the same, and read by its addresses.
+        return self
+
     def run(
         self,
         kernels: CpuKernels,

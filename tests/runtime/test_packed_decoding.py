@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from runtime import decoder_run
 from runtime.apply import apply_formats_
@@ -119,6 +120,21 @@ def test_the_forward_takes_it_and_hands_the_same_cache_back() -> None:
     # What was cropped is computed anew from the same past, part of it packed now.
     assert again.shape == (1, 2, 320)
     assert cache.get_seq_length() == 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_copy_of_a_cache_goes_on_when_the_cache_is_gone(packed: bool) -> None:
+    model, tokens = build(), draw_tokens(41)
+    cache = model(tokens[:, :40], past_key_values=make_cache(model, MIXES[2]) if packed else DynamicCache())
+    cache = cache.past_key_values
+    decoder = (cache.sequence if packed else cache).decoder
+    other = copy.deepcopy(cache)
+    # It reads tensors by their addresses: a copy would read those of the other.
+    assert (other.sequence if packed else other).decoder is decoder
+    expected = model(tokens[:, 40:], past_key_values=cache).logits
+    del cache, decoder
+    assert torch.equal(model(tokens[:, 40:], past_key_values=other).logits, expected)
 
 
 @torch.no_grad()
