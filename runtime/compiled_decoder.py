@@ -54,7 +54,7 @@ def compile_decoder(model: Any) -> CompiledDecoder:
         epsilon=config.rms_norm_eps,
         attention_scale=attention.scaling,
     )
-    return CompiledDecoder(tensors)
+    return CompiledDecoder(tensors, _list_widths(model))
 
 
 def check_shape(model: Any) -> None:
@@ -248,17 +248,17 @@ def _find_cache(
         return _continue_packed(model, past)
     if not isinstance(past, DecoderCache):
         return _begin_cache(model, past)
-    return past if past.is_current or _read_anew(model, past) else None
+    return past if past.decoder.is_current or _read_anew(model, past) else None
 
 
 def _continue_packed(model: Any, past: QuantizedCache) -> PackedSequence | None:
     """Returns a packed cache as the compiled pass goes on with it; None where the model's own forward must run."""
     kept = past.sequence
-    if not isinstance(kept, PackedSequence) or not kept.is_current:
+    if not isinstance(kept, PackedSequence) or not kept.decoder.is_current:
         if find_cache_obstacle(past) is not None:
             return None
         try:
-            kept = past.sequence = PackedSequence(past, compile_decoder(model), _list_widths(model))
+            kept = past.sequence = PackedSequence(past, compile_decoder(model))
         except NotCompiled:
             return None
     return kept
@@ -267,7 +267,7 @@ def _continue_packed(model: Any, past: QuantizedCache) -> PackedSequence | None:
 def _read_anew(model: Any, cache: DecoderCache) -> bool:
     """Lets a cache go on at the widths that weights are read at now; False where the model's own forward must run."""
     try:
-        cache.decoder, cache.read = compile_decoder(model), _list_widths(model)
+        cache.decoder = compile_decoder(model)
     except NotCompiled:
         return False
     return True
@@ -284,7 +284,7 @@ def _begin_cache(model: Any, past: Any) -> DecoderCache | None:
     if type(past) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in past.layers):
         return None
     try:
-        cache = DecoderCache(compile_decoder(model), _list_widths(model))
+        cache = DecoderCache(compile_decoder(model))
     except NotCompiled:
         return None
     if past.get_seq_length():

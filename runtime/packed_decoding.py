@@ -7,8 +7,6 @@ So beside the packed cache there are the float32 states of one layer, and those 
 each other as they are (past-only quantization, as ``quantized_cache`` has it).
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,6 @@ from runtime.kernels.cpu import CpuKernels
 from runtime.kernels.decoder_step import CompiledDecoder, PackedHalf, PackedPast
 from runtime.kernels.matrices import Matrix, StoredMatrix, describe_floats, describe_matrix
 from runtime.kernels.stored_planes import has_codes
-from runtime.packed import PackedWeight
 from runtime.packed_states import PackedStates, append_together
 from runtime.quantized_cache import QuantizedCache, QuantizedCacheLayer
 
@@ -55,15 +52,11 @@ class PackedSequence:
     Args:
         cache: The cache, without a ``find_cache_obstacle``.
         decoder: The decoder, as it was when the sequence began.
-        read: Weights that can be read at several widths, and the widths at which the decoder reads them.
     """
 
-    def __init__(
-        self, cache: QuantizedCache, decoder: CompiledDecoder, read: Sequence[tuple[PackedWeight, int]] = ()
-    ) -> None:
+    def __init__(self, cache: QuantizedCache, decoder: CompiledDecoder) -> None:
         self.as_cache = cache
         self.decoder = decoder
-        self.read = read
         self.rotation: tuple[Tensor, Tensor] | None = None
         self._states = decoder.tensors.make_states(1)
         self._room = self._make_room(_LEAST_ROOM)
@@ -85,11 +78,6 @@ class PackedSequence:
     def capacity(self) -> int:
         """Positions that there is room for."""
         return self._room.shape[2]
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the decoder reads weights at the widths that they are read at now."""
-        return all(weight.width == width for weight, width in self.read)
 
     def begin_step(self, token_count: int) -> None:
         """Makes room for the tokens of a step, and looks where the past lies now."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from runtime.kernels.cpu import CpuKernels
 from runtime.kernels.matrices import Matrix
+from runtime.kernels.stored_planes import Packed
 
 _NULL = 0
 _LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
@@ -130,10 +131,12 @@ class CompiledDecoder:
 
     Args:
         tensors: The decoder. Float tensors are contiguous on the CPU.
+        read: Weights that can be read at several widths, and the widths at which the decoder reads them.
     """
 
-    def __init__(self, tensors: DecoderTensors) -> None:
+    def __init__(self, tensors: DecoderTensors, read: Sequence[tuple[Packed, int]] = ()) -> None:
         self.tensors = tensors
+        self._read = read
         self._layers = (_Layer * len(tensors.layers))(*map(_describe_layer, tensors.layers))
         self._view = _Decoder(
             ctypes.addressof(self._layers),
@@ -148,6 +151,11 @@ class CompiledDecoder:
             tensors.epsilon,
             tensors.attention_scale,
         )
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it reads weights at the widths that they are read at now."""
+        return all(weight.width == width for weight, width in self._read)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "CompiledDecoder":
         # A cache is copied to go on from it several times: the decoder is the same, and read by its addresses.
