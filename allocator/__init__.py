@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from allocator.artefact_match import ArtefactMismatch
     from allocator.artefacts import Model
     from allocator.budget import Budget, InfeasibleBudget
     from allocator.client import AsyncClient, Client
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from allocator.pipeline import Applied, apply, evaluate, load, measure, report
     from allocator.plan_files import load_plan, save_plan
     from allocator.plan_query import plan
-    from allocator.plans import ArtefactMismatch, Evaluation, Plan, UnitPlan
+    from allocator.plans import Evaluation, Plan, UnitPlan
     from allocator.prefixes import PrefixFound, find_prefix
     from allocator.pricing import Priced, price
     from allocator.store import Store
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Applied": "allocator.pipeline",
-    "ArtefactMismatch": "allocator.plans",
+    "ArtefactMismatch": "allocator.artefact_match",
     "AsyncClient": "allocator.client",
     "Budget": "allocator.budget",
     "Client": "allocator.client",

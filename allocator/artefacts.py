@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from allocator.artefact_match import ArtefactMismatch
 from allocator.assignments import Assignment
 from allocator.measuring import MeasureRequest, run_measurement
 from allocator.planning import UNIFORM_RULE
-from allocator.plans import ArtefactMismatch, Plan
+from allocator.plans import Plan
 from allocator.progress import Progress, silent
 from allocator.store import Store
 from allocator.transformed import TRANSFORMS, TRANSFORMS_CONTENT, is_transformed, transform_again_

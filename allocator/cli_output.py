@@ -32,7 +32,7 @@ def stray_output_to_stderr() -> Iterator[None]:
 
 def render(document: dict[str, Any], as_json: bool, describe: Callable[[dict[str, Any]], str]) -> str:
     """Returns a document as JSON, or as the text that describes it."""
-    from allocator.plans import jsonable
+    from allocator.json_values import jsonable
 
     return json.dumps(jsonable(document), allow_nan=False) if as_json else describe(document)
 

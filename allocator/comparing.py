@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from allocator.artefact_match import ArtefactMismatch
 from allocator.artefacts import Model, assignment_of_plan, open_model
 from allocator.assignments import Assignment, pick
 from allocator.budget import MEMORY
 from allocator.frontiers import frontier
 from allocator.pipeline import evaluate
 from allocator.planning import predicting_metric
-from allocator.plans import ArtefactMismatch, Evaluation, Plan
+from allocator.plans import Evaluation, Plan
 from allocator.problems import build_cost_tables
 from allocator.progress import Progress, silent
 from allocator.store import Store

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from allocator.artefact_match import check_same_model
 from allocator.artefacts import Model, open_model, plans_routers
-from allocator.plans import Plan, check_same_model
+from allocator.plans import Plan
 from allocator.renderings import rendering_of_plan
 from allocator.store import Store
 from allocator.transformed import TRANSFORMS

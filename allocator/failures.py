@@ -2,7 +2,7 @@
 
 import errno
 
-from allocator.plans import ArtefactMismatch
+from allocator.artefact_match import ArtefactMismatch
 from reports.browser import PrintingFailed
 from solvers import SolverFailure
 

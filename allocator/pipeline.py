@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from allocator.artefact_match import check_same_model
 from allocator.artefacts import (
     Model,
     assignment_of_plan,
@@ -19,7 +20,7 @@ from allocator.budget import BIT_OPERATIONS, MEMORY
 from allocator.engine_rules import price_file
 from allocator.frontiers import frontier
 from allocator.measuring import MeasureRequest, run_measurement
-from allocator.plans import Evaluation, Plan, check_same_model
+from allocator.plans import Evaluation, Plan
 from allocator.prefixes import check_prefix
 from allocator.problems import build_cost_tables
 from allocator.progress import Progress, silent

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from allocator.artefact_match import check_same_profile
 from allocator.artefacts import Model, find_profile, model_to_measure, open_model, provenance
 from allocator.budget import BIT_OPERATIONS, LATENCY, Budget
 from allocator.competition import Competition, list_rivals
@@ -13,7 +14,7 @@ from allocator.engine_rules import Optimum, price_rules, restrict_profile
 from allocator.evolution import Evolution
 from allocator.improvement import Improve
 from allocator.planning import default_metric, find_assignment, make_plan
-from allocator.plans import Plan, check_same_profile
+from allocator.plans import Plan
 from allocator.problems import build_cost_tables
 from allocator.progress import Progress, silent
 from allocator.refinement import Refinement

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from allocator.json_values import jsonable
 from allocator.notebook import plan_html
 from runtime.activation_names import module_of
 
@@ -17,10 +17,6 @@ _HEADER_BYTES = 6 * 1024
 _SHORTENED_CHARACTERS = (1000, 300, 100, 30, 10)
 # Parts that only some plans have.
 OPTIONAL_PARTS = {"cache", "activations"}
-
-
-class ArtefactMismatch(Exception):
-    """Two artefacts that must belong together do not: their fingerprints differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,41 +276,6 @@ class Plan:
         return {"bitplan.plan": text}
 
 
-def check_same_model(plan: Plan, model_fingerprint: str, model_name: str) -> None:
-    """Checks that a plan was made for a model.
-
-    Raises:
-        ArtefactMismatch: If it was made for another.
-    """
-    expected = plan.provenance.get("model_fingerprint")
-    if expected != model_fingerprint:
-        msg = (
-            f"a plan must be used with the model it was made for: got a plan for '{plan.provenance.get('model')}' "
-            f"({str(expected)[:12]}) and the model '{model_name}' ({model_fingerprint[:12]}). Plan for this model, "
-            "or name the other one."
-        )
-        raise ArtefactMismatch(msg)
-
-
-def check_same_profile(profile_model: str, model_fingerprint: str, model_name: str) -> None:
-    """Checks that a profile was measured on a model.
-
-    Args:
-        profile_model: Fingerprint of the model that the profile was measured on.
-        model_fingerprint: Fingerprint of the model at hand.
-        model_name: Its name.
-
-    Raises:
-        ArtefactMismatch: If it was measured on another.
-    """
-    if profile_model != model_fingerprint:
-        msg = (
-            f"a profile must be used with the model it was measured on: got one of {profile_model[:12]} and the model "
-            f"'{model_name}' ({model_fingerprint[:12]}). Measure this model, or name the other one."
-        )
-        raise ArtefactMismatch(msg)
-
-
 def _compact(record: Mapping[str, Any]) -> str:
     return json.dumps(record, separators=(",", ":"), ensure_ascii=False)
 
@@ -324,15 +285,4 @@ def _shorten(value: Any, most: int) -> Any:
         return value if len(value) <= most else f"{value[: most // 2]}…{value[-(most // 2) :]}"
     if isinstance(value, dict):
         return {name: _shorten(part, most) for name, part in value.items()}
-    return value
-
-
-def jsonable(value: Any) -> Any:
-    """Returns a value with null for every number that JSON cannot hold."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(k): jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
     return value

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from allocator.artefact_match import ArtefactMismatch, check_same_model
 from allocator.artefacts import Model, open_model, profile_of_plan
-from allocator.plans import ArtefactMismatch, Plan, check_same_model
+from allocator.plans import Plan
 from allocator.progress import Progress, silent
 from allocator.renderings import rendering_of_plan
 from allocator.store import Store

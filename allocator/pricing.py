@@ -7,12 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoConfig
 
+from allocator.artefact_match import check_same_profile
 from allocator.artefacts import Model, find_profile, open_model, provenance
 from allocator.assignments import Assignment, use_of
 from allocator.budget import MEMORY, Budget, InfeasibleBudget
 from allocator.plan_query import plan
 from allocator.planning import default_metric, make_plan
-from allocator.plans import Plan, check_same_profile
+from allocator.plans import Plan
 from allocator.problems import build_cost_tables
 from allocator.progress import Progress, silent
 from allocator.store import Store

@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from allocator.plans import ArtefactMismatch, Plan
+from allocator.artefact_match import ArtefactMismatch
+from allocator.plans import Plan
 from allocator.store import Store
 from runtime.checkpoint import rest_bytes
 from runtime.loading import ReferenceModel

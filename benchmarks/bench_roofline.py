@@ -13,7 +13,7 @@ from pathlib import Path
 
 from machine import describe_machine
 from roofline_parts import list_part_products
-from roofline_traffic import BITS, count_traffic, list_bytes, make_format, make_key, scale_dtype
+from roofline_traffic import BITS, count_traffic, list_bytes, make_format, make_key
 
 from runtime.cache_formats import TokenBlockFormat, find_cache_formats
 from runtime.elements import ELEMENTS
@@ -22,7 +22,6 @@ from runtime.kernels.triton.aot import compile_integer_product, compile_weight_o
 from runtime.kernels.triton.aot_attention import compile_decode_attention
 from runtime.kernels.triton.decode_attention import describe_states
 from runtime.kernels.triton.devices import DEVICES, Device
-from runtime.kernels.triton.fragment_layout import SCALE_NAMES
 from runtime.kernels.triton.launch_table import find_attention_launch, find_launch
 
 GROUP_SIZE = 128
@@ -88,7 +87,7 @@ def list_other_codes(device: Device) -> list[str]:
             dtype=dtype,
             symmetric=format_.symmetric,
             element=element,
-            scale=SCALE_NAMES[scale_dtype(format_)],
+            scale=format_.scale_type,
         )
         weights_per_s = device.read_bytes_per_s / (format_.storage_bytes((1, 4096)) / 4096)
         budget = device.issues_per_s * WARP / weights_per_s

@@ -7,7 +7,7 @@ import torch
 
 from runtime.formats import Format
 from runtime.kernels.triton.devices import DEVICES, Device
-from runtime.kernels.triton.fragment_layout import pack_fragments
+from runtime.kernels.triton.fragment_layout import SCALE_DTYPES, pack_fragments
 from runtime.kernels.triton.launch_table import Launch, LaunchKey, find_launch
 
 BITS = tuple(range(1, 9))
@@ -45,11 +45,6 @@ def make_format(bits: int, group_size: int | None) -> Format:
     return Format(name=f"int{bits}", kind="int", bits=bits, group_size=group_size, symmetric=False)
 
 
-def scale_dtype(format_: Format) -> torch.dtype:
-    """Returns the type in which the kernels read the scales of a format."""
-    return {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}.get(format_.scale_type, torch.float16)
-
-
 def count_traffic(shape: tuple[int, int], rows: int, format_: Format, launch: Launch) -> Traffic:
     """Returns the bytes of a product of ``rows`` rows of float16 with a weight of one format."""
     out_features, in_features = shape
@@ -57,7 +52,7 @@ def count_traffic(shape: tuple[int, int], rows: int, format_: Format, launch: La
     # Shapes alone: nothing is packed on the meta device.
     weight = pack_fragments(
         torch.empty(shape, dtype=torch.uint8, device="meta"),
-        torch.empty((out_features, groups), dtype=scale_dtype(format_), device="meta"),
+        torch.empty((out_features, groups), dtype=SCALE_DTYPES[format_.scale_type], device="meta"),
         None if format_.symmetric else torch.empty((out_features, groups), dtype=torch.uint8, device="meta"),
         bits=format_.bits,
         group_size=format_.group_size,

@@ -22,7 +22,7 @@ from runtime.kernels.matrices import Matrix
 from runtime.kernels.stored_planes import has_codes
 from runtime.kernels.weight_views import find_matrix
 from runtime.packed import PackedWeight, QuantizedEmbedding, QuantizedLinear
-from runtime.packed_decoding import PackedSequence, list_halves
+from runtime.packed_decoding import PackedSequence, find_cache_obstacle
 from runtime.quantized_cache import QuantizedCache
 
 # Their modules have the same names and the same order; Qwen 3 has norms of queries and keys besides.
@@ -58,7 +58,7 @@ def compile_decoder(model: Any) -> CompiledDecoder:
         embedding=_find_table(model.model.embed_tokens),
         embedding_scale=getattr(model.model.embed_tokens, "scale", 1.0),
     )
-    return CompiledDecoder(tensors)
+    return CompiledDecoder(tensors, _list_widths(model))
 
 
 def _find_table(embedding: nn.Module) -> Matrix | None:
@@ -259,17 +259,17 @@ def _find_cache(
         return _continue_packed(model, past)
     if not isinstance(past, DecoderCache):
         return _begin_cache(model, past)
-    return past if past.is_current or _read_anew(model, past) else None
+    return past if past.decoder.is_current or _read_anew(model, past) else None
 
 
 def _continue_packed(model: Any, past: QuantizedCache) -> PackedSequence | None:
     """Returns a packed cache as the compiled pass goes on with it; None where the model's own forward must run."""
-    if list_halves(past) is None:
-        return None
     kept = past.sequence
-    if not isinstance(kept, PackedSequence) or not kept.is_current:
+    if not isinstance(kept, PackedSequence) or not kept.decoder.is_current:
+        if find_cache_obstacle(past) is not None:
+            return None
         try:
-            kept = past.sequence = PackedSequence(past, compile_decoder(model), _list_widths(model))
+            kept = past.sequence = PackedSequence(past, compile_decoder(model))
         except NotCompiled:
             return None
     return kept
@@ -278,7 +278,7 @@ def _continue_packed(model: Any, past: QuantizedCache) -> PackedSequence | None:
 def _read_anew(model: Any, cache: DecoderCache) -> bool:
     """Lets a cache go on at the widths that weights are read at now; False where the model's own forward must run."""
     try:
-        cache.decoder, cache.read = compile_decoder(model), _list_widths(model)
+        cache.decoder = compile_decoder(model)
     except NotCompiled:
         return False
     return True
@@ -295,7 +295,7 @@ def _begin_cache(model: Any, past: Any) -> DecoderCache | None:
     if type(past) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in past.layers):
         return None
     try:
-        cache = DecoderCache(compile_decoder(model), _list_widths(model))
+        cache = DecoderCache(compile_decoder(model))
     except NotCompiled:
         return None
     if past.get_seq_length():

@@ -3,7 +3,6 @@
 transformers sees an ordinary cache: a model that runs module by module may go on with it, and the other way round.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from runtime.kernels.cpu import CpuKernels
 from runtime.kernels.decoder_step import CompiledDecoder
-from runtime.packed import PackedWeight
 
 _LEAST_CAPACITY = 256
 
@@ -109,12 +107,10 @@ class DecoderCache(Cache):
 
     Args:
         decoder: The decoder, as it was when the sequence began.
-        read: Weights that can be read at several widths, and the widths at which the decoder reads them.
     """
 
-    def __init__(self, decoder: CompiledDecoder, read: Sequence[tuple[PackedWeight, int]] = ()) -> None:
+    def __init__(self, decoder: CompiledDecoder) -> None:
         self.decoder = decoder
-        self.read = read
         self.states = decoder.tensors.make_states(_LEAST_CAPACITY)
         # Cosines and sines of the positions that there is room for; made when they are first wanted.
         self.rotation: tuple[Tensor, Tensor] | None = None
@@ -136,11 +132,6 @@ class DecoderCache(Cache):
     def capacity(self) -> int:
         """Positions that there is room for."""
         return self.states.shape[3]
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the decoder reads weights at the widths that they are read at now."""
-        return all(weight.width == width for weight, width in self.read)
 
     def begin_step(self, token_count: int) -> None:
         """Makes room for the tokens of a step."""

@@ -9,7 +9,8 @@ import difflib
 from collections.abc import Iterable
 
 from runtime.elements import ELEMENTS
-from runtime.storage import GGML_BLOCKS, NESTED_WIDTHS, Format, Mixture
+from runtime.ggml_blocks import GGML_BLOCKS
+from runtime.storage import NESTED_WIDTHS, Format, Mixture
 from runtime.stored_tensor import packed_row_bytes
 
 __all__ = ["DEFAULT_FORMATS", "FORMATS", "Format", "find_format", "find_formats", "packed_row_bytes"]

@@ -7,9 +7,6 @@ So beside the packed cache there are the float32 states of one layer, and those 
 each other as they are (past-only quantization, as ``quantized_cache`` has it).
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -19,28 +16,18 @@ from runtime.kernels.cpu import CpuKernels
 from runtime.kernels.decoder_step import CompiledDecoder, PackedHalf, PackedPast
 from runtime.kernels.matrices import Matrix, StoredMatrix, describe_floats, describe_matrix
 from runtime.kernels.stored_planes import has_codes
-from runtime.packed import PackedWeight
 from runtime.packed_states import PackedStates, append_together
 from runtime.quantized_cache import QuantizedCache, QuantizedCacheLayer
 
 # Room grows by at least so many positions.
 _LEAST_ROOM = 256
-_NULL = 0
-
-
-def list_halves(cache: QuantizedCache) -> list[PackedStates] | None:
-    """Returns keys and values of every layer in turn; None where the compiled decoder does not read their formats."""
-    halves: list[PackedStates] = []
-    for layer in cache.layers:
-        if not isinstance(layer, QuantizedCacheLayer) or not all(map(_is_read, layer.formats)):
-            return None
-        halves += layer.past
-    return halves
+# Where the address of a tensor of ``PackedWeight`` stands in ``Matrix``.
+_FIELDS = {"codes": "codes", "scale": "scale", "zero_point": "zero_point", "values": "codes"}
 
 
 def find_cache_obstacle(cache: QuantizedCache) -> str | None:
     """Returns why the compiled decoder does not go on with a cache; None where it does."""
-    formats = [format_ for layer in cache.layers if isinstance(layer, QuantizedCacheLayer) for format_ in layer.formats]
+    formats = (format_ for layer in _list_layers(cache) for format_ in layer.formats)
     other = next((format_.name for format_ in formats if not _is_read(format_)), None)
     if other is None:
         return None
@@ -48,6 +35,10 @@ def find_cache_obstacle(cache: QuantizedCache) -> str | None:
         "Keys and values must be integers with scales in float16, or 16-bit floating point, for the compiled decoder: "
         f"got '{other}'."
     )
+
+
+def _list_layers(cache: QuantizedCache) -> list[QuantizedCacheLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, QuantizedCacheLayer)]
 
 
 def _is_read(format_: Format) -> bool:
@@ -59,20 +50,21 @@ class PackedSequence:
     """One sequence of a compiled decoder, whose past is packed.
 
     Args:
-        cache: The cache, in formats of ``list_halves``.
+        cache: The cache, without a ``find_cache_obstacle``.
         decoder: The decoder, as it was when the sequence began.
-        read: Weights that can be read at several widths, and the widths at which the decoder reads them.
     """
 
-    def __init__(
-        self, cache: QuantizedCache, decoder: CompiledDecoder, read: Sequence[tuple[PackedWeight, int]] = ()
-    ) -> None:
+    def __init__(self, cache: QuantizedCache, decoder: CompiledDecoder) -> None:
         self.as_cache = cache
         self.decoder = decoder
-        self.read = read
         self.rotation: tuple[Tensor, Tensor] | None = None
         self._states = decoder.tensors.make_states(1)
         self._room = self._make_room(_LEAST_ROOM)
+        # Keys and values of every layer in turn, as they are for the step at hand.
+        self._halves: list[PackedStates] = []
+        formats = [format_ for layer in _list_layers(cache) for format_ in layer.formats]
+        # What the library sees of them: what their formats say, and where they lie at a step.
+        self._views = (PackedHalf * len(formats))(*(self._describe(format_) for format_ in formats))
         self._packed: PackedPast | None = None
         # Tokens of the step that have been run.
         self._done = 0
@@ -87,11 +79,6 @@ class PackedSequence:
         """Positions that there is room for."""
         return self._room.shape[2]
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the decoder reads weights at the widths that they are read at now."""
-        return all(weight.width == width for weight, width in self.read)
-
     def begin_step(self, token_count: int) -> None:
         """Makes room for the tokens of a step, and looks where the past lies now."""
         past = self.length
@@ -99,10 +86,12 @@ class PackedSequence:
             self._states = self.decoder.tensors.make_states(token_count)
         if past + token_count > self.capacity:
             self._room = self._make_room(max(past + token_count, self.capacity + _LEAST_ROOM))
+        self._halves = [half for layer in _list_layers(self.as_cache) for half in layer.past]
         self._done, self._packed = 0, None
         if past:
-            halves = [_describe_half(half) for half in self._halves()]
-            self._packed = PackedPast(halves=halves, token_count=past, room=self._room)
+            for view, half in zip(self._views, self._halves, strict=True):
+                self._point(view, half)
+            self._packed = PackedPast(halves=self._views, token_count=past, room=self._room)
 
     def run(self, kernels: CpuKernels, inputs: Tensor, rotation: tuple[Tensor, Tensor], wanted: int) -> Tensor:
         """Returns the logits of the last tokens of a part of a step, as ``CompiledDecoder.run``, and keeps the part."""
@@ -118,38 +107,35 @@ class PackedSequence:
         Raises:
             ValueError: If one is outside the range of its format.
         """
-        append_together(self._halves(), list(self._states.flatten(0, 1).unsqueeze(1)))
-
-    def _halves(self) -> list[PackedStates]:
-        halves = list_halves(self.as_cache)
-        assert halves is not None
-        return halves
+        append_together(self._halves, self._states.flatten(0, 1).unsqueeze(1))
 
     def _make_room(self, capacity: int) -> Tensor:
         t = self.decoder.tensors
         return torch.empty((2, t.key_value_heads, capacity, t.head_dim), dtype=torch.float32)
 
+    def _describe(self, format_: Format) -> PackedHalf:
+        """Returns the library's view of packed states in a format, which do not lie anywhere yet."""
+        if isinstance(format_, TokenBlockFormat):
+            rows = _describe_rows(format_.row_format, format_.token_block)
+            return PackedHalf(rows=rows, token_block=format_.token_block)
+        return PackedHalf(rows=_describe_rows(format_, self.decoder.tensors.head_dim), token_block=0)
 
-def _describe_half(states: PackedStates) -> PackedHalf:
-    """Returns the library's view of packed states, which keeps their tensors."""
-    packed = states.packed_rows()
-    recent = None if packed.recent is None else packed.recent.contiguous()
-    buffers = {name: buffer.flatten(0, 2) for name, buffer in packed.buffers.items()}
-    half = PackedHalf(
-        rows=_describe_rows(packed.format, buffers, packed.token_block or packed.head_dim),
-        token_block=packed.token_block,
-        recent=_NULL if recent is None else recent.data_ptr(),
-        recent_tokens=0 if recent is None else recent.shape[2],
-    )
-    half.kept = (buffers, recent)
-    return half
+    def _point(self, view: PackedHalf, half: PackedStates) -> None:
+        """Lets a view show where packed states lie now, and how many they are."""
+        packed, rows, heads = half.packed_rows(), view.rows, self.decoder.tensors.key_value_heads
+        for name, room in packed.rooms.items():
+            assert room.is_cpu and room.is_contiguous()
+            setattr(rows, _FIELDS[name], room.data_ptr())
+        rows.rows = heads * packed.token_count
+        if packed.token_block:
+            assert packed.recent is not None and packed.recent.is_contiguous()
+            rows.rows = heads * packed.head_dim * (packed.token_count // packed.token_block)
+            view.recent, view.recent_tokens = packed.recent.data_ptr(), packed.recent.shape[2]
 
 
-def _describe_rows(format_: Format, buffers: dict[str, Tensor], columns: int) -> Matrix:
-    if not buffers:
-        return Matrix(columns=columns, group_size=columns, inputs=columns)
+def _describe_rows(format_: Format, columns: int) -> Matrix:
+    row = {t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for t in format_.stored_tensors((1, columns))}
     if format_.kind == "float":
-        [numbers] = buffers.values()
+        [numbers] = row.values()
         return describe_floats(numbers)
-    stored: Any = StoredMatrix(buffers["codes"], buffers["scale"], buffers.get("zero_point"), format_.bits, columns)
-    return describe_matrix(stored)
+    return describe_matrix(StoredMatrix(row["codes"], row["scale"], row.get("zero_point"), format_.bits, columns))

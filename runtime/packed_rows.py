@@ -13,8 +13,7 @@ class PackedRows:
 
     Args:
         format: The format of a row.
-        buffers: Tensors of ``PackedWeight`` by name, [tokens, batch, heads, ...], or [blocks, batch, heads * head_dim,
-            ...] of token blocks.
+        rooms: Tensors by name that begin with ``buffers``; what lies behind these in them is no part of this.
         head_dim: Numbers of a head.
         token_block: Tokens of a block; 0 where a row is a token's.
         token_count: Tokens that are packed.
@@ -23,8 +22,14 @@ class PackedRows:
     """
 
     format: Format
-    buffers: dict[str, Tensor]
+    rooms: dict[str, Tensor]
     head_dim: int
     token_block: int
     token_count: int
     recent: Tensor | None = None
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Tensors of ``PackedWeight``: [tokens, batch, heads, ...], or [blocks, batch, heads * head_dim, ...]."""
+        held = self.token_count // self.token_block if self.token_block else self.token_count
+        return {name: room[:held] for name, room in self.rooms.items()}

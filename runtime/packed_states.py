@@ -2,20 +2,22 @@
 
 Buffers are those of ``PackedWeight``, a token's or a block's rows together, so that bytes held are bytes priced
 (``cache_formats.cache_bytes``) and what comes back is what the format renders. Room for a quarter more tokens is set
-aside when it runs out, so that a token costs the same however many there are.
+aside when it runs out, so that a token costs the same however many there are; stores that are appended to together
+have it in one piece, so that a token of all of them costs hardly more than one of one.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from runtime.apply import pack_weight
 from runtime.cache_formats import TokenBlockFormat
 from runtime.formats import Format
 from runtime.packed import PackedWeight
 from runtime.packed_rows import PackedRows
+from runtime.rendering import encode
 
 
 def make_packed_states(format_: Format) -> "PackedStates":
@@ -38,13 +40,27 @@ class PackedStates(ABC):
     def stored_bytes(self) -> int:
         """Bytes of the tokens held, without the room set aside for more."""
 
+    @property
     @abstractmethod
+    def likeness(self) -> Hashable:
+        """What stores of a class have in common if states can be appended to them together."""
+
+    @classmethod
+    @abstractmethod
+    def append_all(cls, stores: Sequence[Self], states: Tensor) -> None:
+        """Keeps the states [stores, batch, heads, tokens, head_dim] of further tokens of stores that are alike.
+
+        Raises:
+            ValueError: If a state is outside the range of the format; no store keeps any then.
+        """
+
     def append(self, states: Tensor) -> None:
         """Keeps the states [batch, heads, tokens, head_dim] of further tokens.
 
         Raises:
             ValueError: If a state is outside the range of the format.
         """
+        type(self).append_all([self], states[None])
 
     @abstractmethod
     def read(self, dtype: torch.dtype, first: int = 0) -> Tensor:
@@ -77,7 +93,11 @@ class PackedTokens(PackedStates):
 
     def __init__(self, format_: Format) -> None:
         self._format = format_
-        # Buffer of ``PackedWeight`` -> [at least token_count, batch, heads, ...], its rows in that order.
+        # Buffer of ``PackedWeight`` -> [stores, at least token_count, batch, heads, ...], its rows in that order: room
+        # of this store, which is that of index ``_index``, and of others.
+        self._shared: dict[str, Tensor] = {}
+        self._index = 0
+        # The part of this store.
         self._rooms: dict[str, Tensor] = {}
         self._count = 0
         self._row_length = 0
@@ -94,20 +114,61 @@ class PackedTokens(PackedStates):
     def stored_bytes(self) -> int:
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
 
-    def append(self, states: Tensor) -> None:
-        self._append_rows(states.shape, dict(pack_weight(_list_rows(states), self._format).named_buffers()))
+    @property
+    def likeness(self) -> Hashable:
+        return self._format, self._count
 
-    def _append_rows(self, shape: torch.Size, packed: dict[str, Tensor]) -> None:
-        batch, heads, tokens, self._row_length = shape
-        for name, buffer in packed.items():
-            new = buffer.view(tokens, batch, heads, *buffer.shape[1:])
-            self._rooms[name] = _put(self._rooms[name], new, self._count) if name in self._rooms else new
-        self._count += tokens
+    @classmethod
+    def append_all(cls, stores: Sequence[Self], states: Tensor) -> None:
+        first, (_, batch, heads, tokens, row_length) = stores[0], states.shape
+        # Store by store and token by token.
+        rows = states.to(torch.float32).permute(0, 3, 1, 2, 4).reshape(-1, row_length)
+        packed = {
+            name: buffer.view(len(stores), tokens, batch, heads, *buffer.shape[1:])
+            for name, buffer in encode(rows, first._format).items()
+        }
+        held, needed = first._count, first._count + tokens
+        if not held:
+            cls._share(stores, packed)
+        else:
+            if not cls._have_room(stores, needed):
+                cls._share(stores, cls._make_room(stores, needed))
+            for name, new in packed.items():
+                first._shared[name][first._index : first._index + len(stores), held:needed] = new
+        for store in stores:
+            store._count, store._row_length = needed, row_length
+
+    @classmethod
+    def _share(cls, stores: Sequence[Self], shared: dict[str, Tensor]) -> None:
+        """Lets stores lie in tensors [stores, ...], in this order."""
+        for i, store in enumerate(stores):
+            store._shared, store._index = shared, i
+            store._rooms = {name: room[i] for name, room in shared.items()}
+
+    @classmethod
+    def _have_room(cls, stores: Sequence[Self], needed: int) -> bool:
+        """Returns True if stores lie one behind the other in one room for so many tokens, which can be written to."""
+        shared, index = stores[0]._shared, stores[0]._index
+        room = next(iter(shared.values()))
+        # What was made in inference mode cannot be written to outside of it.
+        writable = not room.is_inference() or torch.is_inference_mode_enabled()
+        together = all(store._shared is shared and store._index == i for i, store in enumerate(stores, index))
+        return writable and together and room.shape[1] >= needed
+
+    @classmethod
+    def _make_room(cls, stores: Sequence[Self], needed: int) -> dict[str, Tensor]:
+        """Returns room for more than so many tokens of each store, with those that it holds."""
+        grown = {}
+        for name, held in stores[0]._rooms.items():
+            grown[name] = held.new_empty((len(stores), needed + needed // 4, *held.shape[1:]))
+            for room, store in zip(grown[name], stores, strict=True):
+                room[: store._count] = store._buffers[name]
+        return grown
 
     def packed_rows(self) -> PackedRows:
         return PackedRows(
             format=self._format,
-            buffers=self._buffers,
+            rooms=self._rooms,
             head_dim=self._row_length,
             token_block=0,
             token_count=self.token_count,
@@ -126,51 +187,30 @@ class PackedTokens(PackedStates):
         return rows.view(tokens, batch, heads, self._row_length).permute(1, 2, 0, 3).to(dtype)
 
     def select(self, sequences: Tensor) -> None:
-        self._rooms = {name: b.index_select(1, sequences.to(b.device)) for name, b in self._buffers.items()}
+        chosen = {name: b.index_select(1, sequences.to(b.device))[None] for name, b in self._buffers.items()}
+        self._share([self], chosen)
 
     def truncate(self, token_count: int) -> None:
         # Copied: a view would keep the memory of the rest, and what was read of it before may still be in use.
-        self._rooms = {name: b[:token_count].clone() for name, b in self._buffers.items() if token_count}
+        self._share([self], {name: b[None, :token_count].clone() for name, b in self._buffers.items() if token_count})
         self._count = min(self._count, token_count)
 
 
-def append_together(stores: Sequence[PackedStates], states: Sequence[Tensor]) -> None:
-    """Appends states [batch, heads, tokens, head_dim] to each of several stores.
+def append_together(stores: Sequence[PackedStates], states: Tensor) -> None:
+    """Appends states [stores, batch, heads, tokens, head_dim] to each of several stores.
 
-    Those of one format are packed in one go, which takes hardly longer than packing one of them. Formats must be such
+    Those that are alike are packed in one go, which takes hardly longer than packing one of them. Formats must be such
     that rows share nothing, as integers and 16-bit floating point.
 
     Raises:
         ValueError: If a state is outside the range of its format.
     """
-    by_format: dict[Format, list[tuple[PackedTokens, Tensor]]] = {}
-    for store, new in zip(stores, states, strict=True):
-        if isinstance(store, PackedTokens):
-            by_format.setdefault(store._format, []).append((store, new))
-        else:
-            store.append(new)
-    for format_, pairs in by_format.items():
-        rows = [_list_rows(new) for _, new in pairs]
-        packed = pack_weight(torch.cat(rows), format_)
-        parts = {name: torch.split(buffer, [len(r) for r in rows]) for name, buffer in packed.named_buffers()}
-        for i, (store, new) in enumerate(pairs):
-            store._append_rows(new.shape, {name: part[i] for name, part in parts.items()})
-
-
-def _list_rows(states: Tensor) -> Tensor:
-    """Returns states [batch, heads, tokens, head_dim] as float32 rows, token by token."""
-    return states.to(torch.float32).permute(2, 0, 1, 3).reshape(-1, states.shape[3])
-
-
-def _put(room: Tensor, new: Tensor, count: int) -> Tensor:
-    """Returns room whose first ``count`` tokens are kept and followed by new ones; a larger one if they do not fit."""
-    needed = count + new.shape[0]
-    # What was made in inference mode cannot be written to outside of it.
-    if room.shape[0] < needed or (room.is_inference() and not torch.is_inference_mode_enabled()):
-        kept, room = room[:count], room.new_empty((needed + needed // 4, *room.shape[1:]))
-        room[:count] = kept
-    room[count:needed] = new
-    return room
+    places: dict[Hashable, list[int]] = {}
+    for i, store in enumerate(stores):
+        places.setdefault((type(store), store.likeness), []).append(i)
+    for alike in places.values():
+        some = [stores[i] for i in alike]
+        type(some[0]).append_all(some, states if len(some) == len(stores) else states[alike])
 
 
 class PackedTokenBlocks(PackedStates):
@@ -197,29 +237,38 @@ class PackedTokenBlocks(PackedStates):
         recent = 0 if self._recent is None else self._recent.numel() * self._recent.element_size()
         return self._blocks.stored_bytes + recent
 
-    def append(self, states: Tensor) -> None:
-        new = states.to(torch.float16)
+    @property
+    def likeness(self) -> Hashable:
+        return self._blocks.likeness, self._length, self.token_count
+
+    @classmethod
+    def append_all(cls, stores: Sequence[Self], states: Tensor) -> None:
+        new, first = states.to(torch.float16), stores[0]
         if not bool(torch.isfinite(new).all()):
             msg = (
                 f"cached states must be finite in float16: got a largest one of {states.abs().max().item():g}. Use a "
                 "format without token blocks, or bf16."
             )
             raise ValueError(msg)
-        waiting = new if self._recent is None else torch.cat([self._recent, new], dim=2)
-        whole = waiting.shape[2] // self._length * self._length
+        recent = [store._recent for store in stores if store._recent is not None]
+        waiting = torch.cat([torch.stack(recent), new], dim=3) if first.token_count else new
+        whole = waiting.shape[3] // first._length * first._length
         if whole:
-            batch, heads, _, head_dim = waiting.shape
-            blocks = waiting[:, :, :whole].reshape(batch, heads, -1, self._length, head_dim).transpose(-1, -2)
-            # [batch, heads, blocks, head_dim, block] -> [batch, heads * head_dim, blocks, block]
-            self._blocks.append(blocks.transpose(2, 3).flatten(1, 2))
-        self._recent = waiting[:, :, whole:].clone()
+            *leading, _, head_dim = waiting.shape
+            blocks = waiting[..., :whole, :].reshape(*leading, -1, first._length, head_dim).transpose(-1, -2)
+            # [stores, batch, heads, blocks, head_dim, block] -> [stores, batch, heads * head_dim, blocks, block]
+            PackedTokens.append_all([store._blocks for store in stores], blocks.transpose(3, 4).flatten(2, 3))
+        for store, kept in zip(
+            stores, waiting[..., whole:, :].clone(memory_format=torch.contiguous_format), strict=True
+        ):
+            store._recent = kept
 
     def packed_rows(self) -> PackedRows:
         assert self._recent is not None
         blocks = self._blocks.packed_rows()
         return PackedRows(
             format=blocks.format,
-            buffers=blocks.buffers,
+            rooms=blocks.rooms,
             head_dim=self._recent.shape[3],
             token_block=self._length,
             token_count=blocks.token_count * self._length,
@@ -248,4 +297,4 @@ class PackedTokenBlocks(PackedStates):
         # Tokens of a block that is opened again keep what they have lost.
         kept = self.read(torch.float32)[:, :, blocks * self._length : token_count]
         self._blocks.truncate(blocks)
-        self._recent = kept.to(torch.float16)
+        self._recent = kept.to(torch.float16).contiguous()

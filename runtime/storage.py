@@ -9,26 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
+from runtime.ggml_blocks import GGML_BLOCKS
 from runtime.stored_tensor import StoredTensor, packed_row_bytes, trit_row_bytes
 
 Shape = tuple[int, int]
 # How the names of tensors that hold codes begin; the others are metadata.
 CODE_TENSORS = ("codes", "values")
-# Weights and bytes of a block of llama.cpp's formats.
-GGML_BLOCKS = {
-    "q4_0": (32, 18),
-    "q4_1": (32, 20),
-    "q5_0": (32, 22),
-    "q5_1": (32, 24),
-    "q8_0": (32, 34),
-    "iq4_nl": (32, 18),
-    "q2_k": (256, 84),
-    "q3_k": (256, 110),
-    "q4_k": (256, 144),
-    "q5_k": (256, 176),
-    "q6_k": (256, 210),
-    "iq4_xs": (256, 136),
-}
 # Widths that a nested weight can be read at, each a prefix of the next.
 NESTED_WIDTHS = (4, 6, 8)
 # Bits that say of each group which type of a menu its elements have.

@@ -8,14 +8,14 @@ To add one: a function in a file of its own, and a row in ``ESTIMATORS``.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sensitivity.criteria.column_loss import measure_column_loss, score_inverse_hessian
 from sensitivity.criteria.crest_factor import predict_grid_noise
+from sensitivity.criteria.estimator import Estimator
 from sensitivity.criteria.estimator_input import EstimatorInput
 from sensitivity.criteria.gradient_errors import (
     measure_absolute_slope,
@@ -35,40 +35,10 @@ from sensitivity.criteria.unit_scores import (
     spread_over_formats,
 )
 from sensitivity.experts.affinity import measure_affinity_error
-from sensitivity.profile import NATS, LossTable
+from sensitivity.profile import NATS
 
-Inputs = Literal["weights", "forward", "gradients", "measured"]
 _Float = NDArray[np.float64]
 _LINEARITY_SEQUENCES, _LINEARITY_TOKENS = 4, 32  # one pass for each unit: as much text as the logit sketch has
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimator:
-    """One row of the table.
-
-    Args:
-        name: Key in ``ESTIMATORS``.
-        inputs: What it needs: weights only, one forward pass, gradients, or a measurement of every unit.
-        unit_of_measure: Of its losses; ``nats/token`` where they predict KL.
-        description: One line.
-        paper: Where it is from.
-        function: Loss [U, F] and standard error [U, F] of an input; zero where a pair is not allowed.
-        score: Raw score [U], larger is more sensitive, of a criterion that ranks units; NaN where a unit has none.
-            None for criteria of (unit, format) pairs.
-    """
-
-    name: str
-    inputs: Inputs
-    unit_of_measure: str
-    description: str
-    paper: str
-    function: Callable[[EstimatorInput], tuple[_Float, _Float]]
-    score: Callable[[EstimatorInput], _Float] | None = None
-
-    def estimate(self, given: EstimatorInput) -> LossTable:
-        """Returns the table of an input."""
-        loss, std_error = self.function(given)
-        return LossTable(loss=loss, std_error=std_error, unit_of_measure=self.unit_of_measure)
 
 
 def find_estimator(name: str) -> Estimator:

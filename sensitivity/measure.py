@@ -24,10 +24,11 @@ from runtime.candidates import Candidates
 from runtime.checkpoint import fixed_bytes, rest_bytes
 from runtime.loading import ReferenceModel
 from runtime.rendering import RenderingRule
+from sensitivity.criteria.estimator import Estimator
 from sensitivity.criteria.estimator_input import EstimatorInput
 from sensitivity.criteria.output_error import measure_output_error
 from sensitivity.criteria.weight_error import measure_weight_error
-from sensitivity.estimators import Estimator, find_estimator
+from sensitivity.estimators import find_estimator
 from sensitivity.experts.expert_tables import FISHER_SHRUNK, find_routing, shrink_table
 from sensitivity.experts.routing import RoutingStatistics
 from sensitivity.measure_config import (

@@ -71,12 +71,10 @@ def search_lagrangian(problem: AllocationProblem, params: SolveParams) -> Answer
         loss = sum_chosen(relaxed.loss, choice)
         if loss - bound > params.relative_gap_tolerance * abs(loss):
             choice, bound, limit_hit, proof = _prove(relaxed, choice, params, deadline, limit_hit)
-    shadow_price = np.zeros(len(problem.resources))
-    shadow_price[list(problem.binding)] = dual.price
     return Answer(
         choice=choice,
         lower_bound=bound,
-        shadow_price=shadow_price,
+        shadow_price=problem.spread_prices(dual.price),
         limit_hit=limit_hit,
         detail=f"Lagrangian dual of {len(problem.binding)} limits, exact core by HiGHS, proved by the {proof}",
     )

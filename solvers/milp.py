@@ -56,8 +56,6 @@ def search_milp(problem: AllocationProblem, params: SolveParams) -> Answer:
     check_separable(problem, "milp")
     binding = list(problem.binding)
     dual = maximise_dual(problem.masked_loss, problem.masked_cost[binding], problem.target[binding])
-    shadow_price = np.zeros(len(problem.resources))
-    shadow_price[binding] = dual.price
     outcome = minimise_binary(
         problem.masked_loss,
         problem.masked_cost[binding],
@@ -71,7 +69,7 @@ def search_milp(problem: AllocationProblem, params: SolveParams) -> Answer:
     return Answer(
         choice=outcome.choice,
         lower_bound=max(outcome.lower_bound, dual.bound),
-        shadow_price=shadow_price,
+        shadow_price=problem.spread_prices(dual.price),
         limit_hit=outcome.limit_hit,
         detail=f"HiGHS over {int(problem.allowed.sum())} binary variables and {len(binding)} limits",
     )

@@ -106,12 +106,10 @@ def search_multi_knapsack(problem: AllocationProblem, params: SolveParams) -> An
         return report_joint_infeasibility(
             problem, root.dual.price, "the search proved that no choice keeps every limit"
         )
-    shadow_price = np.zeros(len(problem.resources))
-    shadow_price[binding] = root.dual.price
     return Answer(
         choice=search.best_choice,
         lower_bound=bound,
-        shadow_price=shadow_price,
+        shadow_price=problem.spread_prices(root.dual.price),
         limit_hit=limit_hit,
         detail=f"Lagrangian dual of {len(binding)} limits, then an exact search over {search.n_states} states in "
         f"{search.n_parts} parts{by_highs}",

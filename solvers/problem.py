@@ -122,6 +122,12 @@ class AllocationProblem:
                 reached.remove(r)
         return tuple(reached)
 
+    def spread_prices(self, price: FloatArray) -> FloatArray:
+        """Returns the prices of all resources, [R], from those of `binding`, in its order: the others buy nothing."""
+        spread = np.zeros(len(self.resources))
+        spread[list(self.binding)] = price
+        return spread
+
     def _implies(self, s: int, r: int) -> bool:
         """Returns whether keeping limit s is seen to keep limit r: cost r is at most a multiple of cost s and a part
         that every choice has."""

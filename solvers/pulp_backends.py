@@ -102,12 +102,10 @@ def _answer(
     dual: DualPoint,
     title: str,
 ) -> Answer:
-    shadow_price = np.zeros(len(problem.resources))
-    shadow_price[list(problem.binding)] = dual.price
     return Answer(
         choice=choice,
         lower_bound=bound,
-        shadow_price=shadow_price,
+        shadow_price=problem.spread_prices(dual.price),
         limit_hit=limit_hit,
         detail=f"{title} over {int(problem.allowed.sum())} binary variables and {len(problem.binding)} limits",
     )

@@ -71,14 +71,12 @@ def search_quadratic(problem: AllocationProblem, params: SolveParams) -> Answer:
     relaxed = _bound(problem, tables, bound_by)
     best = _search(problem, params, tables, relaxed, first, deadline)
     lower_bound = max(relaxed.bound, _sharpen(problem, params, tables, relaxed))
-    shadow_price = np.zeros(len(problem.resources))
-    shadow_price[list(problem.binding)] = relaxed.price
     first_objective = start_search(tables, first).objectives[0]
     timed_out = time.perf_counter() > deadline
     return Answer(
         choice=best.choice,
         lower_bound=lower_bound,
-        shadow_price=shadow_price,
+        shadow_price=problem.spread_prices(relaxed.price),
         limit_hit="time" if timed_out else "iterations",
         detail=(
             f"local search from the diagonal optimum, objective {first_objective:.6g} to "

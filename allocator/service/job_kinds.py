@@ -13,7 +13,8 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from allocator.plans import Plan, jsonable
+from allocator.json_values import jsonable
+from allocator.plans import Plan
 from allocator.progress import Progress
 from allocator.service.job_options import list_texts, make_measure_request
 from allocator.service.job_queue import Claim

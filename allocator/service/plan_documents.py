@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from allocator.assignments import cache_use, pick, use_of
 from allocator.budget import LATENCY, MEMORY, Budget
+from allocator.json_values import jsonable
 from allocator.planning import predicted_kl, predicted_std_error, predicting_metric
-from allocator.plans import jsonable
 from allocator.service.plan_answers import Answer, memory_price
 from allocator.service.priced_profiles import PricedProfile, role_rows
 from allocator.service.times import iso_time

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from allocator.budget import InfeasibleBudget
-from allocator.plans import jsonable
+from allocator.json_values import jsonable
 from allocator.service.allowed_paths import ForbiddenPath
 from allocator.service.database import Unavailable
 from allocator.service.priced_profiles import UnknownProfile

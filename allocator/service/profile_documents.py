@@ -7,8 +7,8 @@ import numpy as np
 from allocator.assignments import bits_per_weight, cache_use, pick
 from allocator.budget import MEMORY
 from allocator.frontiers import frontier_along
+from allocator.json_values import jsonable
 from allocator.planning import default_metric, predicting_metric
-from allocator.plans import jsonable
 from allocator.service.priced_profiles import PricedProfile
 from sensitivity.experts.routing import RoutingStatistics
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from runtime.storage import GGML_BLOCKS
+from runtime.ggml_blocks import GGML_BLOCKS
 
 
 @dataclass(frozen=True, eq=False)

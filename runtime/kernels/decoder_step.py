@@ -9,6 +9,7 @@ from torch import Tensor
 
 from runtime.kernels.cpu import CpuKernels
 from runtime.kernels.matrices import Matrix
+from runtime.kernels.stored_planes import Packed
 
 _NULL = 0
 _LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
@@ -62,12 +63,12 @@ class PackedPast:
     """Positions before those of the states, packed.
 
     Args:
-        halves: Keys and values of every layer in turn.
+        halves: Keys and values of every layer in turn, an array.
         token_count: Positions that each of them holds.
         room: [2, heads, capacity, head_dim] float32, where a layer is read back; capacity for all positions.
     """
 
-    halves: Sequence[PackedHalf]
+    halves: "ctypes.Array[PackedHalf]"
     token_count: int
     room: Tensor
 
@@ -136,10 +137,12 @@ class CompiledDecoder:
 
     Args:
         tensors: The decoder. Float tensors are contiguous on the CPU.
+        read: Weights that can be read at several widths, and the widths at which the decoder reads them.
     """
 
-    def __init__(self, tensors: DecoderTensors) -> None:
+    def __init__(self, tensors: DecoderTensors, read: Sequence[tuple[Packed, int]] = ()) -> None:
         self.tensors = tensors
+        self._read = read
         self._layers = (_Layer * len(tensors.layers))(*map(_describe_layer, tensors.layers))
         self._view = _Decoder(
             ctypes.addressof(self._layers),
@@ -156,6 +159,15 @@ class CompiledDecoder:
             tensors.attention_scale,
             tensors.embedding_scale,
         )
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it reads weights at the widths that they are read at now."""
+        return all(weight.width == width for weight, width in self._read)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "CompiledDecoder":
+        # A cache is copied to go on from it several times: the decoder is the same, and read by its addresses.
+        return self
 
     def run(
         self,
@@ -189,8 +201,7 @@ class CompiledDecoder:
         addresses = (t.data_ptr() for t in (cosine, sine, states, logits))
         step = _Step(*given, *addresses, tokens, past, states.shape[3], wanted)
         if packed is not None:
-            halves = (PackedHalf * len(packed.halves))(*packed.halves)
-            step.packed, step.room = ctypes.addressof(halves), packed.room.data_ptr()
+            step.packed, step.room = ctypes.addressof(packed.halves), packed.room.data_ptr()
             step.packed_tokens, step.room_capacity = packed.token_count, packed.room.shape[2]
         kernels.step(self._view, step)
         return logits

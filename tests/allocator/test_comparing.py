@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 import allocator
+from allocator.artefact_match import ArtefactMismatch
 from allocator.budget import Budget
 from allocator.comparing import compare
-from allocator.plans import ArtefactMismatch, CachePlan, Plan
+from allocator.plans import CachePlan, Plan
 from allocator.store import Store
 from sensitivity.profile import SensitivityProfile
 

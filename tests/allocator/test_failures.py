@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
+from allocator.artefact_match import ArtefactMismatch
 from allocator.failures import describe_failure
-from allocator.plans import ArtefactMismatch
 from solvers import SolverFailure
 
 

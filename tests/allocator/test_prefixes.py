@@ -10,11 +10,12 @@ import torch
 
 import allocator
 from allocator import Budget, Plan, SensitivityProfile, Store
+from allocator.artefact_match import ArtefactMismatch
 from allocator.artefacts import Model
 from allocator.cli import run
 from allocator.generation import generate_text
 from allocator.plan_files import save_plan
-from allocator.plans import ArtefactMismatch, CachePlan
+from allocator.plans import CachePlan
 from allocator.prefixes import PrefixFound, check_prefix
 from runtime.apply import simulated_formats
 from runtime.transforms.prefix_tokens import PREFIX_FILE, load_prefix, save_prefix

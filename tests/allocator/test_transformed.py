@@ -9,10 +9,10 @@ import torch
 
 import allocator
 from allocator import Budget, Plan, SensitivityProfile, Store
+from allocator.artefact_match import ArtefactMismatch
 from allocator.artefacts import Model, profile_of_plan
 from allocator.cli_output import plan_text
 from allocator.notes import list_notes
-from allocator.plans import ArtefactMismatch
 from allocator.progress import silent
 from allocator.transformed import TRANSFORMS_CONTENT, TRANSFORMS_RECIPE, transform_, transform_again_
 from tests.runtime.transforms.decoders import FLOAT32_TOLERANCE, compute_logits

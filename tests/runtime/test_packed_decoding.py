@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from runtime import decoder_run
 from runtime.apply import apply_formats_
@@ -18,6 +19,7 @@ from runtime.kernels.cpu import load_kernels
 from runtime.kernels.dispatch import REFERENCE, kernel_path
 from runtime.packed_decoding import find_cache_obstacle
 from runtime.quantized_cache import QuantizedCache
+from runtime.read_widths import read_at_width
 from runtime.units import list_weights
 from tests.nan_outputs import nan_filled_outputs
 from tests.runtime.kernels.stored_weights import available_kernels
@@ -39,9 +41,9 @@ def outputs_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def build(**sizes: Any) -> Any:
+def build(weights: str = "int8_g32", **sizes: Any) -> Any:
     model = build_tiny_llama(**{"head_dim": 32, **sizes}).requires_grad_(False)
-    apply_formats_(model, dict.fromkeys(list_weights(model), "int8_g32"))
+    apply_formats_(model, dict.fromkeys(list_weights(model), weights))
     assert install_compiled_decoder_(model) is None
     return model
 
@@ -119,6 +121,34 @@ def test_the_forward_takes_it_and_hands_the_same_cache_back() -> None:
     # What was cropped is computed anew from the same past, part of it packed now.
     assert again.shape == (1, 2, 320)
     assert cache.get_seq_length() == 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_copy_of_a_cache_goes_on_when_the_cache_is_gone(packed: bool) -> None:
+    model, tokens = build(), draw_tokens(41)
+    cache = model(tokens[:, :40], past_key_values=make_cache(model, MIXES[2]) if packed else DynamicCache())
+    cache = cache.past_key_values
+    decoder = (cache.sequence if packed else cache).decoder
+    other = copy.deepcopy(cache)
+    # It reads tensors by their addresses: a copy would read those of the other.
+    assert (other.sequence if packed else other).decoder is decoder
+    expected = model(tokens[:, 40:], past_key_values=cache).logits
+    del cache, decoder
+    assert torch.equal(model(tokens[:, 40:], past_key_values=other).logits, expected)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_cache_notes_that_weights_are_read_at_another_width() -> None:
+    model, tokens = build(weights="nested4_8_g32"), draw_tokens(9)
+    cache = make_cache(model, MIXES[0])
+    model(tokens[:, :8], past_key_values=cache)
+    other = copy.deepcopy(cache)
+    with read_at_width(model, 4):
+        found = model(tokens[:, 8:], past_key_values=other).logits[0]
+        with kernel_path(REFERENCE):
+            expected = model(tokens[:, 8:], past_key_values=copy.deepcopy(cache)).logits[0]
+    assert_close(found, expected)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Packed states: back as the format renders them, however they came; and what is dropped has never been there."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from runtime.cache_formats import CACHE_FORMATS, TokenBlockFormat, cache_bytes
 from runtime.codecs import CODECS
 from runtime.formats import FORMATS, Format
-from runtime.packed_states import make_packed_states
+from runtime.packed_states import append_together, make_packed_states
 from runtime.rendering import render
 
 # Blocks of all widths, and of each kind the first and the last whose rows fit a head and share nothing.
@@ -119,3 +121,48 @@ def test_a_cache_that_began_in_inference_mode_goes_on_outside() -> None:
             packed.append(token)
     packed.append(states[:, :, 6:])
     assert torch.equal(packed.read(torch.float32), expected(states, CACHE_FORMATS["int4_g32"]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "int3_channel_sym", "int8_g32", "bf16", "int3_t32"])
+def test_stores_are_appended_to_together_as_each_alone(name: str) -> None:
+    """Whatever happened to one of them in between: it was cropped, appended to alone, or copied."""
+    states = torch.randn(4, 2, 3, TOKENS, 32, generator=torch.Generator().manual_seed(0)).transpose(0, 1)[:, :2]
+    together, alone = ([make_packed_states(CACHE_FORMATS[name]) for _ in states] for _ in range(2))
+    for i, part in enumerate(states.split([1, 2, 30, 1, 1, 35, 5], dim=3)):
+        if i == 3:
+            first, before = together, [store.read(torch.float32) for store in together]
+            together = copy.deepcopy(first)
+            for stores in (together, alone):
+                stores[1].truncate(20)
+                stores[1].append(states[1, :, :, 20:33])
+                stores[0].append(states[1, :, :, 40:43])
+                stores[0].truncate(33)
+        append_together(together, part)
+        for store, other, new in zip(together, alone, part, strict=True):
+            other.append(new)
+            assert store.token_count == other.token_count
+            assert store.stored_bytes == other.stored_bytes
+            assert torch.equal(store.read(torch.float32), other.read(torch.float32))
+    assert all(torch.equal(store.read(torch.float32), earlier) for store, earlier in zip(first, before, strict=True))
+
+
+def test_stores_of_other_formats_and_lengths_are_appended_to_at_once() -> None:
+    names = ("int4_g32", "int4_t32", "int4_g32", "bf16", "int4_t32", "int4_g32")
+    stores = [make_packed_states(CACHE_FORMATS[name]) for name in names]
+    states = torch.randn(len(names), 1, 2, 40, 32, generator=torch.Generator().manual_seed(0))
+    stores[2].append(states[2, :, :, :7])
+    append_together(stores, states)
+    for store, name, new in zip(stores, names, states, strict=True):
+        alone = make_packed_states(CACHE_FORMATS[name])
+        alone.append(new)
+        assert torch.equal(store.read(torch.float32)[:, :, -40:], alone.read(torch.float32))
+
+
+def test_no_store_keeps_states_of_which_one_is_refused() -> None:
+    stores = [make_packed_states(CACHE_FORMATS["int4_g32"]) for _ in range(2)]
+    states = torch.ones(2, 1, 1, 3, 32)
+    append_together(stores, states)
+    states[1, 0, 0, 2, 5] = torch.inf
+    with pytest.raises(ValueError, match="scales must be finite in float16"):
+        append_together(stores, states)
+    assert [store.token_count for store in stores] == [3, 3]

@@ -30,8 +30,9 @@ TILE_ROWS = 8
 PAIRS = 16
 _HALF_BITS = 16
 _WORD_BITS = 32
-# Types of scales, by the name that the kernels know them under.
-SCALE_NAMES = {torch.float16: "fp16", torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
+# How scales are stored, as formats and the kernels name it, and the types in which these read them.
+SCALE_DTYPES = {"fp16": torch.float16, "e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
+SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

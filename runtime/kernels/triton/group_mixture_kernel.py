@@ -160,7 +160,7 @@ def group_mixture_kernel(
             sums = multiply_add(ones, x, tl.zeros((16 * WARPS, BLOCK_M), tl.float32), UPCAST)
             # Tile order counts v slowest, so four copies of the sums lie one below the other.
             sums = tl.reshape(tl.broadcast_to(sums[None, :, :], (4, 16 * WARPS, BLOCK_M)), (64 * WARPS, BLOCK_M))
-            scale = load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS).to(tl.float32)
+            scale = load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS, "fp16").to(tl.float32)
             zero = load_zero(
                 zero_ptr, group, row_block, row_block_mask, row_blocks, 2, MANTISSA, POSITION, False, WARPS
             )

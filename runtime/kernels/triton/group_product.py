@@ -64,9 +64,7 @@ def load_scale_rows(scale_ptr, group, row_block, row_block_mask, row_blocks, SCA
 
 
 @triton.jit
-def load_scale(
-    scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS: tl.constexpr, SCALE: tl.constexpr = "fp16"
-):
+def load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS: tl.constexpr, SCALE: tl.constexpr):
     """Returns the scales of a group as ``load_scale_rows`` does, [64 * WARPS] in tile order."""
     even, odd = load_scale_rows(scale_ptr, group, row_block, row_block_mask, row_blocks, SCALE, WARPS)
     return to_tile_order(tl.join(even, odd), WARPS)

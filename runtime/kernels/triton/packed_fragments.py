@@ -12,13 +12,11 @@ from torch import Tensor
 from runtime.codecs import CODECS
 from runtime.codecs.scaled_elements import read_scale_unit
 from runtime.elements import ELEMENTS
-from runtime.kernels.triton.fragment_layout import FragmentWeight, fits_groups, pack_fragments
+from runtime.kernels.triton.fragment_layout import SCALE_DTYPES, FragmentWeight, fits_groups, pack_fragments
 from runtime.kernels.triton.kept_layout import Packed, find_kept, stored_tensors
 from runtime.packing import unpack_codes
 from runtime.powers import MOST_EXPONENT
 from runtime.storage import Format
-
-_SCALE_DTYPES = {"fp16": torch.float16, "e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
 
 
 def fits_kernels(format_: Format) -> bool:
@@ -61,7 +59,7 @@ def make_fragments(weight: Packed) -> FragmentWeight | None:
 
 def _make_element_fragments(codes: Tensor, tensors: Mapping[str, Tensor], format_: Format) -> FragmentWeight | None:
     """Returns a weight of elements of few bits; all that scales and elements have in common is in its factor."""
-    scale, unit = tensors["scale"].view(_SCALE_DTYPES[format_.scale_type]), read_scale_unit(tensors, format_)
+    scale, unit = tensors["scale"].view(SCALE_DTYPES[format_.scale_type]), read_scale_unit(tensors, format_)
     element = ELEMENTS[format_.element]
     integer = element.exponent_bits == 0
     if format_.scale_type == "e8m0":
