@@ -4,8 +4,9 @@ Every distinct (shape, format) is timed once, one token, after a warm-up, as the
 different memory, so that the weights come from DRAM as they do when a whole model runs, and in large pages as they do
 there. What the CPU kernels compute is timed in calls of many products each, as a compiled decoder makes them; the rest
 through the module that will run it. All of it is done in turns, and of each the fastest counts: other work on the
-machine comes and goes and would make some formats look slower than others. An embedding costs its one row, an expert its share of the tokens. What a step does
-besides its weights (attention, norms, the way in and out) is the same for every plan and not in the table.
+machine comes and goes and would make some formats look slower than others. An embedding costs its one row, an expert
+its share of the tokens. What a step does besides its weights (attention, norms, the way in and out) is the same for
+every plan and not in the table.
 """
 
 import math
