@@ -108,8 +108,8 @@ def _describe(table: CostTable) -> list[str]:
         "",
         f"SmolLM2-135M, every weight in a random one of {', '.join(FORMATS)}; steps of one token behind "
         f"{PROMPT_TOKENS} others and more. Medians of {STEPS} steps, the fastest of {TURNS} turns, half of "
-        "them before the table of latencies was made, as `plan` makes it, and half behind it. The rest of a step, which "
-        f"is no weight's, is that of the plan with {REST_FORMAT} everywhere.",
+        "them before the table of latencies was made, as `plan` makes it, and half behind it. The rest of a step, "
+        f"which is no weight's, is that of the plan with {REST_FORMAT} everywhere.",
         "",
         "| plan | weights by the table, us | predicted step, us | measured step, us | predicted / measured |",
         "|---|---|---|---|---|",
