@@ -97,41 +97,60 @@ BITPLAN_INLINE __m256 load_scale(const uint16_t* scale, int64_t left, int64_t re
 
 BITPLAN_INLINE __m256 load_scale(const uint16_t* scale, int64_t left) { return load_scale(scale, left, left); }
 
-// The same of the two values of one bit, as a scale and what is taken off: weight = scale * code - shift.
-BITPLAN_INLINE void read_values(const Matrix& w, int64_t row, float* scale, float* shift) {
-  const int64_t groups = w.groups();
-  for (int64_t g = 0; g < groups; g += 8) {
-    const int64_t place = row * groups + g, readable = w.rows * groups - place;
-    const __m256 high = load_scale(w.scale + place, groups - g, readable);
-    const __m256 low = load_scale(w.low() + place, groups - g, readable);
-    _mm256_storeu_ps(scale + g, _mm256_sub_ps(high, low));
-    _mm256_storeu_ps(shift + g, _mm256_sub_ps(_mm256_setzero_ps(), low));
+// Eight floats, those past `left` as zeros.
+BITPLAN_INLINE __m256 load_floats(const float* x, int64_t left) {
+  if (left >= 8) return _mm256_loadu_ps(x);
+  alignas(32) float padded[8] = {};
+  memcpy(padded, x, left * sizeof(float));
+  return _mm256_load_ps(padded);
+}
+
+// Calls use(g, scale, shift) for every eight groups of a row: weight = scale * code - shift. Numbers past the last group
+// are zero.
+template <int BITS, class Use>
+BITPLAN_INLINE void visit_groups(const Matrix& w, int64_t groups, int64_t row, const Use& use) {
+  const int64_t first = row * groups, readable = (w.rows - row) * groups;
+  if (w.element == kLevels) {
+    for (int64_t g = 0; g < groups; g += 8)
+      use(g, load_floats(w.step() + first + g, groups - g), load_floats(w.shift() + first + g, groups - g));
+    return;
+  }
+  const auto load = [&](const uint16_t* stored, int64_t g) {
+    return load_scale(stored + first + g, groups - g, readable - g);
+  };
+  if (BITS == 1 && w.element == kBinary) {
+    for (int64_t g = 0; g < groups; g += 8) {
+      const __m256 high = load(w.scale, g), low = load(w.low(), g);
+      use(g, _mm256_sub_ps(high, low), _mm256_sub_ps(_mm256_setzero_ps(), low));
+    }
+    return;
+  }
+  if (!w.zero_point) {
+    for (int64_t g = 0; g < groups; g += 8) {
+      const __m256 scale = load(w.scale, g);
+      use(g, scale, _mm256_mul_ps(scale, _mm256_set1_ps(w.centre)));
+    }
+    return;
+  }
+  const int64_t bytes = w.zero_point_bytes();
+  for (int64_t g = 0; g < groups; g += 16) {
+    // What is read of the next row is multiplied by scales of zero.
+    const __m256i zero = read_codes<BITS>(w.zero_point + row * bytes, (w.rows - row) * bytes, g / 8 * BITS);
+    for (int half = 0; half < 2 && g + 8 * half < groups; ++half) {
+      const __m128i codes = half ? _mm256_extracti128_si256(zero, 1) : _mm256_castsi256_si128(zero);
+      const __m256 scale = load(w.scale, g + 8 * half);
+      use(g + 8 * half, scale, _mm256_mul_ps(scale, _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(codes))));
+    }
   }
 }
 
-// scale and scale * zero_point of the groups of a row, in float32; written in whole vectors.
+// scale and scale * zero_point of the groups of a row; written in whole vectors.
 template <int BITS>
 BITPLAN_INLINE void read_groups(const Matrix& w, int64_t row, float* scale, float* shift) {
-  if (BITS == 1 && w.element == kBinary) return read_values(w, row, scale, shift);
-  if (w.element == kLevels) {
-    memcpy(scale, w.step() + row * w.groups(), w.groups() * sizeof(float));
-    memcpy(shift, w.shift() + row * w.groups(), w.groups() * sizeof(float));
-    return;
-  }
-  const int64_t groups = w.groups(), bytes = w.zero_point_bytes();
-  const uint16_t* stored = w.scale + row * groups;
-  __m256i zero = _mm256_setzero_si256();
-  for (int64_t g = 0; g < groups; g += 16) {
-    if (w.zero_point) zero = read_codes<BITS>(w.zero_point + row * bytes, bytes, g / 8 * BITS);
-    for (int half = 0; half < 2 && g + 8 * half < groups; ++half) {
-      const __m256 s = load_scale(stored + g + 8 * half, groups - g - 8 * half, (w.rows - row) * groups - g - 8 * half);
-      const __m128i codes = half ? _mm256_extracti128_si256(zero, 1) : _mm256_castsi256_si128(zero);
-      const __m256 z =
-          w.zero_point ? _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(codes)) : _mm256_set1_ps(w.centre);
-      _mm256_storeu_ps(scale + g + 8 * half, s);
-      _mm256_storeu_ps(shift + g + 8 * half, _mm256_mul_ps(s, z));
-    }
-  }
+  visit_groups<BITS>(w, w.groups(), row, [&](int64_t g, __m256 scales, __m256 shifts) {
+    _mm256_storeu_ps(scale + g, scales);
+    _mm256_storeu_ps(shift + g, shifts);
+  });
 }
 
 }  // namespace bitplan

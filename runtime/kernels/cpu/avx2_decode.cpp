@@ -21,21 +21,13 @@ void shape(const Matrix& w, Activations& a, bool decode) {
   a.block_stride = divide_up(a.blocks, 16) * 16 + 16;
 }
 
-// Eight activations; those past the last column are zero.
-BITPLAN_INLINE __m256 load_activations(const float* x, int64_t left) {
-  if (left >= 8) return _mm256_loadu_ps(x);
-  alignas(32) float padded[8] = {};
-  memcpy(padded, x, left * sizeof(float));
-  return _mm256_load_ps(padded);
-}
-
 // Rounds one block and returns the sum of its integers.
 template <int INTERLEAVE>
 int64_t round_block(const float* x, const Activations& a, int64_t first, int64_t last, float inverse, int16_t* values) {
   constexpr int64_t kCodes = INTERLEAVE * kWordsOfVector;
   int64_t total = 0;
   for (int64_t k = first; k < last; k += 8) {
-    const __m256 part = load_activations(x + k, a.columns - k);
+    const __m256 part = load_floats(x + k, a.columns - k);
     alignas(32) int32_t v[8];
     _mm256_store_si256(reinterpret_cast<__m256i*>(v), _mm256_cvtps_epi32(_mm256_mul_ps(part, _mm256_set1_ps(inverse))));
     // Blocks begin at multiples of 8: all eight are in one vector.
@@ -62,7 +54,7 @@ void quantize_token(const float* x, const Activations& a, int64_t token) {
     const int64_t first = b * a.block, last = first + a.block < a.columns ? first + a.block : a.columns;
     __m256 largest = _mm256_setzero_ps(), not_finite = _mm256_setzero_ps();
     for (int64_t k = first; k < last; k += 8) {
-      const __m256 part = load_activations(x + k, a.columns - k);
+      const __m256 part = load_floats(x + k, a.columns - k);
       largest = _mm256_max_ps(largest, _mm256_and_ps(part, magnitude));
       not_finite = _mm256_fmadd_ps(part, _mm256_setzero_ps(), not_finite);
     }
@@ -94,23 +86,26 @@ constexpr int64_t kAhead = 4096, kFetchGap = 4096;
 
 // Factors of the blocks of a row for each token, and what the zero points take away from the sums.
 template <int BITS, int TOKENS>
-BITPLAN_INLINE void prepare_row(const Matrix& w, const Activations& a, int64_t token, int64_t row, float* scratch,
+BITPLAN_INLINE void prepare_row(const Matrix& w, int64_t groups, const Activations& a, int64_t token, int64_t row,
                                 float* factor, float* taken) {
-  float *scale = scratch, *shift = scratch + a.block_stride;
-  read_groups<BITS>(w, row, scale, shift);
-  const bool by_row = w.groups() == 1;
-  for (int t = 0; t < TOKENS; ++t) {
-    const float* step = a.step + (token + t) * a.block_stride;
-    const float* sum = a.sum + (token + t) * a.block_stride;
-    __m256 total = _mm256_setzero_ps();
-    for (int64_t b = 0; b < a.blocks; b += 8) {
-      const __m256 s = by_row ? _mm256_set1_ps(scale[0]) : _mm256_loadu_ps(scale + b);
-      const __m256 z = by_row ? _mm256_set1_ps(shift[0]) : _mm256_loadu_ps(shift + b);
-      _mm256_storeu_ps(factor + t * a.block_stride + b, _mm256_mul_ps(s, _mm256_loadu_ps(step + b)));
-      total = _mm256_fmadd_ps(z, _mm256_loadu_ps(sum + b), total);
+  const float *step = a.step + token * a.block_stride, *sum = a.sum + token * a.block_stride;
+  __m256 total[TOKENS];
+  for (int t = 0; t < TOKENS; ++t) total[t] = _mm256_setzero_ps();
+  const auto use = [&](int64_t b, __m256 scale, __m256 shift) {
+    for (int t = 0; t < TOKENS; ++t) {
+      const int64_t place = t * a.block_stride + b;
+      _mm256_storeu_ps(factor + place, _mm256_mul_ps(scale, _mm256_loadu_ps(step + place)));
+      total[t] = _mm256_fmadd_ps(shift, _mm256_loadu_ps(sum + place), total[t]);
     }
-    taken[t] = sum_lanes(total);
-  }
+  };
+  visit_groups<BITS>(w, groups, row, [&](int64_t g, __m256 scale, __m256 shift) {
+    if (groups > 1) return use(g, scale, shift);
+    // One group, of several blocks.
+    scale = _mm256_broadcastss_ps(_mm256_castps256_ps128(scale));
+    shift = _mm256_broadcastss_ps(_mm256_castps256_ps128(shift));
+    for (int64_t b = 0; b < a.blocks; b += 8) use(b, scale, shift);
+  });
+  for (int t = 0; t < TOKENS; ++t) taken[t] = sum_lanes(total[t]);
 }
 
 // Factors of `parts` blocks, each in its share of the lanes. No more is loaded than one store wrote: that is forwarded.
@@ -124,15 +119,14 @@ BITPLAN_INLINE __m256 spread(const float* factors, int64_t parts, __m256i part_o
 
 // ROWS x TOKENS outputs; `stream` is the codes of the first row, with 32 readable bytes behind the last.
 template <int BITS, int INTERLEAVE, int ROWS, int TOKENS>
-BITPLAN_INLINE void decode_rows(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t row,
-                                const uint8_t* stream, float* scratch) {
+BITPLAN_INLINE void decode_rows(const Matrix& w, int64_t groups, const Activations& a, int64_t token, const Output& out,
+                                int64_t row, const uint8_t* stream, float* factor) {
   constexpr int kBytes = WordUnpacker<BITS, INTERLEAVE>::kBytes, kCodes = kWordsOfVector * INTERLEAVE;
   const WordUnpacker<BITS, INTERLEAVE> unpacker;
   const int64_t row_bytes = w.row_bytes(), vectors = divide_up(w.columns, kCodes);
-  float* factor = scratch + 2 * a.block_stride;
   float taken[ROWS * TOKENS];
   for (int r = 0; r < ROWS; ++r)
-    prepare_row<BITS, TOKENS>(w, a, token, row + r, scratch, factor + r * TOKENS * a.block_stride, taken + r * TOKENS);
+    prepare_row<BITS, TOKENS>(w, groups, a, token, row + r, factor + r * TOKENS * a.block_stride, taken + r * TOKENS);
 
   // Either a block is one or more vectors, or a vector is some blocks, each in its share of the 8 lanes.
   const int64_t together = a.block > kCodes ? a.block / kCodes : 1;
@@ -182,14 +176,15 @@ void decode_range(const Matrix& w, const Activations& a, int64_t token, const Ou
   constexpr int kRows = TOKENS <= 2 ? 2 : 1;
   // Behind the last row of the weight nothing may be read: rows from here on are copied first.
   const int64_t row_bytes = w.row_bytes(), unsafe = w.rows - divide_up(32, row_bytes);
+  const int64_t groups = w.groups();
   const int64_t safe_end = last_row < unsafe ? last_row : unsafe;
   int64_t row = first_row;
   for (; row + kRows <= safe_end; row += kRows)
-    decode_rows<BITS, INTERLEAVE, kRows, TOKENS>(w, a, token, out, row, w.codes + row * row_bytes, scratch);
-  uint8_t* copy = reinterpret_cast<uint8_t*>(scratch + (2 + kDecodeTokens) * a.block_stride);
+    decode_rows<BITS, INTERLEAVE, kRows, TOKENS>(w, groups, a, token, out, row, w.codes + row * row_bytes, scratch);
+  uint8_t* copy = reinterpret_cast<uint8_t*>(scratch + kDecodeTokens * a.block_stride);
   for (; row < last_row; ++row) {
     memcpy(copy, w.codes + row * row_bytes, row_bytes);
-    decode_rows<BITS, INTERLEAVE, 1, TOKENS>(w, a, token, out, row, copy, scratch);
+    decode_rows<BITS, INTERLEAVE, 1, TOKENS>(w, groups, a, token, out, row, copy, scratch);
   }
 }
 
@@ -227,8 +222,8 @@ int64_t avx2_prefill_scratch(const Matrix&, const Activations&);
 
 namespace {
 int64_t scratch_floats(const Matrix& w, const Activations& a) {
-  // Scale and shift of a row, the factors of at most four pairs of row and token, and a row with room behind it.
-  const int64_t decoding = (2 + kDecodeTokens) * a.block_stride + w.row_bytes() / 4 + 32;
+  // The factors of at most four pairs of row and token, and a row with room behind it.
+  const int64_t decoding = kDecodeTokens * a.block_stride + w.row_bytes() / 4 + 32;
   const int64_t prefilling = avx2_prefill_scratch(w, a);
   return decoding > prefilling ? decoding : prefilling;
 }
