@@ -173,7 +173,7 @@ BITPLAN_INLINE void decode_rows(const Matrix& w, int64_t groups, const Activatio
 template <int BITS, int INTERLEAVE, int TOKENS>
 void decode_range(const Matrix& w, const Activations& a, int64_t token, const Output& out, int64_t first_row,
                   int64_t last_row, float* scratch) {
-  constexpr int kRows = TOKENS <= 2 ? 2 : 1;
+  constexpr int kRows = TOKENS == 1 ? 4 : TOKENS == 2 ? 2 : 1;
   // Behind the last row of the weight nothing may be read: rows from here on are copied first.
   const int64_t row_bytes = w.row_bytes(), unsafe = w.rows - divide_up(32, row_bytes);
   const int64_t groups = w.groups();
