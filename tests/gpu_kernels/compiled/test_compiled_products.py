@@ -24,6 +24,7 @@ from runtime.kernels.triton.aot import (
     compile_weight_only_amd,
 )
 from runtime.kernels.triton.devices import DEVICES
+from runtime.kernels.triton.fragment_layout import TWO_VALUES
 from runtime.kernels.triton.launch_table import Launch, LaunchKey, find_launch
 from runtime.kernels.triton.sass import count_copies
 
@@ -80,6 +81,7 @@ VARIANTS = [
     Variant(bits=4, group_size=64, in_features=576),
     Variant(bits=4, group_size=32),
     Variant(bits=2, group_size=64, scale="e8m0"),
+    Variant(bits=1, group_size=64, scale=TWO_VALUES),
     Variant(bits=4, group_size=None, symmetric=True),
     Variant(bits=3, architecture=80),
     Variant(bits=4, architecture=80, rows=64),
