@@ -121,14 +121,14 @@ def compile_grouped_experts(
 
 
 def compile_dequantization(
-    bits: int, group_size: int | None, *, architecture: int, dtype: str, symmetric: bool
+    bits: int, group_size: int | None, *, architecture: int, dtype: str, symmetric: bool, scale: str = "fp16"
 ) -> KernelCode:
     """Returns the dequantization of a weight to ``fp16`` or ``bf16``, compiled for a compute capability."""
     constants: dict[str, object] = {
         "BITS": bits,
         "GROUP_SIZE": group_size or 0,
         "SYMMETRIC": symmetric,
-        "SCALE": "fp16",
+        "SCALE": scale,
         "EXACT": dtype == "fp16",
         "ELEMENT": -1,
         "WARPS": 2,

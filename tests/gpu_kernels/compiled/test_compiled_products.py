@@ -160,13 +160,15 @@ def test_scaling_of_rows_compiles_without_spills(dtype: str) -> None:
     assert not any(name.startswith(("I2F", "F2I", "MUFU", "LDL", "STL")) for name in code.whole)
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_dequantization_compiles_without_spills(dtype: str) -> None:
-    code = compile_dequantization(3, 64, architecture=90, dtype=dtype, symmetric=False)
+@pytest.mark.parametrize(
+    ("bits", "scale", "dtype"), [(3, "fp16", "fp16"), (3, "fp16", "bf16"), (1, TWO_VALUES, "bf16")]
+)
+def test_dequantization_compiles_without_spills(bits: int, scale: str, dtype: str) -> None:
+    code = compile_dequantization(bits, 64, architecture=90, dtype=dtype, symmetric=False, scale=scale)
     assert code.spill_bytes == 0
     assert not any(name.startswith(("I2F", "LDL", "STL")) for name in code.whole)
-    # The words of a tile: three times 8 bytes a thread.
-    assert sum(n for name, n in code.whole.items() if name.startswith("LDG") and name.endswith("64")) >= 3
+    # The words of a tile: eight bytes a thread for each bit.
+    assert sum(n for name, n in code.whole.items() if name.startswith("LDG") and name.endswith("64")) >= bits
 
 
 def test_sum_of_splits_compiles_without_spills() -> None:
