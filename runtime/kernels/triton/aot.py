@@ -97,7 +97,7 @@ def compile_grouped_experts(
     """Returns the experts' product compiled for a compute capability, for float16 activations.
 
     Args:
-        kinds: (bits, group size or 0, symmetric, tiles of a step, type of the scales) of each kind of expert.
+        kinds: Each kind of expert, as ``FragmentExperts`` names it.
         architecture: Compute capability times ten.
         block_m: Rows of x in a program.
         gated: With gate, up projection and activation.
@@ -121,14 +121,14 @@ def compile_grouped_experts(
 
 
 def compile_dequantization(
-    bits: int, group_size: int | None, *, architecture: int, dtype: str, symmetric: bool
+    bits: int, group_size: int | None, *, architecture: int, dtype: str, symmetric: bool, scale: str = "fp16"
 ) -> KernelCode:
     """Returns the dequantization of a weight to ``fp16`` or ``bf16``, compiled for a compute capability."""
     constants: dict[str, object] = {
         "BITS": bits,
         "GROUP_SIZE": group_size or 0,
         "SYMMETRIC": symmetric,
-        "SCALE": "fp16",
+        "SCALE": scale,
         "EXACT": dtype == "fp16",
         "ELEMENT": -1,
         "WARPS": 2,
@@ -247,6 +247,7 @@ def compile_kernel(
         "out_ptr": f"*{out}",
         "partial_ptr": "*fp32",
         "kind_ptr": "*i32",
+        "expert_factor_ptr": "*fp32",
         "token_ptr": "*i64",
         "offset_ptr": "*i64",
         "block_expert_ptr": "*i64",

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.triton.fragment_unpacking import operand
-from runtime.kernels.triton.group_product import load_fields, load_scale_rows, load_words, zero_bits
+from runtime.kernels.triton.group_product import TWO_VALUES, load_fields, load_scale_rows, load_words, zero_bits
 
 
 @triton.jit
@@ -34,7 +34,13 @@ def load_affine(
     scale0, scale1 = even.to(SCALE_DTYPE)[:, None, :], odd.to(SCALE_DTYPE)[:, None, :]
     if not EXACT:
         scale0, scale1 = scale0 * factor, scale1 * factor
-    if ELEMENT >= 0:
+    if SCALE == TWO_VALUES:
+        even, odd = load_scale_rows(zero_ptr, group, row_block, row_block_mask, row_blocks, SCALE, WARPS)
+        low0, low1 = even.to(SCALE_DTYPE)[:, None, :], odd.to(SCALE_DTYPE)[:, None, :]
+        if not EXACT:
+            low0, low1 = low0 * factor, low1 * factor
+        return scale0, scale1, low0, low1, like, tl.full((1, 1, 1), 1024, tl.float16)
+    elif ELEMENT >= 0:
         zero = tl.zeros((8 * WARPS, 1, 4), tl.float16)
         return scale0, scale1, zero, zero, like
     elif SYMMETRIC and BITS == 1:

@@ -30,7 +30,9 @@ TILE_ROWS = 8
 PAIRS = 16
 _HALF_BITS = 16
 _WORD_BITS = 32
-# How scales are stored, as formats and the kernels name it, and the types in which these read them.
+# How scales are stored, as formats and the kernels name it, and the types in which these read them; ``TWO_VALUES`` are
+# float16 numbers without a scale.
+TWO_VALUES = "ends"
 SCALE_DTYPES = {"fp16": torch.float16, "e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
 SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
@@ -47,7 +49,8 @@ class FragmentWeight:
         scale: [groups, rows padded to a multiple of 8] in a type of ``SCALE_NAMES``; groups of zeros follow where the
             row was padded.
         zero_point: [groups, words of the padded rows] int32, or None when zero is at the code 2**(bits - 1), or at
-            1/2 for one bit.
+            1/2 for one bit. One bit may have two free values instead: float16 as the scale, the value of the code 0,
+            and the scale is that of the code 1.
         element: Mantissa bits of codes that are floats, sign and exponent before them, whose bias is 15: what another
             bias makes of them is in the factor. -1 for integers.
         factor: What all weights are multiplied by.
@@ -65,7 +68,8 @@ class FragmentWeight:
     @property
     def scale_name(self) -> str:
         """The type of the scales, as the kernels name it."""
-        return SCALE_NAMES[self.scale.dtype]
+        two_values = self.zero_point is not None and self.zero_point.dtype == torch.float16
+        return TWO_VALUES if two_values else SCALE_NAMES[self.scale.dtype]
 
     @property
     def kernel_factor(self) -> float:
@@ -95,7 +99,8 @@ def pack_fragments(
         codes: [out_features, in_features] uint8, each below 2**bits.
         scale: [out_features, groups] in a type of ``SCALE_NAMES``, not negative where that has 8 bits, and of these no
             power of two that is float32's least and would be read as zero.
-        zero_point: [out_features, groups] uint8, or None for 2**(bits - 1), or 1/2 for one bit.
+        zero_point: [out_features, groups] uint8, or None for 2**(bits - 1), or 1/2 for one bit; or float16, the values
+            of the code 0 of one bit, whose code 1 has those of ``scale``.
         bits: Code width, 1 to 8.
         group_size: Weights of one row that share a scale; None for the whole row.
         element, factor: As in ``FragmentWeight``.
@@ -113,13 +118,16 @@ def pack_fragments(
             f"group_size={group_size}, in_features={in_features}. Use another format, or the reference path."
         )
         raise ValueError(msg)
+    if zero_point is not None:
+        zero_point = pad_groups(zero_point, in_features, group_size)
+        zero_point = pack_zeros(zero_point, bits) if zero_point.dtype == torch.uint8 else zero_point
     return FragmentWeight(
         shape=(out_features, in_features),
         bits=bits,
         group_size=group_size,
         words=pack_words(codes, bits),
         scale=pad_groups(scale, in_features, group_size),
-        zero_point=None if zero_point is None else pack_zeros(pad_groups(zero_point, in_features, group_size), bits),
+        zero_point=zero_point,
         element=element,
         factor=factor,
     )

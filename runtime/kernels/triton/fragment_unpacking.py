@@ -72,7 +72,8 @@ def pair_floats(
         words: The BITS words of each thread.
         base_bits: The exponent of BASE in both halves; not read for floats.
         affine: () for code floats; for weights s (q - z), the scales of the rows j = 0 and j = 1 and their zero points
-            as code floats, each [r, 1, v], and a tensor of the type that the weights are rounded to.
+            as code floats, each [r, 1, v], and a tensor of the type that the weights are rounded to; for codes of two
+            values these, of the code 1 where scales are and of the code 0 where zero points are, and BASE besides.
         PAIR: Which of the 16 pairs.
         BITS, POSITION, DTYPE: Width of the codes, which are put at POSITION in floats of DTYPE.
         ELEMENT: Mantissa bits of a code that is a float, -1 for integers.
@@ -96,6 +97,11 @@ def pair_floats(
     first = (floats & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
     second = (floats >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
     if len(affine) == 0:
+        return tl.join(first, second)
+    elif len(affine) == 6:
+        high, low, base = affine[PAIR % 2], affine[2 + PAIR % 2], affine[5]
+        first = tl.where(first > base, high, low).to(affine[4].dtype)
+        second = tl.where(second > base, high, low).to(affine[4].dtype)
         return tl.join(first, second)
     else:
         scale, zero = affine[PAIR % 2], affine[2 + PAIR % 2]

@@ -4,7 +4,8 @@ With code floats c = BASE + STEP q (``fragment_unpacking``) and W = s (q - z), t
 
     sum_k x_k W_k = s / STEP * (sum_k x_k c_k - (BASE + STEP z) sum_k x_k).
 
-For floats of few bits c is the weight but for a power of two, and the second sum is not needed.
+For floats of few bits c is the weight but for a power of two, and the second sum is not needed. One bit of two free
+values, W = low + (high - low) q, has s = high - low, z = 0 and low sum_k x_k besides.
 
 The tensor core takes c as it is. The sum of x comes from a product with ones: it has the same rounding as the first sum
 and lies where it is needed. Results are computed transposed, W x': 16 rows of the weight then share an instruction with
@@ -14,10 +15,11 @@ and lies where it is needed. Results are computed transposed, W x': 16 rows of t
 import triton
 import triton.language as tl
 
-from runtime.kernels.triton.fragment_layout import find_zero_bits
+from runtime.kernels.triton import fragment_layout
 from runtime.kernels.triton.fragment_unpacking import operand, to_tile_order
 
-zero_bits = triton.constexpr_function(find_zero_bits)
+zero_bits = triton.constexpr_function(fragment_layout.find_zero_bits)
+TWO_VALUES = tl.constexpr(fragment_layout.TWO_VALUES)
 
 
 @triton.constexpr_function
@@ -45,10 +47,10 @@ def multiply_add(a, b, accumulator, UPCAST: tl.constexpr):
 def load_scale_rows(scale_ptr, group, row_block, row_block_mask, row_blocks, SCALE: tl.constexpr, WARPS: tl.constexpr):
     """Returns the scales of a group, of rows j = 0 and of j = 1: [8 * WARPS, 4] of v, float32 for powers of two.
 
-    Of the other types float16, 2**-8 of the scale for E4M3. Whole words are read: only these are copied ahead of their
-    use.
+    Of the other types float16, 2**-8 of the scale for E4M3, the value of the code 1 for two values. Whole words are
+    read: only these are copied ahead of their use.
     """
-    if SCALE == "fp16":
+    if SCALE == "fp16" or SCALE == TWO_VALUES:
         offset = group * row_blocks * 4 + row_block[:, None] * 4 + tl.arange(0, 4)[None, :]
         words = tl.load(scale_ptr + offset, mask=row_block_mask[:, None], other=0).to(tl.uint32, bitcast=True)
         even = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
@@ -169,3 +171,40 @@ def add_products(
         ones = tl.full((16 * WARPS, x.shape[0]), 1.0, tl.float32 if UPCAST else DTYPE)
         sums = multiply_add(ones, x, sums, UPCAST)
     return multiply_add(codes, x, products[0], UPCAST), sums
+
+
+@triton.jit
+def scale_products(
+    products,
+    scale_ptr,
+    zero_ptr,
+    group,
+    row_block,
+    row_block_mask,
+    row_blocks,
+    BITS: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    POSITION: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    SCALE: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Returns STEP sum_k x_k W_k of a group, [64 * WARPS, BLOCK_M] float32, of its sums (``add_products``)."""
+    scale = load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS, SCALE).to(tl.float32)
+    if ELEMENT >= 0:
+        return scale[:, None] * products[0]
+    else:
+        # Tile order counts v slowest, so four copies of the sums lie one below the other.
+        BLOCK_M: tl.constexpr = products[0].shape[1]
+        sums = tl.broadcast_to(products[1][None, :, :], (4, 16 * WARPS, BLOCK_M))
+        sums = tl.reshape(sums, (64 * WARPS, BLOCK_M))
+        if SCALE == TWO_VALUES:
+            low = load_scale(zero_ptr, group, row_block, row_block_mask, row_blocks, WARPS, SCALE).to(tl.float32)
+            above = (scale - low)[:, None] * (products[0] - (1 << MANTISSA) * sums)
+            return above + ((1 << POSITION) * low)[:, None] * sums
+        else:
+            zero = load_zero(
+                zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, MANTISSA, POSITION, SYMMETRIC, WARPS
+            )
+            return scale[:, None] * (products[0] - zero[:, None] * sums)

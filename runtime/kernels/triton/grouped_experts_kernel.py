@@ -1,8 +1,8 @@
-"""Device code: the product of every routed token with its expert in one launch, experts of different widths included.
+"""Device code: the product of every routed token with its expert in one launch, experts of different formats included.
 
-A program takes a few tokens of one expert. Which kind of weight the expert has (width, group size, zero points) is the
-same for all threads of a program, so the choice is one branch; a launch needs the registers of its widest member and no
-more. Nothing is computed for experts that no token takes.
+A program takes a few tokens of one expert. Which kind of weight the expert has (integers or floats, width, group size,
+scales, zero points) is the same for all threads of a program, so the choice is one branch; a launch needs the registers
+of its widest member and no more. Nothing is computed for experts that no token takes.
 """
 
 import triton
@@ -54,6 +54,7 @@ def multiply_expert(
                 WARPS,
                 STAGES,
                 UPCAST,
+                KINDS[i][5],
             )
     return total
 
@@ -67,6 +68,7 @@ def grouped_experts_kernel(
     zero_ptr,
     offset_ptr,
     kind_ptr,
+    expert_factor_ptr,
     block_expert_ptr,
     block_first_ptr,
     block_last_ptr,
@@ -93,6 +95,7 @@ def grouped_experts_kernel(
         words_ptr, scale_ptr, zero_ptr: All experts' words, scales and zero points, one after the other.
         offset_ptr: [experts, 3] int64, where an expert's words, scales and zero points begin, in words.
         kind_ptr: [experts] int32, index into KINDS.
+        expert_factor_ptr: [experts] float32, what an expert's weights are multiplied by.
         block_expert_ptr: [blocks] int64, the expert of a block of slots; past the last expert for blocks without one.
         block_first_ptr, block_last_ptr: [blocks] int64, the slots of a block.
         out_ptr: [slots, N].
@@ -100,7 +103,8 @@ def grouped_experts_kernel(
         row_blocks: Blocks of 8 rows of an expert.
         tiles: Tiles of 64 codes of a row.
         x_stride: Elements from one row of x to the next.
-        KINDS: (bits, group size or 0, symmetric, tiles of a step, type of the scales) of each kind.
+        KINDS: (bits, group size or 0, symmetric, tiles of a step, type of the scales, mantissa bits of floats or -1) of
+            each kind.
         GATED: Apply the gate.
         BLOCK_M, WARPS, STAGES, UPCAST: As in ``multiply_weight``.
     """
@@ -122,16 +126,21 @@ def grouped_experts_kernel(
     zero_ptr += tl.multiple_of(tl.load(offset_ptr + expert * 3 + 2), 2)
     first_block = first_column // 8
     last_block = tl.cdiv(N, 8)
-    y = multiply_expert(
-        x_rows, slot_mask, words_ptr, scale_ptr, zero_ptr, kind, first_block, last_block, row_blocks, tiles, KINDS,
-        BLOCK_M, WARPS, STAGES, UPCAST,
-    )  # fmt: skip
-    if GATED:
-        up = multiply_expert(
-            x_rows, slot_mask, words_ptr, scale_ptr, zero_ptr, kind, last_block + first_block, row_blocks, row_blocks,
-            tiles, KINDS, BLOCK_M, WARPS, STAGES, UPCAST,
+    # One switch for both halves of a gated expert: two of them take the compiler more than twice as long.
+    y = tl.zeros((64 * WARPS, BLOCK_M), tl.float32)
+    # What a loop carries has its type before it.
+    gate = y
+    for half in tl.range(0, 2 if GATED else 1, num_stages=1):
+        gate = y
+        y = multiply_expert(
+            x_rows, slot_mask, words_ptr, scale_ptr, zero_ptr, kind, half * last_block + first_block,
+            (half + 1) * last_block, row_blocks, tiles, KINDS, BLOCK_M, WARPS, STAGES, UPCAST,
         )  # fmt: skip
-        y = y * tl.sigmoid(y) * up
+    factor = tl.load(expert_factor_ptr + expert)
+    y *= factor
+    if GATED:
+        gate *= factor
+        y = gate * tl.sigmoid(gate) * y
     y = from_tile_order(y, WARPS, BLOCK_M)
     column = first_column + tl.arange(0, 64 * WARPS)
     mask = slot_mask[None, :] & (column[:, None] < N)

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from runtime.kernels.triton.activation_rounding_kernel import round_rows_kernel
-from runtime.kernels.triton.fragment_layout import TILE_CODES, FragmentWeight
+from runtime.kernels.triton.fragment_layout import TILE_CODES, TWO_VALUES, FragmentWeight
 from runtime.kernels.triton.integer_product_kernel import integer_product_kernel
 from runtime.kernels.triton.integer_unpacking import find_quad_step
 from runtime.kernels.triton.launch_table import MOST_ROWS, Launch, LaunchKey, find_bucket, find_launch
@@ -41,7 +41,8 @@ class IntegerRows:
 def fits_integers(weight: FragmentWeight) -> bool:
     """Returns True for weights of integers whose groups an integer product takes, and whose sums fit 32 bits."""
     summed = weight.shape[1] if weight.group_size is None else weight.group_size
-    return weight.element < 0 and weight.group_size != 16 and summed <= _MOST_SUMMED
+    integers = weight.element < 0 and weight.scale_name != TWO_VALUES
+    return integers and weight.group_size != 16 and summed <= _MOST_SUMMED
 
 
 def round_rows(x: Tensor, scale: Tensor | None, *, reach: float, limit: int, quad_step: int) -> IntegerRows:

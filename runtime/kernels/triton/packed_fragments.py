@@ -1,4 +1,7 @@
-"""A packed weight of one factor as the Triton kernels read it: integers, one bit of two values, floats of few bits.
+"""A packed weight of one factor as the Triton kernels read it: integers, ternary digits, two values, floats.
+
+Ternary digits are integers of 2 bits here, a quarter more than the 1.6 that are stored: five of them to a byte fill
+neither the 16 pairs of a thread (``fragment_layout``) nor two tiles of them, and each would take a multiplication.
 
 Storage and execution are two layouts. The kernels' one is made when a weight is first used on a device, and kept with
 the weight until its tensors move or change (``kept_layout``).
@@ -18,11 +21,12 @@ from runtime.packing import unpack_codes
 from runtime.powers import MOST_EXPONENT
 from runtime.storage import Format
 
+FRAGMENT_KINDS = ("int", "element", "binary", "ternary")
+
 
 def fits_kernels(format_: Format) -> bool:
-    """Returns True for integers, one bit of two opposite values, floats of few bits, and groups that are multiplied."""
-    kind = format_.kind in ("int", "element") or (format_.kind == "binary" and format_.symmetric)
-    return kind and fits_groups(format_.group_size)
+    """Returns True for kinds of one factor, and groups that are multiplied."""
+    return format_.kind in FRAGMENT_KINDS and fits_groups(format_.group_size)
 
 
 def find_fragments(weight: Packed) -> FragmentWeight | None:
@@ -41,6 +45,11 @@ def make_fragments(weight: Packed) -> FragmentWeight | None:
     codes = CODECS[format_.kind].codes(tensors, format_, weight.shape, None)
     if format_.kind == "element":
         return _make_element_fragments(codes, tensors, format_)
+    if format_.kind == "binary" and not format_.symmetric:
+        return pack_fragments(codes, tensors["high"], tensors["low"], bits=1, group_size=format_.group_size)
+    if format_.kind == "ternary":
+        # Zero is at the code 1, which is put where integers of 2 bits have it.
+        codes = codes + 1
     stored = tensors["scale"]
     # +-s is 2 s (q - 1/2).
     doubled = format_.kind == "binary"

@@ -12,7 +12,7 @@ from runtime.kernels.triton.fragment_layout import fits_groups
 from runtime.kernels.triton.integer_linear import fits_integers, triton_integer_linear
 from runtime.kernels.triton.kept_layout import Packed, can_multiply
 from runtime.kernels.triton.packed_columns import multiply_columns
-from runtime.kernels.triton.packed_fragments import find_fragments, fits_kernels
+from runtime.kernels.triton.packed_fragments import FRAGMENT_KINDS, find_fragments, fits_kernels
 from runtime.kernels.triton.packed_group_mixture import multiply_mixed_groups
 from runtime.kernels.triton.packed_parts import PARTED_KINDS, multiply_parted
 from runtime.kernels.triton.packed_residuals import multiply_residual_blocks
@@ -41,7 +41,7 @@ def multiply_fragments(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor
 
     Args:
         x: [..., in_features] float16, bfloat16 or float32.
-        weight: A packed weight of kind ``int``, ``element`` or ``binary``.
+        weight: A packed weight of one of ``FRAGMENT_KINDS``.
         bias: [out_features], or None.
     """
     fragments = find_fragments(weight) if fits_kernels(weight.format) else None
@@ -49,7 +49,7 @@ def multiply_fragments(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor
 
 
 PRODUCTS: dict[str, Callable[[Tensor, Packed, Tensor | None], Tensor | None]] = {
-    **dict.fromkeys(("int", "element", "binary"), multiply_fragments),
+    **dict.fromkeys(FRAGMENT_KINDS, multiply_fragments),
     **dict.fromkeys(PARTED_KINDS, multiply_parted),
     "column_mixture": multiply_columns,
     "group_mixture": multiply_mixed_groups,

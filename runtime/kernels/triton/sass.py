@@ -1,7 +1,7 @@
 """Reads what the assembler made of a kernel: registers, spills, and the instructions of its main loop.
 
-The main loop is the longest stretch between a backward branch and its target. The tools that take a cubin apart come
-with Triton.
+A loop is a stretch between a backward branch and its target, the main loop the longest of them. The tools that take a
+cubin apart come with Triton.
 """
 
 import re
@@ -29,12 +29,14 @@ class KernelCode:
         spill_bytes: Local memory of a thread.
         loop: How often each instruction stands in the main loop, full names (``HMMA.16816.F32``).
         whole: The same for the whole kernel.
+        loop_lengths: Instructions of each loop, longest first.
     """
 
     registers: int
     spill_bytes: int
     loop: Counter[str]
     whole: Counter[str]
+    loop_lengths: tuple[int, ...]
 
     @property
     def loop_length(self) -> int:
@@ -59,11 +61,13 @@ def read_code(cubin: bytes) -> KernelCode:
         resources = _RESOURCES.search(_run("cuobjdump", "-res-usage", str(path)))
         assert resources, "cuobjdump names the registers of every kernel"
         instructions, targets = _parse(_run("nvdisasm", "-c", str(path)))
+    loops = _find_loops(instructions, targets)
     return KernelCode(
         registers=int(resources.group(1)),
         spill_bytes=int(resources.group(2)),
-        loop=Counter(name for name, _ in _find_main_loop(instructions, targets)),
+        loop=Counter(name for loop in loops[:1] for name, _ in instructions[loop]),
         whole=Counter(name for name, _ in instructions),
+        loop_lengths=tuple(loop.stop - loop.start for loop in loops),
     )
 
 
@@ -84,14 +88,15 @@ def _parse(text: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
     return instructions, targets
 
 
-def _find_main_loop(instructions: list[tuple[str, str]], targets: dict[str, int]) -> list[tuple[str, str]]:
-    longest: list[tuple[str, str]] = []
+def _find_loops(instructions: list[tuple[str, str]], targets: dict[str, int]) -> list[slice]:
+    """Returns where the loops are, longest first; the branch to itself that ends the code is none."""
+    loops = []
     for i, (name, operands) in enumerate(instructions):
         label = re.search(r"\.L_x_\d+", operands) if name.startswith("BRA") else None
         first = targets.get(label.group(0), i) if label else i
-        if i - first > len(longest):
-            longest = instructions[first : i + 1]
-    return longest
+        if first < i:
+            loops.append(slice(first, i + 1))
+    return sorted(loops, key=lambda loop: loop.start - loop.stop)
 
 
 def _copy_bits(name: str) -> int:

@@ -12,9 +12,8 @@ from runtime.kernels.triton.group_product import (
     add_products,
     count_mantissa_bits,
     find_position,
-    load_scale,
     load_words,
-    load_zero,
+    scale_products,
 )
 from runtime.kernels.triton.row_scaling_kernel import power_of_two
 
@@ -49,7 +48,8 @@ def multiply_weight(
         x_mask: [BLOCK_M], the rows that exist.
         words_ptr: [tiles, BITS, row_blocks, 4, 4] int32 (``fragment_layout``).
         scale_ptr: [groups, row_blocks, 4] int32, two float16 scales a word, or [groups, row_blocks, 2], four bytes.
-        zero_ptr: [groups, words] int32, 4, 8, 16 or 32 zero points a word; not read when SYMMETRIC.
+        zero_ptr: [groups, words] int32, 4, 8, 16 or 32 zero points a word, or two float16 values of the code 0; not
+            read when SYMMETRIC.
         first_row_block: The program's first block of 8 rows of W.
         last_row_block: Where the rows end that may be read.
         row_blocks: Blocks of 8 rows of W.
@@ -57,7 +57,7 @@ def multiply_weight(
         BITS: Code width.
         GROUP_SIZE: Codes that share a scale; 0 for the whole row.
         SYMMETRIC: Zero is at the code 2**(BITS - 1), or at 1/2 for one bit.
-        SCALE: The type of the scales (``fragment_layout.SCALE_NAMES``). In the result is the power of two that E4M3
+        SCALE: The type of the scales (``FragmentWeight.scale_name``). In the result is the power of two that E4M3
             leaves (``group_product.load_scale_rows``).
         TILES: Tiles a step; the group size is a multiple of the step, or 16 or 32 with one tile.
         BLOCK_M: Rows of x.
@@ -92,17 +92,10 @@ def multiply_weight(
                 products = add_products(
                     products, words, base_bits, x, part, PARTS, BITS, POSITION, ELEMENT, WARPS, UPCAST
                 )
-            scale = load_scale(scale_ptr, group, row_block, row_block_mask, row_blocks, WARPS, SCALE)
-            if ELEMENT < 0:
-                zero = load_zero(
-                    zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, MANTISSA, POSITION, SYMMETRIC, WARPS
-                )
-                # Tile order counts v slowest, so four copies of the sums lie one below the other.
-                sums = tl.broadcast_to(products[1][None, :, :], (4, 16 * WARPS, BLOCK_M))
-                sums = tl.reshape(sums, (64 * WARPS, BLOCK_M))
-                total += scale.to(tl.float32)[:, None] * (products[0] - zero[:, None] * sums)
-            else:
-                total += scale.to(tl.float32)[:, None] * products[0]
+            total += scale_products(
+                products, scale_ptr, zero_ptr, group, row_block, row_block_mask, row_blocks, BITS, MANTISSA, POSITION,
+                SYMMETRIC, SCALE, ELEMENT, WARPS,
+            )  # fmt: skip
     return total * (1.0 / (1 << POSITION))
 
 

@@ -216,4 +216,4 @@ def launch_weight_only(
 def view_words(weight: FragmentWeight) -> tuple[Tensor, Tensor, Tensor]:
     """Returns words, scales and zero points as 32-bit words; zero points that do not exist are not read."""
     scale = weight.scale.view(torch.int32)
-    return weight.words, scale, scale if weight.zero_point is None else weight.zero_point
+    return weight.words, scale, scale if weight.zero_point is None else weight.zero_point.view(torch.int32)

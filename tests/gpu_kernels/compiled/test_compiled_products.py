@@ -24,6 +24,7 @@ from runtime.kernels.triton.aot import (
     compile_weight_only_amd,
 )
 from runtime.kernels.triton.devices import DEVICES
+from runtime.kernels.triton.fragment_layout import TWO_VALUES
 from runtime.kernels.triton.launch_table import Launch, LaunchKey, find_launch
 from runtime.kernels.triton.sass import count_copies
 
@@ -80,6 +81,7 @@ VARIANTS = [
     Variant(bits=4, group_size=64, in_features=576),
     Variant(bits=4, group_size=32),
     Variant(bits=2, group_size=64, scale="e8m0"),
+    Variant(bits=1, group_size=64, scale=TWO_VALUES),
     Variant(bits=4, group_size=None, symmetric=True),
     Variant(bits=3, architecture=80),
     Variant(bits=4, architecture=80, rows=64),
@@ -158,13 +160,15 @@ def test_scaling_of_rows_compiles_without_spills(dtype: str) -> None:
     assert not any(name.startswith(("I2F", "F2I", "MUFU", "LDL", "STL")) for name in code.whole)
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_dequantization_compiles_without_spills(dtype: str) -> None:
-    code = compile_dequantization(3, 64, architecture=90, dtype=dtype, symmetric=False)
+@pytest.mark.parametrize(
+    ("bits", "scale", "dtype"), [(3, "fp16", "fp16"), (3, "fp16", "bf16"), (1, TWO_VALUES, "bf16")]
+)
+def test_dequantization_compiles_without_spills(bits: int, scale: str, dtype: str) -> None:
+    code = compile_dequantization(bits, 64, architecture=90, dtype=dtype, symmetric=False, scale=scale)
     assert code.spill_bytes == 0
     assert not any(name.startswith(("I2F", "LDL", "STL")) for name in code.whole)
-    # The words of a tile: three times 8 bytes a thread.
-    assert sum(n for name, n in code.whole.items() if name.startswith("LDG") and name.endswith("64")) >= 3
+    # The words of a tile: eight bytes a thread for each bit.
+    assert sum(n for name, n in code.whole.items() if name.startswith("LDG") and name.endswith("64")) >= bits
 
 
 def test_sum_of_splits_compiles_without_spills() -> None:

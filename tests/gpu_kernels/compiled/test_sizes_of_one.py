@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget
 
 from runtime.kernels.triton.aot import compile_kernel
 from runtime.kernels.triton.group_mixture_kernel import group_mixture_kernel, outlier_kernel
+from runtime.kernels.triton.grouped_experts_kernel import grouped_experts_kernel
 from runtime.kernels.triton.parted_kernel import dequantize_parts_kernel, parted_kernel
 from runtime.kernels.triton.residual_blocks_kernel import residual_blocks_kernel
 from runtime.kernels.triton.row_scaling_kernel import scale_rows_kernel
@@ -24,6 +25,17 @@ KERNELS: dict[str, tuple[Any, dict[str, object]]] = {
     "parted": (parted_kernel, {**PRODUCT, **PARTS}),
     "dequantize_parts": (dequantize_parts_kernel, {**PARTS, "WARPS": 1}),
     "group_mixture": (group_mixture_kernel, {**PRODUCT, "GROUP_SIZE": 32}),
+    "grouped_experts": (
+        grouped_experts_kernel,
+        {
+            "KINDS": ((2, 64, True, 1, "fp16", -1), (4, 32, True, 1, "e8m0", 1)),
+            "GATED": True,
+            "BLOCK_M": 8,
+            "WARPS": 1,
+            "STAGES": 3,
+            "UPCAST": False,
+        },
+    ),
     "outlier": (outlier_kernel, {"BLOCK": 128}),
     "residual_blocks": (residual_blocks_kernel, {**LAUNCH, "BLOCK_M": 8, "RANK": 1, "X_PARTS": 2}),
     "scale_rows": (scale_rows_kernel, {"HAS_FACTORS": True, "PARTS": 2, "BLOCK": 1024}),

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.kernels.triton.fragment_layout import FragmentWeight, pack_fragments
+from runtime.kernels.triton.fragment_layout import TWO_VALUES, FragmentWeight, pack_fragments
+from runtime.kernels.triton.packed_fragments import find_fragments
+from runtime.packed import PackedWeight
 
 MANTISSA_BITS = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 10}
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-22}
@@ -94,3 +96,26 @@ def find_greatest_code(bits: int, dtype: torch.dtype) -> float:
     # The highest place of a whole code in the mantissa.
     start = max(i for i in range(0, 16, bits) if i + bits <= mantissa)
     return 2.0 ** (mantissa - start) + 2**bits
+
+
+def bound_sums(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Returns what float32 rounds of sums of the floats that stand for codes, twice, in chains of 128 and the groups.
+
+    Of floats the weights themselves are summed.
+
+    Args:
+        x: [..., in_features].
+        weight: A packed weight of one factor.
+
+    Returns:
+        [..., out_features].
+    """
+    fragments = find_fragments(weight)
+    assert fragments is not None
+    step = fragments.factor * fragments.scale.to(torch.float64).abs().amax(0)
+    if fragments.scale_name == TWO_VALUES:
+        assert fragments.zero_point is not None
+        step += fragments.zero_point.abs().amax(0)
+    codes = find_greatest_code(fragments.bits, x.dtype) * step[: weight.shape[0]]
+    greatest = codes if fragments.element < 0 else weight().double().abs().amax(1)
+    return 2 * 132 * 2.0**-24 * greatest * x.abs().double().sum(-1, keepdim=True) * 2

@@ -35,8 +35,17 @@ def draw_routing(module: Any, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.stack(routes), torch.rand(tokens, 2, generator=generator)
 
 
-@pytest.mark.parametrize("names", [NAMES, ("int2_g32_pow2", "int4_channel", "int3_g64_sym_pow2", "int1_g64_sym")])
-def test_experts_of_four_widths_equal_the_models_own_forward(names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        NAMES,
+        ("int2_g32_pow2", "int4_channel", "int3_g64_sym_pow2", "int1_g64_sym"),
+        ("mxfp4", "nvfp4", "ternary_g64", "fp8_e4m3_channel"),
+        ("int1_g64", "int4_g32", "mxint8", "fp6_e2m3_g64"),
+    ],
+    ids="-".join,
+)
+def test_experts_of_four_formats_equal_the_models_own_forward(names: tuple[str, ...]) -> None:
     module = build_experts(names)
     x, index, weights = draw_routing(module, 7)
     with torch.no_grad():
@@ -44,6 +53,33 @@ def test_experts_of_four_widths_equal_the_models_own_forward(names: tuple[str, .
     y = packed_experts(x, index, weights, module.gate_up_proj, module.down_proj)
     assert y is not None
     # float32 on both sides, sums of 64 and 128 terms.
+    assert float((y - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
+
+
+def test_only_weights_of_several_parts_are_multiplied_alone() -> None:
+    """Those the kernels of dense layers read are theirs; nothing but 16-bit weights is the reference's."""
+    module = build_experts(("nvfp4", "nested8_g64", "int4_g32", "bf16"))
+    x, index, weights = draw_routing(module, 7)
+    with torch.no_grad():
+        expected = type(module).forward.__wrapped__(module, x, index, weights)
+    y = packed_experts(x, index, weights, module.gate_up_proj, module.down_proj)
+    assert y is not None
+    assert float((y - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
+    for projection in (module.gate_up_proj, module.down_proj):
+        assert set(projection.__dict__["_fragment_experts"][1].others) == {1, 3}
+        assert projection.expert(1).__dict__["_fragments"][1] is not None
+        assert not any("_fragments" in projection.expert(i).__dict__ for i in (0, 2, 3))
+
+
+def test_a_scale_beyond_the_kernels_takes_one_expert_out_of_the_launch() -> None:
+    module = build_experts(("mxfp4", "int4_g32"))
+    x, index, weights = draw_routing(module, 3)
+    module.down_proj.expert(0).scale[0, 0] = 0
+    with torch.no_grad():
+        expected = type(module).forward.__wrapped__(module, x, index, weights)
+    y = packed_experts(x, index, weights, module.gate_up_proj, module.down_proj)
+    assert y is not None
+    assert set(module.down_proj.__dict__["_fragment_experts"][1].others) == {0}
     assert float((y - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
 
 
@@ -64,5 +100,3 @@ def test_what_the_kernels_do_not_compute_is_left_to_others() -> None:
     x, index, weights = draw_routing(module, 2)
     assert packed_experts(x.double(), index, weights, module.gate_up_proj, module.down_proj) is None
     assert packed_experts(x.requires_grad_(), index, weights, module.gate_up_proj, module.down_proj) is None
-    other = build_experts(("bf16", "int4_g32"))
-    assert packed_experts(x.detach(), index, weights, other.gate_up_proj, other.down_proj) is None
