@@ -109,15 +109,15 @@ class Worker {
   void unpack(const PackedHalf& half, float* room, const float* states) {
     const int64_t heads = d_.key_value_heads, dim = d_.head_dim, packed = half.packed_tokens(heads, dim);
     const auto place_of = [&](int64_t head, int64_t t) { return room + (head * step_.room_capacity + t) * dim; };
-    for (int64_t row = first(half.rows.rows); row < last(half.rows.rows); ++row) {
-      if (!half.token_block) {
-        math_.dequantize(half.rows, row, place_of(row % heads, row / heads));
-        continue;
+    if (half.token_block) {
+      for (int64_t strip = first(half.rows.rows / kStrip); strip < last(half.rows.rows / kStrip); ++strip) {
+        const int64_t row = strip * kStrip, block = row / (heads * dim), channel = row % (heads * dim);
+        for (int64_t k = 0; k < kStrip; ++k) math_.dequantize(half.rows, row + k, scores_ + k * half.token_block);
+        math_.transpose(scores_, half.token_block, place_of(channel / dim, block * half.token_block) + channel % dim, dim);
       }
-      const int64_t block = row / (heads * dim), channel = row % (heads * dim);
-      math_.dequantize(half.rows, row, scores_);
-      float* to = place_of(channel / dim, block * half.token_block) + channel % dim;
-      for (int64_t t = 0; t < half.token_block; ++t) to[t * dim] = scores_[t];
+    } else {
+      for (int64_t row = first(half.rows.rows); row < last(half.rows.rows); ++row)
+        math_.dequantize(half.rows, row, place_of(row % heads, row / heads));
     }
     for (int64_t i = first(heads * half.recent_tokens); i < last(heads * half.recent_tokens); ++i) {
       float* to = place_of(i / half.recent_tokens, packed + i % half.recent_tokens);
@@ -198,6 +198,14 @@ void embed(const Decoder& d, const Step& step, int level, float* hidden) {
   }
 }
 
+// What a thread needs for the scores of its heads, and before them for the channels of a block that it reads back.
+int64_t score_floats(const Decoder& d, const Step& step) {
+  int64_t most = kMostHeads * (step.positions() + step.tokens);
+  for (int64_t i = 0; step.packed && i < 2 * d.layer_count; ++i)
+    if (kStrip * step.packed[i].token_block > most) most = kStrip * step.packed[i].token_block;
+  return most;
+}
+
 }  // namespace
 
 bool run_step(const Decoder& d, const Step& step, int level, int threads) {
@@ -216,7 +224,7 @@ bool run_step(const Decoder& d, const Step& step, int level, int threads) {
   float* memory = reinterpret_cast<float*>(
       state_space.reserve(floats * int64_t(sizeof(float)) + needs.rounded_bytes + 64));
   // Each thread's own part begins at a cache line.
-  const int64_t own = divide_up(needs.scratch_floats + kMostHeads * (step.positions() + step.tokens), 16) * 16 + 16;
+  const int64_t own = divide_up(needs.scratch_floats + score_floats(d, step), 16) * 16 + 16;
   float* scratch = reinterpret_cast<float*>(own_space.reserve(threads * own * int64_t(sizeof(float)) + 64));
   if (!memory || !scratch) return false;
   place_states(d, step.tokens, memory, states);

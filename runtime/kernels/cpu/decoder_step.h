@@ -64,7 +64,7 @@ struct Step {
 // Returns false when there is no memory for it.
 bool run_step(const Decoder&, const Step&, int level, int threads);
 
-constexpr int kMostHeads = 4;
+constexpr int kMostHeads = 4, kStrip = 16;
 
 // What is done to vectors of floats, compiled for each instruction set. All lengths are multiples of 16.
 struct DecoderMath {
@@ -81,6 +81,8 @@ struct DecoderMath {
                  int64_t head_dim, float scale, float* scores, float* out);
   // As dequantize_row.
   void (*dequantize)(const Matrix&, int64_t row, float* out);
+  // out[t * stride + k] = rows[k * count + t] of kStrip rows of `count` numbers.
+  void (*transpose)(const float* rows, int64_t count, float* out, int64_t stride);
 };
 
 extern const DecoderMath kAvx512Math;
