@@ -35,6 +35,7 @@ from allocator.store import Store
 from runtime.compiled_decoder import run_tokens
 from runtime.exporters import export
 from runtime.formats import find_format
+from runtime.kernels.dispatch import AUTOMATIC, kernel_path
 from runtime.loading import ReferenceModel
 from runtime.packed_model import load_packed, save_packed_
 from runtime.units import list_weights
@@ -54,6 +55,7 @@ PLANS: dict[str, Callable[[int], str]] = {
     "4, 5 and 8 bits mixed": lambda index: FORMATS[index % 3],
 }
 OURS, WHEEL, NATIVE, TORCH = "bitplan", "llama.cpp (wheel)", "llama.cpp (compiled here)", "torch float32"
+OURS_AVX2 = "bitplan with AVX2"
 # What is kept of a plan at a number of threads: seconds by program, of a token [wall, processor] and of a prompt.
 Figures = dict[str, Any]
 
@@ -127,19 +129,21 @@ def _measure(place: Path, dense: Any, threads: int, rounds: int, libraries: dict
 
 def _time_tokens(model: Any, engines: dict[str, Any], prompt: torch.Tensor, rounds: int) -> dict[str, list[float]]:
     """Returns the seconds and the processor seconds of a token by program."""
-    cache: Any = model(prompt, past_key_values=DynamicCache()).past_key_values
+    caches: list[Any] = [model(prompt, past_key_values=DynamicCache()).past_key_values for _ in range(2)]
 
-    def ours_next(token: int, past: int) -> int:
+    def ours_next(path: str, cache: Any, token: int, past: int) -> int:
         assert cache.get_seq_length() == past
-        return int(run_tokens(model, cache, torch.tensor([[token]]), wanted=1).numpy().argmax())
+        with kernel_path(path):
+            return int(run_tokens(model, cache, torch.tensor([[token]]), wanted=1).numpy().argmax())
 
     def theirs_next(engine: Any, token: int, past: int) -> int:
         return int(engine.append(np.array([token]), past=past).argmax())
 
-    steps: dict[str, Callable[[int, int], int]] = {OURS: ours_next}
+    steps: dict[str, Callable[[int, int], int]] = {OURS: partial(ours_next, AUTOMATIC, caches[0])}
     for name, engine in engines.items():
         engine.append(prompt[0].numpy(), past=0)
         steps[name] = partial(theirs_next, engine)
+    steps[OURS_AVX2] = partial(ours_next, "avx2", caches[1])
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     token, first = 1, prompt.shape[1]
     for past in range(first, first + rounds * TURN_TOKENS, TURN_TOKENS):
@@ -165,7 +169,8 @@ def _describe(rounds: int, libraries: dict[str, Path | None]) -> list[str]:
         f"{compiled_for}.",
         "SmolLM2-135M, all weights in the stated format, group 32, no zero points, the same codes in all programs; "
         f"10th percentile of {rounds * TURN_TOKENS} tokens of each, in turns of {TURN_TOKENS}. *Ratio*: time of the "
-        "fastest llama.cpp over that of bitplan, and the same of processor time.",
+        "fastest llama.cpp over that of bitplan, and the same of processor time; *with AVX2*: of the wheel, which has "
+        "no more than that, over bitplan's with its kernels for AVX2.",
         "",
     ]
 
@@ -173,13 +178,26 @@ def _describe(rounds: int, libraries: dict[str, Path | None]) -> list[str]:
 def _decode_table(kept: dict[tuple[str, int], Figures]) -> list[str]:
     names = next(iter(kept.values()))["decode"] if kept else ()
     titles = ["plan", "weights, MB", "threads", *(f"{name}, tokens/s" for name in names)]
-    lines = _begin_table([*titles, "ratio", "ratio of processor time", "GB of weights / processor s"])
+    ratio_titles = ("ratio", "ratio of processor time", "ratio with AVX2", "GB of weights / processor s")
+    lines = _begin_table([*titles, *ratio_titles])
     for (plan, threads), figures in kept.items():
-        ours, *theirs = figures["decode"].values()
+        ours, *theirs, narrow = figures["decode"].values()
         rates = (f"{1 / seconds:.0f}" for seconds, _ in figures["decode"].values())
         ratios = (f"{min(t) / o:.2f}" for o, t in zip(ours, zip(*theirs, strict=True), strict=True))
-        size = figures["bytes"]
-        lines.append(_row([plan, f"{size / 1e6:.1f}", str(threads), *rates, *ratios, f"{size / ours[1] / 1e9:.1f}"]))
+        size, with_avx2 = figures["bytes"], figures["decode"][WHEEL][0] / narrow[0]
+        lines.append(
+            _row(
+                [
+                    plan,
+                    f"{size / 1e6:.1f}",
+                    str(threads),
+                    *rates,
+                    *ratios,
+                    f"{with_avx2:.2f}",
+                    f"{size / ours[1] / 1e9:.1f}",
+                ]
+            )
+        )
     return lines
 
 
