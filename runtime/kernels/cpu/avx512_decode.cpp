@@ -58,10 +58,10 @@ BITPLAN_INLINE __m512 load_numbers(const T* stored, int64_t left, bool one) {
   return one ? _mm512_set1_ps(*stored) : _mm512_maskz_loadu_ps(present, stored);
 }
 
-// scale and scale * zero_point of the groups of a chunk, of ROWS rows. Not inlined: it would be in every kernel many times.
+// scale and scale * zero_point of the groups of a chunk, of ROWS rows.
 template <int BITS, int ROWS>
-__attribute__((noinline)) void load_chunk(const Matrix& w, const Groups& groups, int64_t row, int64_t chunk,
-                                          __m512 (&scale)[ROWS], __m512 (&shift)[ROWS]) {
+BITPLAN_INLINE void load_rows(const Matrix& w, const Groups& groups, int64_t row, int64_t chunk, __m512 (&scale)[ROWS],
+                              __m512 (&shift)[ROWS]) {
   const int64_t count = groups.count, left = count - chunk * kChunk, first = row * count + chunk * kChunk;
   const bool one = count == 1;
   if (groups.kind == Groups::kLevels) {
@@ -95,12 +95,23 @@ __attribute__((noinline)) void load_chunk(const Matrix& w, const Groups& groups,
   }
 }
 
+// The same by a call where there are several rows: within a kernel the compiler would leave their loops as they are and
+// keep all sums in memory for it. A single row has no loops, and a call is long beside it.
+template <int BITS, int ROWS>
+__attribute__((noinline)) void call_load_rows(const Matrix& w, const Groups& groups, int64_t row, int64_t chunk,
+                                              __m512 (&scale)[ROWS], __m512 (&shift)[ROWS]) {
+  load_rows<BITS, ROWS>(w, groups, row, chunk, scale, shift);
+}
+
 // factor = scale * step of the blocks of a chunk for each row and token; total -= what the zero points take away.
 template <int BITS, int ROWS, int TOKENS>
 BITPLAN_INLINE void begin_chunk(const Matrix& w, const Groups& groups, const Activations& a, int64_t token, int64_t row,
                                 int64_t chunk, float (&factor)[ROWS][TOKENS][kChunk], __m512 (&total)[ROWS][TOKENS]) {
   __m512 scale[ROWS], shift[ROWS];
-  load_chunk<BITS, ROWS>(w, groups, row, chunk, scale, shift);
+  if constexpr (ROWS == 1)
+    load_rows<BITS, ROWS>(w, groups, row, chunk, scale, shift);
+  else
+    call_load_rows<BITS, ROWS>(w, groups, row, chunk, scale, shift);
   for (int t = 0; t < TOKENS; ++t) {
     const int64_t place = (token + t) * a.block_stride + chunk * kChunk;
     const __m512 step = _mm512_loadu_ps(a.step + place), sum = _mm512_loadu_ps(a.sum + place);

@@ -45,6 +45,8 @@ constexpr int kLargestActivation = 32639;
 constexpr int kRowBlock = 128;
 // Tokens that one pass over the weights serves when they are read row by row.
 constexpr int kDecodeTokens = 4;
+// Tokens up to which several such passes are faster than what is done for many.
+constexpr int kFewTokens = 12;
 // Planes of one weight.
 constexpr int kMostPlanes = 8;
 

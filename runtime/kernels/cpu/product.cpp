@@ -10,6 +10,8 @@ namespace {
 // Below this many bytes of weights for each thread, waking it costs more than it helps.
 constexpr int64_t kLeastBytesPerThread = 48 << 10;
 constexpr int64_t kTasksLookedAt = 8;
+// Of a block that several passes read; a multiple of what kernels multiply together.
+constexpr int64_t kRowsOfPass = 64;
 
 bool has_vector_layout(const Matrix& w) {
   if (w.groups() == 1) return true;
@@ -30,13 +32,15 @@ const Kernels* kernels_of(const Matrix& w, int level, bool decode) {
 }
 
 Task plan_task(const Matrix& plane, const Product& product, int level) {
-  const bool decode = product.tokens <= kDecodeTokens;
+  const bool decode = product.tokens <= kFewTokens;
   const Output out = {product.out, plane.rows, product.bias, 0, plane.factor};
   Task task = {&plane, product.x, product.x, product.tokens, out, kernels_of(plane, level, decode), {}, 0, 1, 0};
   task.activations.tokens = product.tokens;
   task.activations.columns = plane.columns;
   if (task.kernels) task.kernels->shape(plane, task.activations, decode);
-  task.cost = decode ? plane.row_bytes() : plane.columns * product.tokens / 8 + plane.row_bytes();
+  // Never nothing: rows are divided by it.
+  const int64_t passes = product.tokens ? divide_up(product.tokens, kDecodeTokens) : 1;
+  task.cost = decode ? plane.row_bytes() * passes : plane.columns * product.tokens / 8 + plane.row_bytes();
   return task;
 }
 
@@ -72,12 +76,24 @@ void gather(const Task& task, int64_t first_token, int64_t last_token) {
   }
 }
 
+// A block of rows is read from memory once, by the first pass over it.
+void decode_rows(const Task& task, int64_t first_row, int64_t last_row, float* scratch) {
+  const int64_t rows = task.tokens <= kDecodeTokens ? last_row - first_row : kRowsOfPass;
+  for (int64_t row = first_row; row < last_row; row += rows) {
+    const int64_t stop = row + rows < last_row ? row + rows : last_row;
+    for (int64_t t = 0; t < task.tokens; t += kDecodeTokens) {
+      const int tokens = task.tokens - t < kDecodeTokens ? task.tokens - t : kDecodeTokens;
+      task.kernels->decode(*task.plane, task.activations, t, tokens, task.out, row, stop, scratch);
+    }
+  }
+}
+
 void multiply_rows(const Task& task, int64_t first_row, int64_t last_row, float* scratch) {
   if (first_row >= last_row || task.tokens == 0) return;
   if (!task.kernels)
     portable_multiply(*task.plane, task.x, task.tokens, task.out, first_row, last_row, scratch);
-  else if (task.tokens <= kDecodeTokens)
-    task.kernels->decode(*task.plane, task.activations, 0, task.tokens, task.out, first_row, last_row, scratch);
+  else if (task.tokens <= kFewTokens)
+    decode_rows(task, first_row, last_row, scratch);
   else
     task.kernels->prefill(*task.plane, task.activations, task.out, first_row, last_row, scratch);
 }

@@ -61,7 +61,7 @@ def test_where_a_compiler_is_the_compiled_kernels_run() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_products_are_within_rounding_of_float64(case: Case) -> None:
     for kernels in KERNELS:
-        for tokens in (1, 2, 3, 4, 5, 9):
+        for tokens in (1, 2, 3, 4, 5, 12, 13):
             check_product(kernels, case, tokens)
 
 
@@ -94,7 +94,7 @@ def test_products_of_any_shape(
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.level)
-@pytest.mark.parametrize("tokens", [1, 4, 33])
+@pytest.mark.parametrize("tokens", [1, 4, 9, 33])
 def test_default_error_is_small(kernels: CpuKernels, tokens: int) -> None:
     # An outlier of 20 standard deviations in every row: the relative error that the documentation promises.
     for bits in (2, 3, 4, 8):
@@ -112,7 +112,7 @@ def test_products_of_one_call_are_those_of_single_calls(kernels: CpuKernels) -> 
         for bits in (2, 3, 4, 8)
     ]
     weights = [make_weight(case, case.bits)[0] for case in cases] * 6
-    products = [Product(draw_activations(i % 7, w.columns, i), describe_matrix(w)) for i, w in enumerate(weights)]
+    products = [Product(draw_activations((0, 1, 2, 5, 11, 12, 13)[i % 7], w.columns, i), describe_matrix(w)) for i, w in enumerate(weights)]
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
@@ -139,7 +139,7 @@ def test_prepared_products_are_computed_from_what_is_there_at_the_call(kernels: 
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.level)
-@pytest.mark.parametrize("tokens", [2, 6])
+@pytest.mark.parametrize("tokens", [2, 6, 14])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_so_and_stays_with_its_token(kernels: CpuKernels, tokens: int, bad: float) -> None:
     stored, _ = make_weight(Case(bits=4, group_size=32, symmetric=False, rows=9, columns=160))
