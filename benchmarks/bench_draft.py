@@ -47,9 +47,8 @@ READING = (
     "A pass over four tokens costs two to three passes over one: at four bits the kernels are bound by their "
     "instructions, not by the reading of weights, which is all that the tokens share. And a draft costs half of a "
     "pass at the full width. So little is to be gained even if every draft were kept, and at the share that is kept "
-    "nothing is. Tried: 1 to 6 drafts; verification of up to four tokens at once and of more in parts of four (five at "
-    "once take the way of prompts, which took 1.6 times as long); a full width of 6 bits, at which no more drafts are "
-    "kept.",
+    "nothing is. Tried: 1 to 6 drafts; verification of up to 12 tokens by the kernels of prompts, which took 1.5 times "
+    "as long; a full width of 6 bits, at which no more drafts are kept.",
 )
 
 
@@ -225,7 +224,7 @@ def _describe(options: argparse.Namespace) -> list[str]:
         f"thread. SmolLM2-135M, all weights in the stated format; {options.prompts} prompts of {PROMPT_TOKENS} tokens "
         f"of held-out text, {NEW_TOKENS} new tokens each, the fastest of {options.rounds} runs of each prompt, all "
         f"ways in turns, tokens behind the first. *K drafted*: K tokens at the low width, then one pass at the full "
-        f"width over K + 1 tokens, in parts of four. KL on {KL_SEQUENCES} held-out sequences, nats per token.",
+        f"width over K + 1 tokens. KL on {KL_SEQUENCES} held-out sequences, nats per token.",
     ]
 
 

@@ -27,9 +27,6 @@ from runtime.decoder_run import run_tokens
 from runtime.greedy_generation import check_plainly_greedy, list_ends
 from runtime.read_widths import read_at_width
 
-# The kernels read weights once for so many tokens; a few more are cheaper in parts than all at once.
-_PART_TOKENS, _MOST_IN_PARTS = 4, 12
-
 
 @dataclass(frozen=True, kw_only=True)
 class DraftCount:
@@ -122,13 +119,10 @@ class _CompiledPasses:
     def choose(self, tokens: list[int], *, wanted: int, drafts: bool = False) -> list[int]:
         """Returns the most likely token behind each of the last tokens, all of which join the cache."""
         self._cache.decoder = self._low if drafts else self._full
-        length = _PART_TOKENS if len(tokens) <= _MOST_IN_PARTS else len(tokens)
-        chosen: list[int] = []
-        for part in torch.split(torch.tensor(tokens), length):
-            logits = run_tokens(self._model, self._cache, part[None], wanted=min(wanted, len(part)))
-            # NumPy's search uses the vector instructions of the processor, torch's does not.
-            chosen += logits.numpy().argmax(-1).tolist()
-        return chosen[-wanted:]
+        logits = run_tokens(self._model, self._cache, torch.tensor([tokens]), wanted=wanted)
+        # NumPy's search uses the vector instructions of the processor, torch's does not.
+        chosen: list[int] = logits.numpy().argmax(-1).tolist()
+        return chosen
 
     def forget(self, count: int) -> None:
         """Takes the last tokens out of the cache."""

@@ -112,7 +112,10 @@ def test_products_of_one_call_are_those_of_single_calls(kernels: CpuKernels) -> 
         for bits in (2, 3, 4, 8)
     ]
     weights = [make_weight(case, case.bits)[0] for case in cases] * 6
-    products = [Product(draw_activations((0, 1, 2, 5, 11, 12, 13)[i % 7], w.columns, i), describe_matrix(w)) for i, w in enumerate(weights)]
+    products = [
+        Product(draw_activations((0, 1, 2, 5, 11, 12, 13)[i % 7], w.columns, i), describe_matrix(w))
+        for i, w in enumerate(weights)
+    ]
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
