@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from runtime.compiled_decoder import begin_sequence, compile_decoder
+from runtime.compiled_decoder import begin_sequence
 from runtime.decoder_cache import DecoderCache
 from runtime.decoder_run import run_tokens
+from runtime.decoder_tensors import compile_decoder
 from runtime.greedy_generation import check_plainly_greedy, list_ends
 from runtime.read_widths import read_at_width
 

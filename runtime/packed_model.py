@@ -23,7 +23,8 @@ from runtime.checkpoint import (
     read_metadata,
     save_checkpoint,
 )
-from runtime.compiled_decoder import NotCompiled, check_shape, install_compiled_decoder_
+from runtime.compiled_decoder import install_compiled_decoder_
+from runtime.decoder_tensors import NotCompiled, check_shape
 from runtime.file_bytes import weight_bytes
 from runtime.files import atomic_directory, check_replaceable, write_text
 from runtime.formats import find_format

@@ -5,7 +5,7 @@
 //
 // and the head on the last norm of the last layer. Keys and values of every position are kept in float32; or those of
 // past positions are packed, and read back one layer at a time. What an operation is in PyTorch defines it;
-// `runtime/compiled_decoder.py` says which models have this shape.
+// `runtime/decoder_tensors.py` says which models have this shape.
 #pragma once
 #include "packed_matrix.h"
 
