@@ -62,8 +62,10 @@ BITPLAN_INLINE __m512 load_numbers(const T* stored, int64_t left, bool one) {
 template <int BITS, int ROWS>
 BITPLAN_INLINE void load_rows(const Matrix& w, const Groups& groups, int64_t row, int64_t chunk, __m512 (&scale)[ROWS],
                               __m512 (&shift)[ROWS]) {
-  const int64_t count = groups.count, left = count - chunk * kChunk, first = row * count + chunk * kChunk;
+  const int64_t count = groups.count, left = count - chunk * kChunk;
+  // One group is that of all chunks.
   const bool one = count == 1;
+  const int64_t first = one ? row : row * count + chunk * kChunk;
   if (groups.kind == Groups::kLevels) {
     for (int r = 0; r < ROWS; ++r) {
       scale[r] = load_numbers(w.step() + first + r * count, left, one);
@@ -87,7 +89,7 @@ BITPLAN_INLINE void load_rows(const Matrix& w, const Groups& groups, int64_t row
     }
     return;
   }
-  const int64_t bytes = groups.zero_point_bytes, offset = chunk * 2 * BITS;
+  const int64_t bytes = groups.zero_point_bytes, offset = one ? 0 : chunk * 2 * BITS;
   for (int r = 0; r < ROWS; ++r) {
     const uint8_t* stream = w.zero_point + (row + r) * bytes + offset;
     fetch_near(stream + kScalesAhead * ROWS * bytes);

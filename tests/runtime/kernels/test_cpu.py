@@ -218,3 +218,13 @@ def test_activations_without_memory_are_refused() -> None:
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="must be one that this processor has: got 'sse9'"):
         load_kernels("sse9")
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda k: k.level)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_of_one_group_and_of_many_blocks(kernels: CpuKernels, symmetric: bool) -> None:
+    """Activations of such a row have more steps than a vector has lanes, and its weights one scale."""
+    for bits in (2, 4, 5, 8):
+        case = Case(bits=bits, group_size=None, symmetric=symmetric, rows=21, columns=4500)
+        for tokens in (1, 2, 4, 13):
+            check_product(kernels, case, tokens)
